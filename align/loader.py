@@ -1,0 +1,386 @@
+"""Batches of unlabelled pictures that are a pure function of (data, seed, step).
+
+Three things make a batch, and each is arithmetic: which pictures (`shards.batch_indices`), how each is cropped (a random
+state made from seed, epoch and picture), and what stands in for a broken one (the next picture in the epoch's order
+that decodes). So the same seed gives the same batches for any number of workers, and for any number of processes that
+divides the global batch; and resuming at step t is a slice: nothing is replayed, and no state is saved.
+
+The process that trains holds the index and sends each worker the places of a whole batch; workers hold no index, they
+read with `pread`, decode and crop. They start from a fork server, so they inherit no threads, no GPU context and no random
+state. As with any such process, a script that asks for workers needs the usual `if __name__ == "__main__":`.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode, v2
+
+from ..errors import DataError
+from .shards import ShardFile, ShardIndex, batch_indices, decode, order, read_at
+
+__all__ = [
+    "Augment",
+    "BadSample",
+    "BadSamples",
+    "Batch",
+    "Batches",
+    "PictureSet",
+    "Run",
+    "held_out_batches",
+    "to_model_input",
+    "training_batches",
+]
+
+SUBSTITUTES = 16  # how many pictures in a row may be broken
+
+
+# ----------------------------------------------------------------------------------------------------------- contracts
+
+
+class BadSample(NamedTuple):
+    """A picture that could not be decoded: its position in the index, and why."""
+
+    id: int
+    reason: str
+
+
+class Batch(NamedTuple):
+    """B pictures; `ids` are the positions in the index of those shown, `bad` are those that others stand in for."""
+
+    pictures: torch.Tensor  # (B, 3, S, S) uint8
+    ids: torch.Tensor  # (B,) int64
+    bad: tuple[BadSample, ...]
+
+
+@dataclass(frozen=True)
+class Augment:
+    """A random crop of `scale` (share of the area) and `ratio` (width to height), flipped with probability `flip`.
+
+    On tensors: torchvision then resizes in half the time that Pillow takes.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+    def view(self, size: int) -> torch.nn.Module:
+        crop = v2.RandomResizedCrop(size, self.scale, self.ratio, InterpolationMode.BICUBIC, antialias=True)
+        return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(self.flip)])
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """The shorter side resized to size / crop_pct, then the centre; on Pillow's pictures, exactly as timm evaluates."""
+
+    crop_pct: float = 1.0
+
+    def view(self, size: int) -> torch.nn.Module:
+        resize = v2.Resize(int(size / self.crop_pct), InterpolationMode.BICUBIC, antialias=True)
+        return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+class Run(NamedTuple):
+    """A piece of an epoch's order: the first `count` pictures are asked for, those after them are their substitutes."""
+
+    epoch: int
+    count: int
+    ids: np.ndarray  # (count + SUBSTITUTES,)
+    places: np.ndarray  # (count + SUBSTITUTES, 3), as `ShardIndex.places` gives them
+
+
+class PictureSet(Dataset):
+    """Runs to batches: reads, decodes and crops. An item is a Batch, or the DataError that stopped it."""
+
+    def __init__(self, files: Sequence[ShardFile], size: int, augment: Augment | CentreCrop, seed: int = 0):
+        self.files = files
+        self.view = augment.view(size)
+        self.seed = seed
+
+    def __getitem__(self, run: Run) -> Batch | DataError:
+        # An error that a worker raises arrives wrapped in a traceback; one that it returns arrives as it is.
+        try:
+            return self._batch(run)
+        except DataError as error:
+            return error
+
+    def _batch(self, run: Run) -> Batch:
+        pictures: list[torch.Tensor] = []
+        ids: list[int] = []
+        bad: dict[int, str] = {}
+        for asked in range(run.count):
+            for id, place in zip(run.ids[asked:].tolist(), run.places[asked:], strict=True):
+                picture = self._picture(run.epoch, id, place)
+                if isinstance(picture, torch.Tensor):
+                    pictures.append(picture)
+                    ids.append(id)
+                    break
+                bad[id] = picture
+            else:
+                raise self._none_decodes(run, asked, bad[int(run.ids[asked])])
+        return Batch(torch.stack(pictures), torch.tensor(ids), tuple(BadSample(*item) for item in bad.items()))
+
+    def _picture(self, epoch: int, id: int, place: np.ndarray) -> torch.Tensor | str:
+        """The picture as (3, S, S) uint8, or why it cannot be decoded."""
+        shard, offset, length = map(int, place)
+        data = read_at(self.files[shard], offset, length)
+        try:
+            image = decode(data)
+        except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+            return f"{type(error).__name__}: {error}"
+        # torchvision draws from the global generator: lend it a state of this picture's own. Only the CPU's is touched.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(_crop_seed(self.seed, epoch, id))
+            return self.view(image)
+
+    def _none_decodes(self, run: Run, asked: int, reason: str) -> DataError:
+        shard, offset, _ = map(int, run.places[asked])
+        tried = len(run.ids) - asked
+        return DataError(
+            f"{self.files[shard].path}: the picture at byte {offset} cannot be decoded, nor can any of the {tried - 1} that "
+            f"would stand in for it ({reason}). Check the shards; to write them again: bcosify shards DIR OUT"
+        )
+
+
+def _crop_seed(seed: int, epoch: int, id: int) -> int:
+    return int(np.random.SeedSequence([seed, epoch, id]).generate_state(1, np.uint64)[0])
+
+
+def to_model_input(
+    pictures: torch.Tensor,
+    mean: Sequence[float],
+    std: Sequence[float],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """uint8 (B, 3, S, S) to what models take, (x / 255 - mean) / std, computed on the device."""
+    pictures = pictures.to(device, non_blocking=True).to(torch.float32) / 255
+    mean_, std_ = (torch.tensor(value, device=pictures.device).view(-1, 1, 1) for value in (mean, std))
+    return ((pictures - mean_) / std_).to(dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class Runs(Protocol):
+    """Which runs one process goes through, in order."""
+
+    def __iter__(self) -> Iterator[Run]: ...
+
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TrainingRuns:
+    """One rank's contiguous slice of the global batches of some steps."""
+
+    index: ShardIndex
+    seed: int
+    global_batch: int
+    steps: range
+    rank: int
+    world_size: int
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Run]:
+        share = self.global_batch // self.world_size
+        for step in self.steps:
+            epoch, batch, _ = batch_indices(len(self.index), self.seed, self.global_batch, step)
+            first = batch * self.global_batch + self.rank * share
+            yield _run(self.index, order(len(self.index), self.seed, epoch), epoch, first, share)
+
+
+@dataclass(frozen=True)
+class HeldOutRuns:
+    """The first `count` pictures as they lie in the shards."""
+
+    index: ShardIndex
+    count: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch_size)
+
+    def __iter__(self) -> Iterator[Run]:
+        ids = np.arange(self.count)
+        for first in range(0, self.count, self.batch_size):
+            yield _run(self.index, ids, 0, first, min(self.batch_size, self.count - first))
+
+
+def _run(index: ShardIndex, ids: np.ndarray, epoch: int, first: int, count: int) -> Run:
+    """`count` pictures of `ids` from `first` on, and the substitutes behind them (from the front again at the end)."""
+    picked = ids.take(range(first, first + count + min(SUBSTITUTES, len(ids) - 1)), mode="wrap")
+    return Run(epoch, count, picked, index.places(picked))
+
+
+class Batches:
+    """Batches in order. It can be gone through again, and gives the same."""
+
+    def __init__(self, pictures: PictureSet, runs: Runs, workers: int, pin_memory: bool):
+        self.runs = runs
+        # A DataLoader draws a seed from the global generator each time it starts, unless it has its own.
+        self.loader = DataLoader(
+            pictures,
+            batch_size=None,  # an item is a batch
+            sampler=runs,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            pin_memory=pin_memory,
+            multiprocessing_context=_fork_server() if workers else None,
+            worker_init_fn=_one_thread if workers else None,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for item in self.loader:
+            if isinstance(item, DataError):
+                raise item
+            yield item
+
+
+def training_batches(
+    index: ShardIndex,
+    *,
+    seed: int,
+    global_batch: int,
+    first_step: int = 0,
+    steps: int,
+    rank: int = 0,
+    world_size: int = 1,
+    size: int = 224,
+    augment: Augment | CentreCrop | None = None,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Batches:
+    """This rank's share of the global batches of `steps` steps, the first of which is `first_step`.
+
+    To resume a run of n steps at step t: first_step=t, steps=n - t. `augment` None means Augment(). Raises DataError
+    where the processes cannot share the global batch evenly, or where there are fewer pictures than that.
+    """
+    if global_batch % world_size:
+        lower = global_batch - global_batch % world_size
+        fits = " or ".join(str(batch) for batch in (lower, lower + world_size) if batch)
+        raise DataError(
+            f"A global batch of {global_batch} cannot be shared evenly by {world_size} processes. Use {fits}."
+        )
+    if not 0 <= rank < world_size or first_step < 0 or steps < 0:
+        raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
+    batch_indices(len(index), seed, global_batch, first_step)  # refuse what is too small before workers start
+    runs = TrainingRuns(index, seed, global_batch, range(first_step, first_step + steps), rank, world_size)
+    return Batches(PictureSet(index.files, size, augment or Augment(), seed), runs, workers, pin_memory)
+
+
+def held_out_batches(
+    index: ShardIndex,
+    *,
+    size: int = 224,
+    crop_pct: float = 1.0,
+    batch_size: int = 64,
+    workers: int = 0,
+    limit: int | None = None,
+    pin_memory: bool = False,
+) -> Batches:
+    """The pictures of `index` (the first `limit` of them) once, in their order, resized and centre-cropped.
+
+    The last batch may be smaller. The next picture stands in for a broken one, as in training, and `bad` names it.
+    """
+    count = len(index) if limit is None else min(limit, len(index))
+    if count < 1 or batch_size < 1:
+        raise DataError(f"No held-out pictures: {len(index)} in the shards, limit {limit}, batch size {batch_size}.")
+    return Batches(
+        PictureSet(index.files, size, CentreCrop(crop_pct)), HeldOutRuns(index, count, batch_size), workers, pin_memory
+    )
+
+
+def _as_it_is(item: Batch | DataError) -> Batch | DataError:
+    return item
+
+
+def _one_thread(worker: int) -> None:
+    """Workers are the parallelism; threads inside them only fight for the same cores."""
+    torch.set_num_threads(1)
+
+
+def _fork_server() -> BaseContext:
+    """Clean processes that are cheap to start: a server imports this module once, and workers are forked from it."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+# --------------------------------------------------------------------------------------------------------- bad samples
+
+
+class BadSamples:
+    """Counts the broken pictures of `index`, lists each once in a JSON Lines file, and stops when they are too many.
+
+    The limit is a share of all pictures, so that one early broken picture stops no run. A line of the list is
+    {"key", "shard", "reason"}; lines from before a resume count. Processes may share the list: a line is one write.
+    """
+
+    def __init__(self, index: ShardIndex, path: str | os.PathLike[str], limit: float = 0.01):
+        self.index = index
+        self.path = Path(path)
+        self.limit = limit
+        self.known = _listed(self.path)
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    @property
+    def share(self) -> float:
+        return len(self.known) / len(self.index)
+
+    def add(self, bad: Sequence[BadSample]) -> None:
+        """Takes a batch's `bad`. Raises DataError when the share of broken pictures is above the limit."""
+        for id, reason in bad:
+            key, shard = self.index.key(id), self.index.file(id).path
+            if (key, shard) not in self.known:
+                self.known.add((key, shard))
+                _append(self.path, json.dumps({"key": key, "shard": shard, "reason": reason}) + "\n")
+        if self.share > self.limit:
+            raise DataError(
+                f"{len(self.known)} of {len(self.index)} pictures ({self.share:.2%}) cannot be decoded; the limit is "
+                f"{self.limit:.2%}. They are listed in {self.path}. Write the shards without them, or raise the limit."
+            )
+
+
+def _listed(path: Path) -> set[tuple[str, str]]:
+    """Key and shard of each line; a last line that was cut is left out."""
+    if not path.exists():
+        return set()
+    lines = path.read_text("utf-8").split("\n")[:-1]
+    try:
+        return {(line["key"], line["shard"]) for line in map(json.loads, lines)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is no list of broken pictures ({error}). Move it away and start again.") from error
+
+
+def _append(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)

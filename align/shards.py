@@ -1,0 +1,709 @@
+"""Tar shards as a table that can be read in any order: which pictures there are, where they lie, and who is next.
+
+A shard is a plain tar as webdataset writes it; members that share a key (the path up to the first dot of the file name)
+are one sample. Reading shards as streams ties the order of pictures to the number of workers and processes, and makes
+resuming a replay. So each tar's headers are scanned once, and from then on a picture is one `pread(offset, length)`.
+
+With random access, order is arithmetic. With N pictures, seed s and global batch G, let E = floor(N / G). Step t shows
+
+    batch(t) = order(N, s, e)[b·G : (b + 1)·G]    with e = t div E (the epoch) and b = t mod E
+
+whatever the workers, the processes, and where a run was interrupted. The N mod G pictures at the end of an epoch's order
+are left out of that epoch; they are others in each.
+
+The index takes about 30 bytes and a key for each picture. Each shard's part of it is cached as JSON, under a name made
+from the tar's path, size and modification time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import hashlib
+import io
+import json
+import os
+import re
+import tarfile
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from webdataset.shardlists import expand_urls
+from webdataset.tariterators import base_plus_ext
+from webdataset.writer import ShardWriter
+
+from ..convert.files import check_free, new_file, new_folder
+from ..errors import BcosifyError, DataError, near_miss
+
+__all__ = [
+    "PICTURES",
+    "GlobalBatch",
+    "Shard",
+    "ShardFile",
+    "ShardIndex",
+    "Skipped",
+    "Written",
+    "batch_indices",
+    "decode",
+    "expand",
+    "index_shards",
+    "order",
+    "read_at",
+    "split",
+    "write_shards",
+]
+
+# Where a sample has several pictures, the first of these names is the one.
+PICTURES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif", "jp2", "avif")
+
+BLOCK = 512  # a tar is made of blocks of this many bytes; two zero ones end it
+SCHEMA = 1  # of the cached index; a new number makes the old files unused
+OPEN_FILES = 128  # per process; below the usual limit of 256 on macOS and 1024 on Linux
+FEW = 8  # no progress bar for fewer shards
+AGAIN = "Download or write the shard again."
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\0": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"PK\3\4": "unzip, then tar",
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- naming
+
+
+def expand(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The shards that `data` names, in the order named; a shard named twice counts once.
+
+    Takes webdataset's syntax (`train-{0000..0099}.tar`, `a.tar::b.tar`), globs, a folder (all *.tar directly in it),
+    and lists of these. Raises DataError where any of it names nothing.
+    """
+    items = [data] if isinstance(data, str | os.PathLike) else list(data)
+    found: list[Path] = []
+    missing: list[Path] = []
+    for pattern in (pattern for item in items for pattern in _patterns(os.fspath(item))):
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found += _shards_in(path)
+        elif path.exists():
+            found.append(path)
+        elif matches := sorted(match for match in glob.glob(str(path), recursive=True) if not os.path.isdir(match)):
+            found += map(Path, matches)
+        else:
+            missing.append(path)
+    if missing:
+        raise DataError(_missing(missing, len(found)))
+    if not found:
+        raise DataError("No shards: --data is empty. Pass a folder of .tar files, or a pattern such as 'shards/*.tar'.")
+    return list(dict.fromkeys(found))
+
+
+def _patterns(item: str) -> list[str]:
+    """`item` split at `::` and with its braces expanded; a path that exists is taken as it is."""
+    if os.path.exists(item):
+        return [item]
+    if re.match(r"pipe:|(?!file:)[A-Za-z][\w+.-]*://", item):
+        raise DataError(
+            f"{item!r}: shards from {item.partition(':')[0]} are not supported yet. "
+            "Download them first, then pass the folder."
+        )
+    if not item:
+        raise DataError(
+            "An empty name among the shards. Pass a folder of .tar files, or a pattern such as 'shards/*.tar'."
+        )
+    try:
+        parts = expand_urls(item)
+    except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without WDS_NAME in the environment
+        raise DataError(
+            f"{item!r} is no pattern of shards: {error}. Write for example 'train-{{0000..0099}}.tar'."
+        ) from error
+    return [re.sub(r"^file:(//)?", "", part) for part in parts if part]
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """All *.tar of a folder, by name."""
+    if shards := sorted(path for path in folder.glob("*.tar") if path.is_file()):
+        return shards
+    kinds = Counter(path.suffix.lower() or "no suffix" for path in folder.iterdir())
+    holds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+    raise DataError(
+        f"{folder} holds no .tar files (it holds: {holds}). "
+        f"To make shards from a folder of pictures: bcosify shards {folder} OUT"
+    )
+
+
+def _missing(missing: list[Path], found: int) -> str:
+    """What was looked for in vain, and what lies near it."""
+    path = missing[0]
+    named = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+    what = (
+        f"No shard {named}." if not found else f"{len(missing)} of {len(missing) + found} shards do not exist: {named}."
+    )
+    if not path.parent.is_dir():
+        return f"{what} There is no folder {path.parent}." if not glob.has_magic(str(path.parent)) else what
+    others = sorted(other.name for other in path.parent.iterdir() if other.suffix == ".tar")
+    return f"{what} {path.parent} holds {len(others)} .tar files.{near_miss(path.name, others)}"
+
+
+# --------------------------------------------------------------------------------------------------------------- index
+
+
+class ShardFile(NamedTuple):
+    """A tar as it was when it was indexed."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """The samples of one tar that have a picture: N samples with M members in all, as columns.
+
+    Sample i owns the rows first[i] to first[i + 1] of the members' columns; picture[i] is its picture's row.
+    """
+
+    file: ShardFile
+    keys: np.ndarray  # (N,) bytes, UTF-8
+    first: np.ndarray  # (N + 1,) uint32
+    picture: np.ndarray  # (N,) uint32
+    kinds: np.ndarray  # (M,) uint16, into extensions
+    offsets: np.ndarray  # (M,) int64, of the payload
+    lengths: np.ndarray  # (M,) int64
+    extensions: tuple[str, ...]
+    without_picture: int  # samples that were left out
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """sha256 over what the tar holds, wherever it lies."""
+        columns = (self.first, self.picture, self.kinds, self.offsets, self.lengths)
+        parts = [b"\0".join(self.keys.tolist()), "\0".join(self.extensions).encode("utf-8", "surrogateescape")]
+        parts += [column.astype("<i8").tobytes() for column in columns]
+        return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """All pictures of some shards, or those of them that `ids` picks. It holds no open files, so it pickles and forks."""
+
+    shards: tuple[Shard, ...]
+    ids: np.ndarray | None = None  # ascending; None: all
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """(S + 1,) how many pictures lie before each shard."""
+        return np.cumsum([0, *map(len, self.shards)])
+
+    def __len__(self) -> int:
+        return int(self.starts[-1]) if self.ids is None else len(self.ids)
+
+    @property
+    def files(self) -> tuple[ShardFile, ...]:
+        return tuple(shard.file for shard in self.shards)
+
+    @property
+    def without_picture(self) -> int:
+        """Samples in these shards that hold no picture (all shards, whatever `ids` picks)."""
+        return sum(shard.without_picture for shard in self.shards)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """The identity of the data: sha256 over keys, offsets and lengths in order, without any path."""
+        whole = hashlib.sha256(b"".join(shard.digest for shard in self.shards))
+        if self.ids is not None:
+            whole.update(self.ids.astype("<i8").tobytes())
+        return whole.hexdigest()
+
+    def key(self, i: int) -> str:
+        shard, row = self._find(i)
+        return self.shards[shard].keys[row].decode("utf-8", "surrogateescape")
+
+    def file(self, i: int) -> ShardFile:
+        return self.shards[self._find(i)[0]].file
+
+    def extensions(self, i: int) -> tuple[str, ...]:
+        """The members of sample i, such as ('jpg', 'mask.png', 'json')."""
+        shard, row = self._find(i)
+        table = self.shards[shard]
+        return tuple(table.extensions[kind] for kind in table.kinds[table.first[row] : table.first[row + 1]])
+
+    def read(self, i: int, extension: str | None = None) -> bytes:
+        """The bytes of sample i's picture, or of its member with this extension."""
+        shard, row = self._find(i)
+        table = self.shards[shard]
+        member = table.picture[row] if extension is None else self._member(i, table, row, extension)
+        return read_at(table.file, int(table.offsets[member]), int(table.lengths[member]))
+
+    def places(self, positions: Iterable[int]) -> np.ndarray:
+        """(n, 3) int64: number in `files`, offset and length of these pictures, all that `read_at` needs."""
+        rows = []
+        for i in positions:
+            shard, row = self._find(i)
+            table = self.shards[shard]
+            member = table.picture[row]
+            rows.append((shard, table.offsets[member], table.lengths[member]))
+        return np.array(rows, np.int64).reshape(-1, 3)
+
+    def _find(self, i: int) -> tuple[int, int]:
+        """Shard and row of position i."""
+        if not 0 <= i < len(self):
+            raise IndexError(f"picture {i} of {len(self)}")
+        number = i if self.ids is None else int(self.ids[i])
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return shard, number - int(self.starts[shard])
+
+    def _member(self, i: int, table: Shard, row: int, extension: str) -> int:
+        kinds = self.extensions(i)
+        if extension not in kinds:
+            raise DataError(
+                f"{table.file.path}: sample {self.key(i)!r} has no {extension!r}; it has {', '.join(kinds)}."
+            )
+        return int(table.first[row]) + kinds.index(extension)
+
+
+def index_shards(paths: Iterable[str | os.PathLike[str]], progress: bool = True) -> ShardIndex:
+    """Scans the headers of each tar, once: what was scanned before comes from the cache. Payloads are not read.
+
+    Raises DataError that lists every shard that is truncated, no tar, without pictures, or that has a key twice.
+    """
+    absolute = [Path(path).absolute() for path in paths]
+    # Scanning waits for the disk, often a remote one, so threads pay although Python runs one of them at a time.
+    with ThreadPoolExecutor(8) as pool:
+        results = list(_tracked(pool.map(_shard_or_error, absolute), len(absolute), "indexing shards", progress, FEW))
+    if errors := [result for result in results if isinstance(result, DataError)]:
+        listed = "\n".join(f"  {error}" for error in errors[:10])
+        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
+        raise DataError(
+            f"{len(errors)} of {len(results)} shards cannot be used:\n{listed}{more}"
+            if len(results) > 1
+            else str(errors[0])
+        )
+    if not results:
+        raise DataError("No shards to index.")
+    return ShardIndex(tuple(result for result in results if isinstance(result, Shard)))
+
+
+def _shard_or_error(path: Path) -> Shard | DataError:
+    try:
+        stat = path.stat()
+        file = ShardFile(str(path), stat.st_size, stat.st_mtime_ns)
+        return _cached(file) or _remember(_scan(file))
+    except DataError as error:
+        return error
+    except OSError as error:
+        return DataError(f"{path} cannot be read: {error.strerror or error}.")
+
+
+def _scan(file: ShardFile) -> Shard:
+    """Groups the members of one tar by key."""
+    samples: dict[str, dict[str, tuple[int, int]]] = {}
+    last = None
+    for name, offset, length in _members(file):
+        key, extension = base_plus_ext(name)
+        if key is None or extension is None:
+            continue  # no extension, as webdataset does
+        members = samples.setdefault(key, {})
+        if (extension := extension.lower()) in members:
+            raise DataError(
+                f"{file.path}: {name!r} is there twice, at byte {members[extension][0]} and at byte {offset}. "
+                f"Write the shard again with one {extension!r} a key."
+            )
+        if members and key != last:
+            raise DataError(
+                f"{file.path}: the members of key {key!r} are not next to each other: one is at byte "
+                f"{min(members.values())[0]}, {name!r} at byte {offset}. Write the shard again: tar --sort=name -cf ..."
+            )
+        members[extension] = (offset, length)
+        last = key
+    pictured = {key: members for key, members in samples.items() if any(kind in members for kind in PICTURES)}
+    if not pictured:
+        raise DataError(_no_picture(file, samples))
+    return _columns(file, pictured, len(samples) - len(pictured))
+
+
+def _columns(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], without_picture: int) -> Shard:
+    extensions = sorted({kind for members in samples.values() for kind in members})
+    number = {kind: i for i, kind in enumerate(extensions)}
+    first = np.cumsum([0, *(len(members) for members in samples.values())])
+    # The row of a sample's picture, counted from the sample's first row.
+    picture = [next(list(members).index(kind) for kind in PICTURES if kind in members) for members in samples.values()]
+    rows = [(number[kind], *place) for members in samples.values() for kind, place in members.items()]
+    kinds, offsets, lengths = np.array(rows, np.int64).T
+    keys = [key.encode("utf-8", "surrogateescape") for key in samples]
+    return _shard(file, keys, first, picture + first[:-1], kinds, offsets, lengths, extensions, without_picture)
+
+
+def _shard(
+    file: ShardFile,
+    keys: Any,
+    first: Any,
+    picture: Any,
+    kinds: Any,
+    offsets: Any,
+    lengths: Any,
+    extensions: Iterable[str],
+    without_picture: int,
+) -> Shard:
+    columns = [np.array(keys, dtype=np.bytes_), np.array(first, np.uint32), np.array(picture, np.uint32)]
+    columns += [np.array(kinds, np.uint16), np.array(offsets, np.int64), np.array(lengths, np.int64)]
+    for column in columns:
+        column.setflags(write=False)
+    return Shard(file, *columns, extensions=tuple(extensions), without_picture=without_picture)
+
+
+def _no_picture(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]]) -> str:
+    kinds = Counter(kind for members in samples.values() for kind in members)
+    if not kinds:
+        return f"{file.path} holds no samples. Leave it out, or write it again: bcosify shards DIR OUT"
+    found = ", ".join(f".{kind}" for kind, _ in kinds.most_common(5))
+    dotted = any(kind.rpartition(".")[2] in PICTURES for kind in kinds)
+    why = " An extension begins at the first dot of a file name, so names must have no other dots." if dotted else ""
+    wanted = ", ".join(f".{kind}" for kind in PICTURES)
+    return f"{file.path} holds {len(samples)} samples but no picture: found {found}; wanted one of {wanted}.{why}"
+
+
+# ----------------------------------------------------------------------------------------------------------------- tar
+
+
+def _members(file: ShardFile) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and length of each regular file in a tar that is whole; DataError where it is not.
+
+    The standard library's own loop ends quietly at the first header that it cannot read, so the loop is written out.
+    """
+    if file.size == 0:
+        raise DataError(f"{file.path} is empty (0 bytes). {AGAIN}")
+    with open(file.path, "rb") as stream:
+        _refuse_compressed(stream, file)
+        stream.seek(0)
+        try:
+            archive = tarfile.open(fileobj=stream, mode="r:")
+        except (tarfile.TarError, ValueError) as error:
+            raise DataError(f"{file.path} is no tar archive ({error} at byte 0 of {file.size}). {AGAIN}") from error
+        here = 0
+        while not _at_end(stream, here, file):
+            stream.seek(here)
+            try:
+                member = tarfile.TarInfo.fromtarfile(archive)
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                raise DataError(f"{file.path} is broken at byte {here} of {file.size}: {error}. {AGAIN}") from error
+            if member.size < 0 or member.offset_data + member.size > file.size:
+                raise DataError(
+                    f"{file.path} is truncated: {member.name!r} begins at byte {member.offset_data} and has {member.size} "
+                    f"bytes, but the file ends at byte {file.size}. {AGAIN}"
+                )
+            # What webdataset takes for its own notes is no sample.
+            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+                yield member.name, member.offset_data, member.size
+            here = archive.offset
+
+
+def _refuse_compressed(stream: BinaryIO, file: ShardFile) -> None:
+    start = stream.read(6)
+    for magic, tool in COMPRESSED.items():
+        if start.startswith(magic):
+            raise DataError(
+                f"{file.path} is compressed, so its pictures have no offsets. Unpack it to a plain tar: {tool}."
+            )
+
+
+def _at_end(stream: BinaryIO, here: int, file: ShardFile) -> bool:
+    """Whether a tar ends here as it should: with a block of zeros, and nothing but zeros after it."""
+    stream.seek(here)
+    block = stream.read(BLOCK)
+    if len(block) < BLOCK:
+        raise DataError(
+            f"{file.path} is truncated: it ends at byte {file.size}, where the header of a member or the end of the archive "
+            f"should be (byte {here}). {AGAIN}"
+        )
+    if block.strip(b"\0"):
+        return False
+    while chunk := stream.read(1 << 20):
+        if rest := chunk.lstrip(b"\0"):
+            raise DataError(
+                f"{file.path} goes on after its end, at byte {stream.tell() - len(rest)}: two tars were joined, and readers "
+                "stop at the end of the first. Keep them as two files."
+            )
+    return True
+
+
+class _Open:
+    """A file descriptor that is closed once nobody holds it, so that leaving the cache never closes one in use."""
+
+    def __init__(self, file: ShardFile):
+        self.descriptor = os.open(file.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        stat = os.fstat(self.descriptor)
+        if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise DataError(f"{file.path} has changed since it was indexed. Start again, so that it is indexed anew.")
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError, OSError):
+            os.close(self.descriptor)
+
+
+# A forked child may use its parent's descriptors, since pread moves no position; a spawned one starts with none.
+_opened = functools.lru_cache(OPEN_FILES)(_Open)
+
+
+def read_at(file: ShardFile, offset: int, length: int) -> bytes:
+    """`length` bytes at `offset`. A disk that fails is an error, not a broken picture: no run may depend on it."""
+    try:
+        opened = _opened(file)
+        data = os.pread(opened.descriptor, length, offset)
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read at byte {offset}: {error.strerror or error}.") from error
+    if len(data) != length:
+        raise DataError(
+            f"{file.path} ends at byte {offset + len(data)}; it was longer when it was indexed. Start again."
+        )
+    return data
+
+
+def decode(data: bytes) -> Image.Image:
+    """A picture as RGB, turned upright as its EXIF says. Raises whatever Pillow raises on broken bytes."""
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow's own conversion clips to white
+        return Image.fromarray((np.asarray(image) // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def _cache_file(file: ShardFile) -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(json.dumps([SCHEMA, *file]).encode()).hexdigest()[:32]
+    return Path(base) / "bcosify" / "index" / f"{name}.json"
+
+
+def _cached(file: ShardFile) -> Shard | None:
+    """What an earlier scan found; None where there is none that can be used."""
+    try:
+        found = json.loads(_cache_file(file).read_text("utf-8"))
+        if [found.pop("schema"), *found.pop("file")] != [SCHEMA, *file]:
+            return None
+        keys = [key.encode("utf-8", "surrogateescape") for key in found.pop("keys")]
+        return _shard(file, keys, **found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _remember(shard: Shard) -> Shard:
+    columns = ("first", "picture", "kinds", "offsets", "lengths")
+    found = {
+        "schema": SCHEMA,
+        "file": shard.file,
+        "keys": [key.decode("utf-8", "surrogateescape") for key in shard.keys.tolist()],
+        **{name: getattr(shard, name).tolist() for name in columns},
+        "extensions": shard.extensions,
+        "without_picture": shard.without_picture,
+    }
+    # A cache that cannot be written costs time, nothing else.
+    with contextlib.suppress(BcosifyError, OSError), new_file(_cache_file(shard.file)) as scratch:
+        scratch.write_text(json.dumps(found, separators=(",", ":")), "utf-8")
+    return shard
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+class GlobalBatch(NamedTuple):
+    """What all processes together see in one step."""
+
+    epoch: int
+    index: int  # of the batch in its epoch
+    positions: np.ndarray  # (batch_size,)
+
+
+@functools.lru_cache(maxsize=2)
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of 0..count-1 for one epoch (read-only: it is shared between calls)."""
+    permutation = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+    permutation.setflags(write=False)
+    return permutation
+
+
+def batch_indices(count: int, seed: int, batch_size: int, step: int) -> GlobalBatch:
+    """The global batch of a step; an epoch has floor(count / batch_size) of them, and the remainder is left out."""
+    if not 1 <= batch_size <= count:
+        raise DataError(
+            f"A global batch of {batch_size} needs as many pictures, and there are {count}. "
+            f"Use more pictures, or a batch of at most {count}."
+        )
+    epoch, index = divmod(step, count // batch_size)
+    return GlobalBatch(epoch, index, order(count, seed, epoch)[index * batch_size : (index + 1) * batch_size])
+
+
+def split(index: ShardIndex, held_out: float | int, seed: int = 0) -> tuple[ShardIndex, ShardIndex]:
+    """The other pictures, and the held-out ones: a fraction (float) or a count (int) of them, by the hash of their keys.
+
+    By fraction, a key falls on the same side whatever else is in the shards, also after more are added, and pictures
+    that share a key stay together; the fraction is met as nearly as chance allows. A count is met exactly.
+    """
+    salt = f"{seed}:".encode()
+    numbers = np.arange(len(index)) if index.ids is None else index.ids
+    keys = (key for shard in index.shards for key in shard.keys.tolist())
+    digests = (hashlib.blake2b(salt + key, digest_size=8).digest() for key in keys)
+    everything = np.frombuffer(b"".join(digests), "<u8")
+    hashes = everything[numbers]
+    chosen = np.zeros(len(index), bool)
+    if isinstance(held_out, int):
+        chosen[np.argsort(hashes, kind="stable")[:held_out]] = True
+    else:
+        chosen = hashes / 2.0**64 < held_out
+    if not 0 < held_out or not 0 < chosen.sum() < len(index):
+        raise DataError(
+            f"Holding out {held_out} of {len(index)} pictures leaves one side empty. "
+            "Use a fraction between 0 and 1, or a count below that of the pictures."
+        )
+    return ShardIndex(index.shards, numbers[~chosen]), ShardIndex(index.shards, numbers[chosen])
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+class Skipped(NamedTuple):
+    """A file that could not be read as a picture."""
+
+    path: str
+    reason: str
+
+
+class Written(NamedTuple):
+    """What `write_shards` did."""
+
+    out: str
+    pictures: int
+    shards: int
+    bytes: int
+    skipped: tuple[Skipped, ...]
+
+
+def write_shards(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    size: int | None = 256,
+    per_shard: int = 1000,
+    quality: int = 92,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Written:
+    """Packs all pictures under `folder`, in the order of their paths, as JPEGs into `out`/00000.tar, 00001.tar, ...
+
+    The shorter side becomes `size` (never enlarged; None keeps sizes). A JPEG that needs no change is copied as it is.
+    Keys are the paths below `folder` without dots. The same pictures give the same bytes. What cannot be read is skipped,
+    and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
+    """
+    folder, out = Path(folder), Path(out).absolute()
+    if (size is not None and size < 1) or per_shard < 1 or not 1 <= quality <= 100:
+        raise DataError(
+            f"size {size}, per_shard {per_shard} and quality {quality}: at least 1 each, and quality at most 100."
+        )
+    check_free(out, overwrite)
+    names = _pictures_in(folder)
+    keys = _unique_keys(names)
+    jpeg = functools.partial(_as_jpeg, size=size, quality=quality)
+    skipped: list[Skipped] = []
+    with new_folder(out, overwrite) as scratch:
+        pattern = str(scratch).replace("%", "%%") + "/%05d.tar"
+        fixed = {"mtime": 0, "user": "bcosify", "group": "bcosify", "format": "PAX_FORMAT"}
+        with ShardWriter(pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, **fixed) as writer:
+            paths = [folder / name for name in names]
+            packed = _tracked(_mapped(jpeg, paths), len(names), "packing pictures", progress)
+            for name, key, data in zip(names, keys, packed, strict=True):
+                if isinstance(data, bytes):
+                    writer.write({"__key__": key, "jpg": data})
+                else:
+                    skipped.append(Skipped(name, f"{type(data).__name__}: {data}"))
+        if len(skipped) == len(names):
+            raise DataError(
+                f"None of the {len(names)} pictures in {folder} can be read. "
+                f"The first is {skipped[0].path} ({skipped[0].reason})."
+            )
+        tars = sorted(scratch.glob("*.tar"))
+        total = sum(tar.stat().st_size for tar in tars)
+        if skipped:
+            lines = "".join(json.dumps(item._asdict()) + "\n" for item in skipped)
+            (scratch / "skipped.jsonl").write_text(lines, "utf-8")
+    return Written(str(out), len(names) - len(skipped), len(tars), total, tuple(skipped))
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    """The pictures below a folder by relative path, sorted; hidden ones left out."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Pass a folder of pictures.")
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    seen = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    pictures = sorted(path.as_posix() for path in seen if path.suffix[1:].lower() in PICTURES)
+    if not pictures:
+        kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
+        holds = ", ".join(f"{count} {kind}" for kind, count in kinds) or "no files"
+        raise DataError(f"{folder} holds no pictures (it holds: {holds}); wanted one of .{', .'.join(PICTURES)}.")
+    return pictures
+
+
+def _unique_keys(names: Sequence[str]) -> list[str]:
+    """A key for each path: dots and odd characters replaced, and a number added where two would be the same."""
+    taken: set[str] = set()
+    keys = []
+    for name in names:
+        parts = unicodedata.normalize("NFC", name).rpartition(".")[0].split("/")
+        # Letters of any script, digits, - and _; webdataset drops names that begin with two underscores.
+        base = "/".join(re.sub(r"[^\w-]+", "_", part).lstrip("_") or "x" for part in parts)
+        candidates = (base if i == 1 else f"{base}-{i}" for i in range(1, len(names) + 2))
+        key = next(key for key in candidates if key not in taken)
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def _as_jpeg(path: Path, size: int | None, quality: int) -> bytes | Exception:
+    """The picture as an RGB JPEG, or why it cannot be read."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as source:
+            upright = source.getexif().get(0x0112, 1) == 1
+            plain = source.format == "JPEG" and source.mode == "RGB" and upright
+        picture = decode(data)
+        shorter = min(picture.size)
+        if size is None or shorter <= size:
+            if plain:
+                return data
+        else:
+            width, height = (max(size, round(side * size / shorter)) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=quality)
+        return stream.getvalue()
+    except Exception as error:  # on broken files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+        return error
+
+
+def _mapped(function: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
+    """`function` of each path, in order, on all cores, with no more than a few hundred results waiting."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), 256):
+            yield from pool.map(function, paths[start : start + 256])
+
+
+def _tracked(items: Iterable[Any], total: int, title: str, progress: bool, few: int = 256) -> Iterable[Any]:
+    """`items` with a progress bar, where there is a terminal, one process looks at it, and there is much to do."""
+    console = Console(stderr=True)
+    show = progress and total > few and console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
+    return track(items, title, total, console=console, transient=True) if show else items

@@ -1,0 +1,77 @@
+"""Folders and files that are either whole or not there: written aside, flushed to disk, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CheckpointError
+
+__all__ = ["check_free", "new_file", "new_folder"]
+
+
+def check_free(out: Path, overwrite: bool = False) -> None:
+    """Raises CheckpointError where `out` exists and may not be replaced; call it before long work starts."""
+    if os.path.lexists(out) and not overwrite:
+        raise CheckpointError(f"{out} exists already. Nothing was written; pass another --out, or --overwrite to replace it.")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A scratch folder beside `out` to fill; it becomes `out` when the block ends, and is gone when the block fails.
+
+    Raises CheckpointError where `out` exists (without `overwrite`) or the disk refuses (full, read-only).
+    """
+    out = Path(out)
+    check_free(out, overwrite)
+    scratch = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+        scratch.chmod(0o755)
+        yield scratch
+        for path in [*scratch.rglob("*"), scratch]:
+            _flush(path)
+        if overwrite and os.path.lexists(out):
+            replaced = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+            os.rename(out, replaced / "old")
+            os.rename(scratch, out)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(scratch, out)
+        _flush(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"{out} could not be written: {error}. Nothing was left behind.") from error
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A scratch path beside `out` to write; it replaces `out` when the block ends, and is gone when the block fails."""
+    out = Path(out)
+    scratch = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        _flush(scratch)
+        os.replace(scratch, out)
+        _flush(out.parent)
+    except OSError as error:
+        raise CheckpointError(f"{out} could not be written: {error}. Nothing was left behind.") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,121 @@
+"""Layers whose bias fades: y = f(x) with every additive constant multiplied by beta, a buffer that a schedule moves.
+
+A layer is converted in place: its class becomes a subclass of the class it had, so that parameters keep name, dtype,
+device and ties, and the library's own forward runs unchanged. The forward reads `self.bias`, which is now the property
+beta * bias; nothing else is needed, for any layer that adds a bias.
+
+BatchNorm in eval mode is (x - mean) * weight / sigma + bias. Scaling its running mean and its bias by beta gives
+x * weight / sigma + beta * (bias - weight * mean / sigma): the uncentred BatchNorm, equal to the source at beta = 1.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["BiasScheduled", "UncentredBatchNorm", "adopt", "scheduled_layers", "set_strength"]
+
+
+class BiasScheduled(nn.Module):
+    """Mixin: the layer's bias counts beta times, beta in [0, 1].
+
+    The buffer travels in the state dict; the float beside it spares a device synchronisation at every forward.
+    """
+
+    beta: Tensor
+    _beta: float
+
+    def start_schedule(self) -> None:
+        """Called once, by `adopt`: beta = 1, the source's own function."""
+        self._register_strength("beta", 1.0)
+
+    def _register_strength(self, name: str, value: float) -> None:
+        device = next((t.device for t in [*self.parameters(False), *self.buffers(False)]), None)
+        self.register_buffer(name, torch.tensor(value, device=device))
+        setattr(self, f"_{name}", value)
+
+    def set_strength(self, name: str, value: float) -> None:
+        """Moves one buffer (`beta`, or `b` where the layer has it) and its mirror."""
+        getattr(self, name).fill_(value)
+        self._mirror(name)
+
+    def _mirror(self, name: str) -> None:
+        # Rounded: 1.7 must come back as 1.7 from a float32 buffer, or a resumed run is not the same run.
+        setattr(self, f"_{name}", round(float(getattr(self, name)), 6))
+
+    def strengths(self) -> dict[str, float]:
+        """The current value of every buffer that the schedule moves."""
+        return {"beta": self._beta}
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(C,) or None: beta times the source's bias."""
+        return _faded(self._parameters.get("bias"), self._beta)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):  # noqa: ANN001, ANN002 - torch's own signature
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        for name in self.strengths():
+            if not getattr(self, name).is_meta:
+                self._mirror(name)
+
+    def extra_repr(self) -> str:
+        values = ", ".join(f"{name}={value:g}" for name, value in self.strengths().items())
+        return ", ".join(part for part in (super().extra_repr(), values) if part)
+
+
+class UncentredBatchNorm(BiasScheduled):
+    """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma), with frozen statistics.
+
+    Stays in eval mode: batch statistics would centre the input again (and tie the pictures of a batch together).
+    """
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """(C,): beta times the source's running mean; zeros, never None, at beta = 0, as `batch_norm` needs one."""
+        mean = self._buffers.get("running_mean")
+        return mean if mean is None or self._beta == 1 else mean * self._beta
+
+    def train(self, mode: bool = True) -> UncentredBatchNorm:  # noqa: ARG002 - statistics stay frozen
+        return super().train(False)
+
+
+def _faded(bias: Tensor | None, beta: float) -> Tensor | None:
+    if bias is None or beta == 0:
+        return None
+    return bias if beta == 1 else bias * beta
+
+
+LayerT = TypeVar("LayerT", bound=BiasScheduled)
+
+
+@functools.cache
+def _joined(mixin: type[BiasScheduled], source: type[nn.Module]) -> type[nn.Module]:
+    name = mixin.__name__ if mixin.__name__.endswith(source.__name__) else mixin.__name__ + source.__name__
+    return type(name, (mixin, source), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+
+
+def adopt(module: nn.Module, mixin: type[LayerT]) -> LayerT:
+    """Turns `module` in place into `mixin` over the class it had, at the source's own function. Returns the module."""
+    module.__class__ = _joined(mixin, type(module))
+    assert isinstance(module, mixin)
+    module.start_schedule()
+    return module
+
+
+def scheduled_layers(model: nn.Module) -> Iterator[tuple[str, BiasScheduled]]:
+    """(qualified name, layer) of every converted layer of `model`, each once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, BiasScheduled))
+
+
+def set_strength(model: nn.Module, b: float | None = None, beta: float | None = None) -> None:
+    """Sets B (>= 1) and beta (in [0, 1]) in every converted layer of `model`; None leaves a value as it is."""
+    if b is not None and b < 1 or beta is not None and not 0 <= beta <= 1:
+        raise ValueError(f"B is at least 1 and beta lies in [0, 1]; got B={b}, beta={beta}")
+    for _, layer in scheduled_layers(model):
+        for name, value in (("b", b), ("beta", beta)):
+            if value is not None and name in layer.strengths():
+                layer.set_strength(name, value)

@@ -1,0 +1,194 @@
+"""timm models: `timm:NAME[.TAG]`, `timm:hf-hub:ORG/NAME[@rev]`, `timm:local-dir:PATH`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from ...errors import SourceError, near_miss
+from .teacher import Preprocess, Source, Teacher
+
+__all__ = ["build", "load", "preprocess_of"]
+
+# Lets a transformer take any size that its patches divide; constructors that do not know it are called without.
+OPTIONAL_ARGS = {"dynamic_img_size": True}
+
+
+def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **model_args: Any) -> Teacher:
+    """The teacher that timm calls `name`.
+
+    Args:
+        name: a timm name, with or without tag, or one behind `hf-hub:` / `local-dir:`.
+        pretrained: False keeps the random weights of the skeleton.
+        weights: a safetensors state dict of this architecture, in place of the published weights.
+        model_args: more arguments of the timm constructor.
+
+    Raises:
+        SourceError: the name is unknown, the weights cannot be had, or they belong to another architecture.
+    """
+    import timm
+
+    place = name.removeprefix("local-dir:")
+    if place != name and not (Path(place) / "config.json").is_file():
+        raise SourceError(f"local-dir:{place}: there is no config.json in this folder; it is not a timm model folder.")
+    architecture, config, saved_args = _resolve(name)
+    args = _accepted(architecture, {**saved_args, **model_args})
+    if weights is not None:
+        args |= _class_count(architecture, args, weights)
+    published = pretrained and weights is None
+    with _said_plainly(name):
+        if published:
+            model = timm.create_model(name, pretrained=True, **args)
+        else:
+            model = timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
+    if weights is not None:
+        load_weights(model, weights)
+    source = Source(f"timm:{name}", "timm", architecture, args, revision=_revision(model) if published else None)
+    return Teacher(model.eval(), source, preprocess_of(model), _labels(model))
+
+
+def build(source: Source) -> nn.Module:
+    """The empty skeleton of `source`: random weights, no network."""
+    import timm
+
+    with _said_plainly(source.architecture):
+        return timm.create_model(source.architecture, pretrained=False, **source.model_args).eval()
+
+
+def preprocess_of(model: nn.Module) -> Preprocess:
+    """timm's own data configuration of `model`."""
+    from timm.data import resolve_model_data_config
+
+    config = resolve_model_data_config(model)
+    return Preprocess(
+        size=tuple(config["input_size"][-2:]),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
+    )
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors state dict strictly; raises SourceError that names the first keys that do not fit."""
+    if path.suffix != ".safetensors":
+        raise SourceError(
+            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it once, where you trust it: "
+            'safetensors.torch.save_file(torch.load(FILE, weights_only=True), "weights.safetensors")'
+        )
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"--weights {path}: cannot be read as safetensors: {error}") from error
+    wanted = model.state_dict()
+    faults = [f"missing {key}" for key in wanted if key not in state]
+    faults += [f"unknown {key}" for key in state if key not in wanted]
+    faults += [
+        f"{key} is {tuple(state[key].shape)}, should be {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise SourceError(f"--weights {path} does not fit {type(model).__name__}: {shown}.")
+    model.load_state_dict(state)
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any] | None, dict[str, Any]]:
+    """(architecture, pretrained configuration or None, saved constructor arguments) of a timm name."""
+    import timm
+    from timm.models import load_model_config_from_hf, parse_model_name, split_model_name_tag
+    from timm.models._hub import load_model_config_from_path
+
+    with _said_plainly(name):
+        scheme, place = parse_model_name(name)
+        if scheme == "hf-hub":
+            config, architecture, args = load_model_config_from_hf(place)
+        elif scheme == "local-dir":
+            config, architecture, args = load_model_config_from_path(place)
+        else:
+            architecture, tag = split_model_name_tag(place)
+            config, args = None, {}
+            if not timm.is_model(architecture):
+                raise SourceError(f"timm has no model {architecture!r}.{near_miss(architecture, timm.list_models())}")
+            tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
+            if tag and tag not in tags:
+                raise SourceError(
+                    f"timm's {architecture} has no weights tagged {tag!r}; it has: {', '.join(sorted(tags)) or 'none'}."
+                )
+    return architecture, config, dict(args or {})
+
+
+def _accepted(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
+    """`args` with those optional ones that the constructor of `architecture` knows."""
+    import timm
+
+    try:
+        with torch.device("meta"):
+            timm.create_model(architecture, pretrained=False, **{**OPTIONAL_ARGS, **args})
+    except Exception:  # noqa: BLE001 - any refusal only means "call it without"
+        return args
+    return {**OPTIONAL_ARGS, **args}
+
+
+def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict[str, int]:
+    """`num_classes` as the classifier in `weights` has it, so that a fine-tuned model loads without being told."""
+    from timm.models import get_pretrained_cfg
+
+    if "num_classes" in args or not weights.is_file() or weights.suffix != ".safetensors":
+        return {}
+    config = get_pretrained_cfg(architecture)
+    classifier = config.classifier if config else None
+    with contextlib.suppress(SafetensorError), safe_open(weights, "pt") as file:
+        if isinstance(classifier, str):
+            key = f"{classifier}.weight"
+            return {"num_classes": file.get_slice(key).get_shape()[0] if key in file.keys() else 0}  # noqa: SIM118
+    return {}
+
+
+def _labels(model: nn.Module) -> tuple[str, ...] | None:
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    subset = infer_imagenet_subset(model) if getattr(model, "num_classes", 0) else None
+    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None  # type: ignore[arg-type]
+
+
+def _revision(model: nn.Module) -> str | None:
+    """Commit of the hub repository whose files are in the cache; None for other sources."""
+    from huggingface_hub import try_to_load_from_cache
+
+    repo = (getattr(model, "pretrained_cfg", None) or {}).get("hf_hub_id")
+    if not repo:
+        return None
+    repo, _, revision = repo.partition("@")
+    for file in ("model.safetensors", "config.json"):
+        found = try_to_load_from_cache(repo, file, revision=revision or None)
+        if isinstance(found, str):
+            return Path(found).parent.name
+    return None
+
+
+@contextlib.contextmanager
+def _said_plainly(name: str) -> Iterator[None]:
+    """Turns what timm and the hub raise into one SourceError with what to do next."""
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        yield
+    except SourceError:
+        raise
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise SourceError(
+            f"timm:{name}: the weights cannot be reached ({str(error).splitlines()[0]}). Check the connection, or pass "
+            "--weights FILE.safetensors, or --no-pretrained for random weights, or use a local folder: timm:local-dir:PATH."
+        ) from error
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+        raise SourceError(f"timm:{name}: timm cannot build it: {error}") from error

@@ -1,0 +1,134 @@
+"""Conversion: a Teacher becomes a Student that is the same function, with layers whose B and beta can move."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LedgerError
+from .calibrate import Gain, calibrate
+from .layers import set_strength
+from .methods import find_method
+from .methods.bcos import BcosConfig
+from .plan import Plan, plan_conversion
+from .sources import Preprocess, Source, Teacher, load_teacher
+from .trace import noise_pictures, trace_forward
+
+__all__ = ["Student", "convert", "identity_error", "lossy_steps", "output_of"]
+
+# A larger relative difference than float32 rounding through a deep network explains: the student is another function.
+IDENTITY_LIMIT = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """A converted model with all that travels with it.
+
+    Attributes:
+        model: takes what the teacher's model takes: a normalised picture (B, 3, H, W).
+        method, config, plan: how it was converted.
+        report: measured facts (identity error, calibration, alignment), JSON values only.
+    """
+
+    model: nn.Module
+    source: Source
+    preprocess: Preprocess
+    labels: tuple[str, ...] | None
+    method: str
+    config: Any
+    plan: Plan
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def with_report(self, **facts: Any) -> Student:
+        """The same student with more facts in its report."""
+        return dataclasses.replace(self, report={**self.report, **facts})
+
+
+def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = None) -> Student:
+    """Converts a copy of `teacher`; at B = 1 and beta = 1 the student is the teacher, and that is checked.
+
+    Args:
+        teacher: a Teacher, or a reference such as `timm:resnet50` (see `load_teacher`).
+        config: settings of the method; its class chooses the method. Default `BcosConfig()`.
+        plan: a plan made before by `plan_for`, to spare making it again.
+
+    Raises:
+        SourceError, PlanError: before anything is changed.
+        LedgerError: the student differs from the teacher by more than rounding.
+    """
+    teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
+    config = BcosConfig() if config is None else config
+    plan = plan or plan_for(teacher, config)
+    model = copy.deepcopy(teacher.model)
+    apply_plan(model, plan, teacher.preprocess, config)
+    student = Student(model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan)
+    error = identity_error(model, teacher.model, noise_pictures(2, teacher.preprocess.size))
+    if not error <= IDENTITY_LIMIT:
+        raise LedgerError(
+            f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at B=1, beta=1 (limit "
+            f"{IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; nothing was written. "
+            "See `bcosify convert REF --dry-run`, and leave layers out with --keep."
+        )
+    return student.with_report(identity_error=error)
+
+
+def plan_for(teacher: Teacher, config: Any) -> Plan:
+    """The plan of converting `teacher` with `config`; changes nothing."""
+    trace = trace_forward(teacher.model, teacher.preprocess.size)
+    return plan_conversion(teacher.model, _method_of(config), config, trace)
+
+
+def apply_plan(model: nn.Module, plan: Plan, preprocess: Preprocess, config: Any) -> None:
+    """Carries out every swap of `plan` on `model`, in place."""
+    swaps = find_method(plan.method).swaps
+    for step in plan.swaps:
+        assert step.becomes is not None
+        swaps[step.becomes](model.get_submodule(step.name), preprocess, config)
+
+
+def _method_of(config: Any):  # noqa: ANN202
+    from .methods import METHODS
+
+    return next(method for method in METHODS.values() if method.config_class is type(config))
+
+
+def output_of(model: nn.Module, pictures: Tensor) -> Tensor:
+    """(B, D) what a model says of pictures: logits, or the pooled feature of a headless one."""
+    return model(pictures)
+
+
+@torch.no_grad()
+def identity_error(student: nn.Module, teacher: nn.Module, pictures: Tensor) -> float:
+    """Largest difference of outputs over the teacher's largest output, on pictures (B, 3, H, W)."""
+    ours, theirs = output_of(student, pictures), output_of(teacher, pictures)
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
+@torch.no_grad()
+def lossy_steps(
+    student: Student, teacher: nn.Module, pictures: Tensor, b: float = 2.0, gain: Gain = "least-squares"
+) -> list[dict[str, Any]]:
+    """What each step away from identity costs: mean cosine of outputs to the teacher's on pictures (N, 3, H, W).
+
+    Works on copies; the student stays as it is.
+    """
+    theirs = output_of(teacher, pictures)
+    rows = []
+    for what, strength, calibrated in (
+        ("identity", (1.0, 1.0), False),
+        ("biases removed", (1.0, 0.0), False),
+        (f"B={b:g}, biases kept", (b, 1.0), False),
+        (f"B={b:g}, biases removed", (b, 0.0), False),
+        (f"B={b:g}, biases removed, gains calibrated", (b, 0.0), True),
+    ):
+        model = copy.deepcopy(student.model)
+        set_strength(model, *strength)
+        if calibrated:
+            calibrate(model, teacher, pictures, gain)
+        cosine = nn.functional.cosine_similarity(output_of(model, pictures), theirs, dim=-1).mean()
+        rows.append({"step": what, "b": strength[0], "beta": strength[1], "cosine": round(float(cosine), 4)})
+    return rows

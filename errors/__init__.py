@@ -1,0 +1,60 @@
+"""The one tree of errors that bcosify raises on purpose.
+
+A message says what failed, where, what was found, what is supported, and what to type next. The command line prints the
+message alone (no traceback) and exits with 1; wrong usage exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "BcosifyError",
+    "CheckpointError",
+    "DataError",
+    "LedgerError",
+    "PlanError",
+    "RecipeError",
+    "SourceError",
+    "TargetError",
+    "near_miss",
+]
+
+
+class BcosifyError(Exception):
+    """Base of every error that bcosify raises on purpose."""
+
+
+class SourceError(BcosifyError):
+    """A model reference does not resolve: no such library, model or weights."""
+
+
+class PlanError(BcosifyError):
+    """A model cannot be converted as asked: nothing matched, or a layer is not supported."""
+
+
+class LedgerError(BcosifyError):
+    """Contributions and constants do not add up to the score, or a student is not its teacher at B = 1."""
+
+
+class CheckpointError(BcosifyError):
+    """A folder cannot be written, or what lies in it is not what was saved."""
+
+
+class DataError(BcosifyError):
+    """Shards or pictures are missing, empty, truncated or broken."""
+
+
+class RecipeError(BcosifyError):
+    """A recipe has unknown, missing or wrong keys, or differs from the run that it should resume."""
+
+
+class TargetError(BcosifyError):
+    """A target to explain does not exist in this model."""
+
+
+def near_miss(word: str, known: Iterable[str], count: int = 3) -> str:
+    """` Did you mean 'a', 'b'?` with the known words closest to `word`; empty where none is close."""
+    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+    return f" Did you mean {', '.join(repr(item) for item in close)}?" if close else ""

@@ -1,0 +1,198 @@
+"""The ledger of one explanation: which tensors move with the input, and what the constants put into the score.
+
+With its gates frozen a model is affine, so a score is  s = W(x)·x + Σ_j c_j.  Every c_j enters somewhere as a summand:
+a tensor `out` on its way to the score is (something that moves with the input) + c. The share that this c has in the
+score is the score's gradient at `out`, times c. So a constant costs one hook on a graph tensor, which the backward pass
+that brings W(x) fires anyway: one backward pass fills the whole ledger, exactly and for each picture of the batch.
+
+Tensors that move are those that require grad. Everything else has a name, handed on from the model's parameters and
+buffers to what is computed from them, so that the ledger can say `blocks.0.attn.proj.bias` and not "remainder".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Ledger", "frozen", "graft", "moves", "tensors"]
+
+Names = tuple[str, ...]
+
+LITERAL: Names = ("literal",)
+UNNAMED: Names = ("unnamed",)
+# The name of what an operation without a rule returned. It is never entered, so that the ledger cannot balance.
+UNKNOWN = "?"
+
+
+def moves(value: object) -> TypeGuard[Tensor]:
+    """Whether `value` is a tensor that moves with the explained input."""
+    return isinstance(value, Tensor) and value.requires_grad
+
+
+def frozen(value: Any) -> Any:
+    """`value` with each tensor in it cut from the input."""
+    return tree_map_only(Tensor, Tensor.detach, value)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The floating-point tensors in `value`, however nested: the ones that can carry a derivative."""
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and _continuous(leaf))
+
+
+def graft(value: Tensor, linear: Tensor) -> Tensor:
+    """`linear`, a fresh tensor, with its values (and strides) replaced by `value`: the model's own, bit for bit.
+
+    A rule thus only chooses the derivative. What it got wrong shows as a ledger that does not balance, never as
+    another output.
+    """
+    linear.data = value.detach()
+    return linear
+
+
+class Ledger:
+    """What is explained, what moves, and what has entered the score besides it.
+
+    A graph that was built under one ledger is pulled by that ledger; none of it outlives the graph.
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self.images: list[Tensor] = []
+        self.encodings: list[Tensor] = []
+        self.unknown: dict[str, int] = {}
+        self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._shares: dict[str, Tensor] = {}
+        # A zero that requires grad: a constant plus the anchor can be written over something that moves.
+        self._anchor = torch.zeros((), requires_grad=True)
+        if model is not None:
+            for name, tensor in [
+                *model.named_parameters(remove_duplicate=False),
+                *model.named_buffers(remove_duplicate=False),
+            ]:
+                self._names.setdefault(tensor, (name,))
+
+    # ------------------------------------------------------------------------------------------------ the input
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The explained leaves: what the model encoded of the images, or else the images."""
+        return self.encodings or self.images
+
+    def follow(self, images: Tensor) -> Tensor:
+        """Makes a copy of `images` (B, ...) an explained leaf; returns what to feed to the model."""
+        leaf = images.detach().clone().requires_grad_()
+        self.images.append(leaf)
+        # The model gets a copy, because it may write into its input, and autograd forbids to write into a leaf.
+        return leaf.clone()
+
+    def encode(self, encoding: Tensor) -> Tensor:
+        """As `follow`, for what the model made of the images by itself: the leaf, to be used within the graph."""
+        leaf = encoding.detach().clone().requires_grad_()
+        self.encodings.append(leaf)
+        return leaf
+
+    # ---------------------------------------------------------------------------------------------------- names
+
+    def names(self, value: object) -> Names:
+        """What `value` is called in the ledger."""
+        return self._names.get(value, UNNAMED) if isinstance(value, Tensor) else LITERAL
+
+    def settle(self, value: Any) -> Any:
+        """`value` fit to be an argument: parameters cut from their gradient, so that only the input moves."""
+        return tree_map_only(Tensor, self._settled, value)
+
+    def name(self, result: Any, names: Iterable[str]) -> Any:
+        """Names those tensors of `result` that do not move, beside the names that they have."""
+        for tensor in tensors(result):
+            if not tensor.requires_grad:
+                self._names[tensor] = _merged([self._names.get(tensor, ()), names])
+        return result
+
+    def inherit(self, result: Any, sources: Any) -> Any:
+        """Names those tensors of `result` that do not move after the `sources` from which they were computed."""
+        if any(not tensor.requires_grad for tensor in tensors(result)):
+            self.name(result, _merged(self._names.get(tensor, ()) for tensor in tensors(sources)))
+        return result
+
+    def distrust(self, result: Any, operation: str) -> Any:
+        """Counts `operation` as one without a rule: its `result` is frozen, but enters no ledger."""
+        if any(True for _ in tensors(result)):
+            self.unknown[operation] = self.unknown.get(operation, 0) + 1
+            self.name(result, (UNKNOWN,))
+        return result
+
+    # ------------------------------------------------------------------------------------------------ constants
+
+    def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
+        """Enters `constant`, which broadcasts to `out` and is a summand of it, under the name of `source`."""
+        names = self.names(source)
+        if UNKNOWN in names or not moves(out):
+            return
+        constant = torch.as_tensor(constant, device=out.device).detach()
+        if constant.any():
+            out.register_hook(partial(self._add, "+".join(names), constant))
+
+    def entered(self, constant: Tensor, source: object) -> Tensor:
+        """`constant` as a tensor that autograd follows, already entered under the name of `source`."""
+        out = constant.detach() + self._anchor.to(constant.dtype)
+        self.enter(out, constant, source)
+        return out
+
+    def adopt(self, target: Tensor) -> None:
+        """Readies a constant `target` to be written to with something that moves.
+
+        What stays of it is a constant, and so is what stays of the memory of which it may be a view.
+        """
+        whole = target if target._base is None else target._base
+        whole.copy_(self.entered(whole.clone(), target))
+
+    def pull(self, score: Tensor, retain_graph: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The gradient of `score` () at each explained input, and the share (B,) of each constant in the score."""
+        self._shares = {}
+        inputs = self.inputs
+        if score.requires_grad:
+            found = torch.autograd.grad(score, [*inputs, self._anchor], retain_graph=retain_graph, allow_unused=True)
+        else:
+            found = [None] * len(inputs)
+        gradients = [
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(inputs, found, strict=False)
+        ]
+        return gradients, self._shares
+
+    # ----------------------------------------------------------------------------------------------------------
+
+    def _settled(self, tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            settled = tensor.clone()
+        elif tensor.requires_grad and tensor.is_leaf:
+            settled = tensor.detach()
+        else:
+            return tensor
+        if tensor in self._names:
+            self._names[settled] = self._names[tensor]
+        return settled
+
+    def _add(self, name: str, constant: Tensor, gradient: Tensor) -> None:
+        # Where the gradient is 0 the constant may be anything: the -inf of a mask, the garbage of torch.empty.
+        share = torch.where(gradient == 0, 0, gradient * constant)
+        pictures = self.inputs[0].shape[0]
+        if share.dim() and share.shape[0] % pictures == 0:
+            share = share.reshape(pictures, -1).sum(1)
+        else:
+            # Pictures are not in front, so shares cannot be told apart. Not a number: it must not seem to balance.
+            share = share.sum().expand(pictures) if pictures == 1 else share.new_full((pictures,), torch.nan)
+        self._shares[name] = self._shares[name] + share if name in self._shares else share
+
+
+def _continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _merged(several: Iterable[Iterable[str]]) -> Names:
+    return tuple(dict.fromkeys(name for names in several for name in names))
