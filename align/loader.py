@@ -1,17 +1,18 @@
 """Batches of unlabelled pictures that are a pure function of (data, seed, step).
 
-Three things make a batch, and each is arithmetic: which pictures (`shards.batch_indices`), how each is cropped (a random
-state made from seed, epoch and picture), and what stands in for a broken one (the next picture in the epoch's order
-that decodes). So the same seed gives the same batches for any number of workers, and for any number of processes that
-divides the global batch; and resuming at step t is a slice: nothing is replayed, and no state is saved.
+Three things make a batch, and each is arithmetic: which pictures (`shards.batch_indices`), how each is cropped (a
+random state made from seed, epoch and picture), and what stands in for a broken one (the next picture in the epoch's
+order that decodes). So the same seed gives the same batches for any number of workers, and for any number of processes
+that divides the global batch; and resuming at step t is a slice: nothing is replayed, and no state is saved.
 
 The process that trains holds the index and sends each worker the places of a whole batch; workers hold no index, they
-read with `pread`, decode and crop. They start from a fork server, so they inherit no threads, no GPU context and no random
-state. As with any such process, a script that asks for workers needs the usual `if __name__ == "__main__":`.
+read with `pread`, decode and crop. They start from a fork server, so they inherit no threads, no GPU context and no
+random state. As with any such process, a script that asks for workers needs the usual `if __name__ == "__main__":`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing as mp
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ __all__ = [
     "BadSamples",
     "Batch",
     "Batches",
+    "CentreCrop",
     "PictureSet",
     "Run",
     "held_out_batches",
@@ -122,7 +124,8 @@ class PictureSet(Dataset):
         ids: list[int] = []
         bad: dict[int, str] = {}
         for asked in range(run.count):
-            for id, place in zip(run.ids[asked:].tolist(), run.places[asked:], strict=True):
+            tries = slice(asked, asked + 1 + len(run.ids) - run.count)  # as many, wherever in a run the picture is
+            for id, place in zip(run.ids[tries].tolist(), run.places[tries], strict=True):
                 picture = self._picture(run.epoch, id, place)
                 if isinstance(picture, torch.Tensor):
                     pictures.append(picture)
@@ -148,10 +151,10 @@ class PictureSet(Dataset):
 
     def _none_decodes(self, run: Run, asked: int, reason: str) -> DataError:
         shard, offset, _ = map(int, run.places[asked])
-        tried = len(run.ids) - asked
         return DataError(
-            f"{self.files[shard].path}: the picture at byte {offset} cannot be decoded, nor can any of the {tried - 1} that "
-            f"would stand in for it ({reason}). Check the shards; to write them again: bcosify shards DIR OUT"
+            f"{self.files[shard].path}: the picture at byte {offset} cannot be decoded, nor can any of the "
+            f"{len(run.ids) - run.count} that would stand in for it ({reason}). "
+            "Check the shards; to write them again: bcosify shards DIR OUT"
         )
 
 
@@ -311,7 +314,7 @@ def held_out_batches(
     )
 
 
-def _as_it_is(item: Batch | DataError) -> Batch | DataError:
+def _as_it_is(item: Any) -> Any:
     return item
 
 
@@ -367,14 +370,13 @@ class BadSamples:
 
 
 def _listed(path: Path) -> set[tuple[str, str]]:
-    """Key and shard of each line; a last line that was cut is left out."""
-    if not path.exists():
-        return set()
-    lines = path.read_text("utf-8").split("\n")[:-1]
-    try:
-        return {(line["key"], line["shard"]) for line in map(json.loads, lines)}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is no list of broken pictures ({error}). Move it away and start again.") from error
+    """Key and shard of each line. A line that a crash cut is left out: its picture is listed again when it comes."""
+    known = set()
+    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            found = json.loads(line)
+            known.add((found["key"], found["shard"]))
+    return known
 
 
 def _append(path: Path, line: str) -> None:

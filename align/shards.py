@@ -8,8 +8,8 @@ With random access, order is arithmetic. With N pictures, seed s and global batc
 
     batch(t) = order(N, s, e)[b·G : (b + 1)·G]    with e = t div E (the epoch) and b = t mod E
 
-whatever the workers, the processes, and where a run was interrupted. The N mod G pictures at the end of an epoch's order
-are left out of that epoch; they are others in each.
+whatever the workers, the processes, and where a run was interrupted. The N mod G pictures at the end of an epoch's
+order are left out of that epoch; they are others in each.
 
 The index takes about 30 bytes and a key for each picture. Each shard's part of it is cached as JSON, under a name made
 from the tar's path, size and modification time.
@@ -28,7 +28,7 @@ import re
 import tarfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +167,9 @@ class ShardFile(NamedTuple):
     mtime_ns: int
 
 
+COLUMNS = {"first": np.uint32, "picture": np.uint32, "kinds": np.uint16, "offsets": np.int64, "lengths": np.int64}
+
+
 @dataclass(frozen=True, eq=False)
 class Shard:
     """The samples of one tar that have a picture: N samples with M members in all, as columns.
@@ -176,11 +179,11 @@ class Shard:
 
     file: ShardFile
     keys: np.ndarray  # (N,) bytes, UTF-8
-    first: np.ndarray  # (N + 1,) uint32
-    picture: np.ndarray  # (N,) uint32
-    kinds: np.ndarray  # (M,) uint16, into extensions
-    offsets: np.ndarray  # (M,) int64, of the payload
-    lengths: np.ndarray  # (M,) int64
+    first: np.ndarray  # (N + 1,)
+    picture: np.ndarray  # (N,)
+    kinds: np.ndarray  # (M,) numbers in extensions
+    offsets: np.ndarray  # (M,) of the payload
+    lengths: np.ndarray  # (M,)
     extensions: tuple[str, ...]
     without_picture: int  # samples that were left out
 
@@ -190,15 +193,14 @@ class Shard:
     @functools.cached_property
     def digest(self) -> bytes:
         """sha256 over what the tar holds, wherever it lies."""
-        columns = (self.first, self.picture, self.kinds, self.offsets, self.lengths)
         parts = [b"\0".join(self.keys.tolist()), "\0".join(self.extensions).encode("utf-8", "surrogateescape")]
-        parts += [column.astype("<i8").tobytes() for column in columns]
+        parts += [getattr(self, name).astype("<i8").tobytes() for name in COLUMNS]
         return hashlib.sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """All pictures of some shards, or those of them that `ids` picks. It holds no open files, so it pickles and forks."""
+    """All pictures of some shards, or those that `ids` picks. It holds no open files, so it can be pickled."""
 
     shards: tuple[Shard, ...]
     ids: np.ndarray | None = None  # ascending; None: all
@@ -287,11 +289,7 @@ def index_shards(paths: Iterable[str | os.PathLike[str]], progress: bool = True)
     if errors := [result for result in results if isinstance(result, DataError)]:
         listed = "\n".join(f"  {error}" for error in errors[:10])
         more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise DataError(
-            f"{len(errors)} of {len(results)} shards cannot be used:\n{listed}{more}"
-            if len(results) > 1
-            else str(errors[0])
-        )
+        raise DataError(f"{len(errors)} of {len(results)} shards cannot be used:\n{listed}{more}")
     if not results:
         raise DataError("No shards to index.")
     return ShardIndex(tuple(result for result in results if isinstance(result, Shard)))
@@ -338,31 +336,23 @@ def _scan(file: ShardFile) -> Shard:
 def _columns(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], without_picture: int) -> Shard:
     extensions = sorted({kind for members in samples.values() for kind in members})
     number = {kind: i for i, kind in enumerate(extensions)}
-    first = np.cumsum([0, *(len(members) for members in samples.values())])
+    first = np.cumsum([0, *map(len, samples.values())])
     # The row of a sample's picture, counted from the sample's first row.
     picture = [next(list(members).index(kind) for kind in PICTURES if kind in members) for members in samples.values()]
     rows = [(number[kind], *place) for members in samples.values() for kind, place in members.items()]
-    kinds, offsets, lengths = np.array(rows, np.int64).T
-    keys = [key.encode("utf-8", "surrogateescape") for key in samples]
-    return _shard(file, keys, first, picture + first[:-1], kinds, offsets, lengths, extensions, without_picture)
+    kinds, offsets, lengths = zip(*rows, strict=True)
+    columns = {"first": first, "picture": first[:-1] + picture, "kinds": kinds, "offsets": offsets, "lengths": lengths}
+    return _shard(file, list(samples), columns, extensions, without_picture)
 
 
 def _shard(
-    file: ShardFile,
-    keys: Any,
-    first: Any,
-    picture: Any,
-    kinds: Any,
-    offsets: Any,
-    lengths: Any,
-    extensions: Iterable[str],
-    without_picture: int,
+    file: ShardFile, keys: Sequence[str], columns: Mapping[str, Any], extensions: Sequence[str], without_picture: int
 ) -> Shard:
-    columns = [np.array(keys, dtype=np.bytes_), np.array(first, np.uint32), np.array(picture, np.uint32)]
-    columns += [np.array(kinds, np.uint16), np.array(offsets, np.int64), np.array(lengths, np.int64)]
-    for column in columns:
-        column.setflags(write=False)
-    return Shard(file, *columns, extensions=tuple(extensions), without_picture=without_picture)
+    arrays = {name: np.array(columns[name], kind) for name, kind in COLUMNS.items()}
+    names = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
+    for array in (names, *arrays.values()):
+        array.setflags(write=False)
+    return Shard(file, names, extensions=tuple(extensions), without_picture=without_picture, **arrays)
 
 
 def _no_picture(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]]) -> str:
@@ -402,8 +392,8 @@ def _members(file: ShardFile) -> Iterator[tuple[str, int, int]]:
                 raise DataError(f"{file.path} is broken at byte {here} of {file.size}: {error}. {AGAIN}") from error
             if member.size < 0 or member.offset_data + member.size > file.size:
                 raise DataError(
-                    f"{file.path} is truncated: {member.name!r} begins at byte {member.offset_data} and has {member.size} "
-                    f"bytes, but the file ends at byte {file.size}. {AGAIN}"
+                    f"{file.path} is truncated: {member.name!r} begins at byte {member.offset_data} and has "
+                    f"{member.size} bytes, but the file ends at byte {file.size}. {AGAIN}"
                 )
             # What webdataset takes for its own notes is no sample.
             if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
@@ -426,16 +416,16 @@ def _at_end(stream: BinaryIO, here: int, file: ShardFile) -> bool:
     block = stream.read(BLOCK)
     if len(block) < BLOCK:
         raise DataError(
-            f"{file.path} is truncated: it ends at byte {file.size}, where the header of a member or the end of the archive "
-            f"should be (byte {here}). {AGAIN}"
+            f"{file.path} is truncated: it ends at byte {file.size}, and at byte {here} there should be another member "
+            f"or the end of the archive. {AGAIN}"
         )
     if block.strip(b"\0"):
         return False
     while chunk := stream.read(1 << 20):
         if rest := chunk.lstrip(b"\0"):
             raise DataError(
-                f"{file.path} goes on after its end, at byte {stream.tell() - len(rest)}: two tars were joined, and readers "
-                "stop at the end of the first. Keep them as two files."
+                f"{file.path} goes on after its end, at byte {stream.tell() - len(rest)}: two tars were joined, and "
+                "readers stop at the end of the first. Keep them as two files."
             )
     return True
 
@@ -492,24 +482,21 @@ def _cache_file(file: ShardFile) -> Path:
 
 
 def _cached(file: ShardFile) -> Shard | None:
-    """What an earlier scan found; None where there is none that can be used."""
+    """What an earlier scan found; None where there is nothing that can be used."""
     try:
         found = json.loads(_cache_file(file).read_text("utf-8"))
-        if [found.pop("schema"), *found.pop("file")] != [SCHEMA, *file]:
+        if found["file"] != list(file):
             return None
-        keys = [key.encode("utf-8", "surrogateescape") for key in found.pop("keys")]
-        return _shard(file, keys, **found)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return _shard(file, found["keys"], found["columns"], found["extensions"], found["without_picture"])
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _remember(shard: Shard) -> Shard:
-    columns = ("first", "picture", "kinds", "offsets", "lengths")
     found = {
-        "schema": SCHEMA,
         "file": shard.file,
         "keys": [key.decode("utf-8", "surrogateescape") for key in shard.keys.tolist()],
-        **{name: getattr(shard, name).tolist() for name in columns},
+        "columns": {name: getattr(shard, name).tolist() for name in COLUMNS},
         "extensions": shard.extensions,
         "without_picture": shard.without_picture,
     }
@@ -550,7 +537,7 @@ def batch_indices(count: int, seed: int, batch_size: int, step: int) -> GlobalBa
 
 
 def split(index: ShardIndex, held_out: float | int, seed: int = 0) -> tuple[ShardIndex, ShardIndex]:
-    """The other pictures, and the held-out ones: a fraction (float) or a count (int) of them, by the hash of their keys.
+    """The other pictures, and the held-out ones: a fraction (float) or a count (int), by the hash of their keys.
 
     By fraction, a key falls on the same side whatever else is in the shards, also after more are added, and pictures
     that share a key stay together; the fraction is met as nearly as chance allows. A count is met exactly.
@@ -607,8 +594,8 @@ def write_shards(
     """Packs all pictures under `folder`, in the order of their paths, as JPEGs into `out`/00000.tar, 00001.tar, ...
 
     The shorter side becomes `size` (never enlarged; None keeps sizes). A JPEG that needs no change is copied as it is.
-    Keys are the paths below `folder` without dots. The same pictures give the same bytes. What cannot be read is skipped,
-    and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
+    Keys are the paths below `folder` without dots. The same pictures give the same bytes. What cannot be read is
+    skipped, and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
     """
     folder, out = Path(folder), Path(out).absolute()
     if (size is not None and size < 1) or per_shard < 1 or not 1 <= quality <= 100:
@@ -617,7 +604,7 @@ def write_shards(
         )
     check_free(out, overwrite)
     names = _pictures_in(folder)
-    keys = _unique_keys(names)
+    keys = list(_unique_keys(names))
     jpeg = functools.partial(_as_jpeg, size=size, quality=quality)
     skipped: list[Skipped] = []
     with new_folder(out, overwrite) as scratch:
@@ -658,19 +645,19 @@ def _pictures_in(folder: Path) -> list[str]:
     return pictures
 
 
-def _unique_keys(names: Sequence[str]) -> list[str]:
+def _unique_keys(names: Iterable[str]) -> Iterator[str]:
     """A key for each path: dots and odd characters replaced, and a number added where two would be the same."""
     taken: set[str] = set()
-    keys = []
     for name in names:
         parts = unicodedata.normalize("NFC", name).rpartition(".")[0].split("/")
         # Letters of any script, digits, - and _; webdataset drops names that begin with two underscores.
         base = "/".join(re.sub(r"[^\w-]+", "_", part).lstrip("_") or "x" for part in parts)
-        candidates = (base if i == 1 else f"{base}-{i}" for i in range(1, len(names) + 2))
-        key = next(key for key in candidates if key not in taken)
+        key, number = base, 1
+        while key in taken:
+            number += 1
+            key = f"{base}-{number}"
         taken.add(key)
-        keys.append(key)
-    return keys
+        yield key
 
 
 def _as_jpeg(path: Path, size: int | None, quality: int) -> bytes | Exception:

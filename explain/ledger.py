@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Ledger", "frozen", "graft", "moves", "tensors"]
+__all__ = ["Ledger", "continuous", "frozen", "graft", "moves", "tensors"]
 
 Names = tuple[str, ...]
 
@@ -40,9 +40,14 @@ def frozen(value: Any) -> Any:
     return tree_map_only(Tensor, Tensor.detach, value)
 
 
+def continuous(value: object) -> TypeGuard[Tensor]:
+    """Whether `value` is a tensor that can carry a derivative."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in `value`, however nested: the ones that can carry a derivative."""
-    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and _continuous(leaf))
+    """The tensors in `value`, however nested, that can carry a derivative."""
+    return filter(continuous, tree_leaves(value))
 
 
 def graft(value: Tensor, linear: Tensor) -> Tensor:
@@ -114,9 +119,12 @@ class Ledger:
         return result
 
     def inherit(self, result: Any, sources: Any) -> Any:
-        """Names those tensors of `result` that do not move after the `sources` from which they were computed."""
-        if any(not tensor.requires_grad for tensor in tensors(result)):
-            self.name(result, _merged(self._names.get(tensor, ()) for tensor in tensors(sources)))
+        """Names those tensors of `result` that neither move nor have a name after what they were computed from."""
+        sources = list(tensors(sources))
+        for tensor in tensors(result):
+            # What was written to in place is a source of its own.
+            if tensor not in self._names or any(tensor is source for source in sources):
+                self.name(tensor, _merged(self._names.get(source, ()) for source in sources))
         return result
 
     def distrust(self, result: Any, operation: str) -> Any:
@@ -135,7 +143,7 @@ class Ledger:
             return
         constant = torch.as_tensor(constant, device=out.device).detach()
         if constant.any():
-            out.register_hook(partial(self._add, "+".join(names), constant))
+            out.register_hook(partial(self._add, _joined(names), constant))
 
     def entered(self, constant: Tensor, source: object) -> Tensor:
         """`constant` as a tensor that autograd follows, already entered under the name of `source`."""
@@ -190,9 +198,12 @@ class Ledger:
         self._shares[name] = self._shares[name] + share if name in self._shares else share
 
 
-def _continuous(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def _merged(several: Iterable[Iterable[str]]) -> Names:
     return tuple(dict.fromkeys(name for names in several for name in names))
+
+
+def _joined(names: Names) -> str:
+    """One name for a constant that was computed from several: `attn.q_bias+v_bias` for two of one layer."""
+    first, *rest = names
+    parent = first.rpartition(".")[0]
+    return "+".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in rest)])

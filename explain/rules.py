@@ -9,6 +9,7 @@ moves, with every summand that does not move entered in the ledger. With sg = st
 - normalisers:                            (x - μ) / σ      ->  (x - μ) / sg(σ)
 - attention:                              softmax(qkᵀ) v   ->  sg(softmax(qkᵀ)) v
 - products of m moving factors:           Π x_i            ->  Σ_i x_i · sg(Π_{j≠i} x_j) / m
+- whole powers:                           x^n              ->  x · sg(x^(n-1)), which is the same
 - quotients:                              x / y            ->  x / sg(y)
 - other known non-linear operations:      f(x)             ->  sg(f(x)), a constant called "f output"
 - operations that are not in the table:   f(x)             ->  sg(f(x)), which enters no ledger, so it cannot balance
@@ -16,8 +17,9 @@ moves, with every summand that does not move entered in the ledger. With sg = st
 
 from __future__ import annotations
 
-import math
+import inspect
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -25,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .ledger import Ledger, frozen, graft, moves, tensors
+from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "gate", "resolve"]
+__all__ = ["OPERATIONS", "Operation", "Rule", "encoding", "gate", "resolve"]
 
 Run = Callable[..., Any]
 
@@ -66,11 +68,13 @@ def affine(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
     leaves, tree = tree_flatten((args, kwargs))
 
     def at(keep: Tensor | None) -> Tensor:
-        only = [leaf if leaf is keep or not any(tensors(leaf)) else torch.zeros_like(leaf) for leaf in leaves]
+        only = [leaf if leaf is keep or not continuous(leaf) else torch.zeros_like(leaf) for leaf in leaves]
         args, kwargs = tree_unflatten(only, tree)
         return run(*args, **kwargs)
 
     out = run(*args, **kwargs)
+    if not moves(out):
+        return out
     with torch.no_grad():
         literal = at(None)
         for leaf in {id(leaf): leaf for leaf in tensors(leaves) if not moves(leaf)}.values():
@@ -103,7 +107,7 @@ def extreme(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
     shape = torch.broadcast_shapes(*(leaf.shape for leaf in tensors((args, kwargs))))
     leaves, tree = tree_flatten((args, kwargs))
     followed = [
-        ledger.entered(leaf.expand(shape), leaf) if any(tensors(leaf)) and not moves(leaf) else leaf for leaf in leaves
+        ledger.entered(leaf.expand(shape), leaf) if continuous(leaf) and not moves(leaf) else leaf for leaf in leaves
     ]
     args, kwargs = tree_unflatten(followed, tree)
     return run(*args, **kwargs)
@@ -136,8 +140,10 @@ def product(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Tensor:
 def quotient(
     ledger: Ledger, run: Run, input: Any, other: Any, *, rounding_mode: str | None = None, **kwargs: Any
 ) -> Any:
+    """Division by something that moves: the divisor is a gate."""
     if rounding_mode is not None or not moves(input):
-        return ledger.name(run(frozen(input), frozen(other), **kwargs), ("quotient",))
+        value = run(*frozen((input, other)), rounding_mode=rounding_mode, **kwargs)
+        return ledger.name(value, ("div output",))
     return run(input, frozen(other), **kwargs)
 
 
@@ -177,6 +183,13 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
         return value
     x = input.detach()
     return graft(value, input * torch.where(x == 0, 0, value / x))
+
+
+def power(ledger: Ledger, run: Run, input: Any, exponent: Any) -> Tensor:
+    """A whole power x^n is a product of n equal factors:  x · sg(x^(n-1)). Any other is non-linear."""
+    if isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent):
+        return gate(ledger, run, input, exponent)
+    return ledger.name(run(*frozen((input, exponent))), ("pow output",))
 
 
 def clipping(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -340,47 +353,192 @@ def attention(ledger: Ledger, run: Run, query: Any, key: Any, value: Any, *args:
     return run(*frozen((query, key)), value, *frozen(args), **frozen(kwargs))
 
 
-def multi_head_attention(
-    ledger: Ledger,
-    run: Run,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    embed_dim_to_check: int,
-    num_heads: int,
-    in_proj_weight: Any,
-    in_proj_bias: Any,
-    bias_k: Any,
-    bias_v: Any,
-    add_zero_attn: bool,
-    dropout_p: float,
-    out_proj_weight: Tensor,
-    out_proj_bias: Any,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
+def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     """What `nn.MultiheadAttention` calls, on (S, B, E): softmax(qkᵀ) v, with the projections of v and of the result.
 
     torch is asked for its attention weights (B, heads, L, S); what they weigh is then projected here. Pictures are
     brought to the front on the way, where the ledger expects them.
     """
-    batched = query.dim() == 3
-    settings = dict(zip(HEAD_ARGUMENTS, (embed_dim_to_check, num_heads, in_proj_weight, in_proj_bias, bias_k, bias_v,
-                                         add_zero_attn, dropout_p, out_proj_weight, out_proj_bias), strict=True))
-    call = frozen(settings | options)
-    wants_weights, averaged = options.get("need_weights", True), options.get("average_attn_weights", True)
-    out_value, weights = run(
-        *frozen((query, key, value)), **(call | {"need_weights": True, "average_attn_weights": False})
-    )
-    dropped = dropout_p > 0 and options.get("training", True)
-    if not wants_weights and not dropped:
-        # The fused kernel rounds differently; the model would have used it.
-        out_value = run(*frozen((query, key, value)), **call)[0]
-    weights = weights if batched else weights[None]
-    values = options.get("static_v")
+    call = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs)
+    call.apply_defaults()
+    given, constant = SimpleNamespace(**call.arguments), frozen(call.arguments)
+    out, weights = run(**constant | {"need_weights": True, "average_attn_weights": False})
+    dropped = given.training and given.dropout_p > 0
+    if not given.need_weights and not dropped:
+        # The model would have used the fused kernel, which rounds differently.
+        out, _ = run(**constant)
+    shown = (weights.mean(-3) if given.average_attn_weights else weights) if given.need_weights else None
+    ledger.name(shown, ("softmax output",))
+    if not moves(given.value) and not moves(given.static_v):
+        return ledger.name(out, ("attention output",)), shown
+
+    width, heads = given.embed_dim_to_check, given.num_heads
+    weights = weights.reshape(-1, *weights.shape[-3:])
+    values = given.static_v
     if values is None:
-        tokens = value.transpose(0, 1) if batched else value[None]
-        width = tokens.shape[-1]
-        weight_v = options["v_proj_weight"] if options.get("use_separate_proj_weight") else in_proj_weight[-embed_dim_to_check:]
-        bias = None if in_proj_bias is None else ledger.inherit(in_proj_bias[-embed_dim_to_check:], in_proj_bias)
-        values = weighted(ledger, F.linear, tokens, weight_v, bias)
-    raise NotImplementedError
+        tokens = given.value if given.value.dim() == 3 else given.value[:, None]
+        weight = given.v_proj_weight if given.use_separate_proj_weight else given.in_proj_weight[-width:]
+        bias = None if given.in_proj_bias is None else ledger.inherit(given.in_proj_bias[-width:], given.in_proj_bias)
+        values = weighted(ledger, F.linear, tokens.transpose(0, 1), weight, bias)
+        if given.bias_v is not None:
+            extra = given.bias_v.expand(len(values), 1, width)
+            values = affine(ledger, torch.cat, (values, ledger.inherit(extra, given.bias_v)), 1)
+        values = values.unflatten(-1, (heads, -1)).transpose(1, 2)
+    values = values.reshape(len(weights), heads, -1, width // heads)
+    seen = weights @ F.pad(values, (0, 0, 0, int(given.add_zero_attn)))
+    seen = weighted(ledger, F.linear, seen.transpose(1, 2).flatten(2), given.out_proj_weight, given.out_proj_bias)
+    return graft(out, seen.transpose(0, 1).reshape(out.shape).clone()), shown
+
+
+# -------------------------------------------------------------------------------------------------------- input layers
+
+
+def encoding(
+    ledger: Ledger, run: Run, x: Tensor, mean: Any, std: Any, padding: tuple[int, int, int, int] = (0, 0, 0, 0)
+) -> Tensor:
+    """Functions that encode the picture: what they return is explained, and their border is a constant."""
+    x, mean, std = frozen((x, mean, std))
+    leaf = ledger.encode(run(x, mean, std, (0, 0, 0, 0)))
+    value = run(x, mean, std, padding)
+    out = graft(value, F.pad(leaf, padding) if any(padding) else leaf.clone())
+    inside = F.pad(torch.ones_like(leaf, dtype=torch.bool), padding)
+    ledger.enter(out, value.masked_fill(inside, 0), ledger.name(torch.zeros(()), ("padding",)))
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+ADD = combination(lambda alpha: (1, alpha))
+
+LINEAR = """
+    view view_as reshape reshape_as expand expand_as broadcast_to flatten unflatten ravel squeeze unsqueeze transpose
+    swapaxes swapdims permute movedim moveaxis t adjoint narrow select chunk split split_with_sizes tensor_split hsplit
+    vsplit dsplit unbind unfold fold diagonal diag diag_embed as_strided contiguous clone roll flip fliplr flipud rot90
+    repeat repeat_interleave tile gather take take_along_dim index_select masked_select tril triu trace __getitem__
+    __iter__ __reversed__ atleast_1d atleast_2d atleast_3d view_as_real view_as_complex resolve_conj resolve_neg
+    sum mean cumsum nansum sum_to_size neg negative positive __neg__ __pos__ conj alias
+    to float double half bfloat16 type type_as cpu cuda requires_grad_ as_subclass
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d
+    max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool2d_with_indices
+    fractional_max_pool2d fractional_max_pool3d max_unpool1d max_unpool2d max_unpool3d
+    interpolate upsample grid_sample pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle
+    dropout dropout1d dropout2d dropout3d feature_dropout alpha_dropout feature_alpha_dropout
+    fft ifft rfft irfft fft2 ifft2 rfft2 irfft2 fftn ifftn rfftn irfftn fftshift ifftshift
+""".split()
+
+INDEPENDENT = """
+    zeros_like ones_like empty_like full_like rand_like randn_like randint_like
+    new_zeros new_ones new_empty new_full new_tensor new_empty_strided
+""".split()
+
+AFFINE = """
+    cat concat concatenate stack hstack vstack dstack column_stack row_stack where pad constant_pad_nd
+    masked_fill masked_scatter index_fill index_copy index_put index_add scatter scatter_add
+    select_scatter slice_scatter diagonal_scatter
+    copy_ fill_ zero_ __setitem__
+""".split()
+
+EXTREME = "max min amax amin maximum minimum fmax fmin topk sort msort kthvalue median aminmax".split()
+
+PRODUCT = """
+    mul multiply matmul mm bmm mv dot vdot inner outer ger tensordot kron einsum bilinear chain_matmul multi_dot
+    linalg_multi_dot vecdot linalg_vecdot
+""".split()
+
+GATED = """
+    relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softsign tanhshrink hardshrink softshrink
+    local_response_norm
+""".split()
+
+CLIPPED = "clamp clip clamp_min clamp_max hardtanh threshold".split()
+
+FROZEN = """
+    softmax log_softmax softmin gumbel_softmax sigmoid hardsigmoid logsigmoid softplus tanh exp exp2 expm1 log log2
+    log10 log1p logsumexp logcumsumexp logaddexp sqrt rsqrt reciprocal __rpow__ float_power norm
+    linalg_vector_norm linalg_norm linalg_matrix_norm vector_norm matrix_norm cdist dist abs absolute sign sgn floor
+    ceil round trunc frac remainder fmod __floordiv__ floor_divide __mod__ std var sin cos tan asin acos atan atan2
+    sinh cosh erf erfc erfinv logit heaviside bernoulli nan_to_num detach prod cumprod __rfloordiv__ __rmod__
+""".split()
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(LINEAR, linear),
+    **dict.fromkeys(INDEPENDENT, independent),
+    **dict.fromkeys(AFFINE, affine),
+    **dict.fromkeys(EXTREME, extreme),
+    **dict.fromkeys(PRODUCT, product),
+    **dict.fromkeys(GATED, gate),
+    **dict.fromkeys(CLIPPED, clipping),
+    **{name: freezing(name.strip("_")) for name in FROZEN},
+    **dict.fromkeys(("add", "__add__", "__radd__"), ADD),
+    **dict.fromkeys(("sub", "subtract", "__sub__"), combination(lambda alpha: (1, -alpha))),
+    **dict.fromkeys(("rsub", "__rsub__"), combination(lambda alpha: (-alpha, 1))),
+    **dict.fromkeys(("div", "divide", "true_divide", "__truediv__", "__div__"), quotient),
+    **dict.fromkeys(("__rdiv__", "__rtruediv__"), freezing("reciprocal")),
+    **dict.fromkeys(("linear", *(f"conv{n}d" for n in (1, 2, 3))), weighted),
+    **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), weighted),
+    **dict.fromkeys(("var_mean", "std_mean"), moments),
+    **dict.fromkeys(("pow", "__pow__"), power),
+    "square": gate,
+    "lerp": interpolation,
+    "addmm": multiply_add(torch.mm),
+    "addbmm": multiply_add(lambda a, b: torch.bmm(a, b).sum(0)),
+    "baddbmm": multiply_add(torch.bmm),
+    "addmv": multiply_add(torch.mv),
+    "addr": multiply_add(torch.outer),
+    "addcmul": multiply_add(torch.mul),
+    "addcdiv": multiply_add(torch.div, quotient),
+    "glu": gated_half,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "normalize": normalize,
+    "cosine_similarity": cosine_similarity,
+    "scaled_dot_product_attention": attention,
+}
+
+# These take other arguments in torch than they do in torch.nn.functional.
+FUNCTIONAL_RULES: dict[Callable[..., Any], Rule] = {
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
+    F.multi_head_attention_forward: multi_head_attention,
+}
+
+PROPERTY_RULES: dict[str, Rule] = {
+    **dict.fromkeys(("T", "mT", "H", "mH", "real", "imag"), linear),
+    "data": freezing("detach"),
+}
+
+SPACES = (torch, Tensor, F, torch._C._nn, torch.linalg, torch.special, torch.fft)
+
+
+def _operations() -> Iterator[tuple[Callable[..., Any], Operation]]:
+    """Each spelling of each rule: torch function, method, torch.nn.functional, and in place."""
+    for name, rule in RULES.items():
+        for spelling in (name, f"{name}_"):
+            for space in SPACES:
+                if callable(function := getattr(space, spelling, None)):
+                    yield function, Operation(name, rule, _writes(spelling))
+    for function, rule in FUNCTIONAL_RULES.items():
+        yield function, Operation(function.__name__, rule, False)
+    for name, rule in PROPERTY_RULES.items():
+        yield getattr(Tensor, name).__get__, Operation(name, rule, False)
+
+
+def _writes(spelling: str) -> bool:
+    """Whether a function of this name writes to its first argument."""
+    return spelling == "__setitem__" or (spelling.endswith("_") and spelling[-2:] != "__")
+
+
+OPERATIONS: dict[Callable[..., Any], Operation] = dict(_operations())
+
+
+def resolve(function: Callable[..., Any]) -> Operation:
+    """What is known of a torch function."""
+    known = OPERATIONS.get(function)
+    if known is not None:
+        return known
+    name = getattr(function, "__name__", str(function))
+    if name == "__get__":
+        name = getattr(getattr(function, "__self__", None), "__name__", name)
+    return Operation(name, distrusting(name), _writes(name))

@@ -1,0 +1,241 @@
+"""Recipes: what an alignment run does, complete, in one YAML file.
+
+A recipe is a list of phases. Each names its objective, its length in pictures, its learning rate, and how B and beta move.
+Wrong keys are all reported at once, one line each, with the nearest right one; the resolved recipe is written beside the
+run, and that file alone starts the same run again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ..errors import RecipeError, near_miss
+
+__all__ = ["Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of a run.
+
+    Attributes:
+        objective: `end-to-end` or `block-local` (see `objectives`).
+        pictures: how many pictures it sees.
+        learning_rate: peak; AdamW. Fresh optimizer state in every phase, as objectives differ in scale.
+        b, beta: [start, end]; they move in a straight line over the first `ramp` share of the phase.
+        calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
+        recalibrate_every: again every so many steps while B and beta move; 0 never.
+        gain: `least-squares` or `rms`.
+        warmup: share of the phase with rising learning rate. final_learning_rate: share of the peak at the end.
+        clip: largest norm of the gradient.
+    """
+
+    objective: Literal["end-to-end", "block-local"]
+    pictures: int
+    learning_rate: float
+    b: tuple[float, float] = (2.0, 2.0)
+    beta: tuple[float, float] = (0.0, 0.0)
+    ramp: float = 0.6
+    calibrate: int = 0
+    recalibrate_every: int = 0
+    gain: Literal["least-squares", "rms"] = "least-squares"
+    warmup: float = 0.05
+    final_learning_rate: float = 0.05
+    clip: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A whole run.
+
+    Attributes:
+        pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to learn.
+        image_size: side of the training views in pixels.
+        batch_size: pictures a step, over all processes.
+        taps: modules compared end to end; empty means a third, two thirds and all of the depth.
+        centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
+        output_weight: weight of the output's loss beside one for every tap.
+        crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
+        held_out: pictures kept back for the fidelity curve where no --val is given.
+        evaluate_every, checkpoint_every: in pictures seen. log_every: in steps.
+        precision: `auto` is bf16 where the device has it, else float32.
+        max_bad: largest share of broken pictures before the run stops.
+    """
+
+    pressure: str
+    image_size: int
+    batch_size: int
+    phases: tuple[Phase, ...]
+    seed: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    taps: tuple[str, ...] = ()
+    centre: bool = False
+    output_weight: float = 1.0
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    flip: float = 0.5
+    held_out: int = 128
+    evaluate_every: int = 1600
+    checkpoint_every: int = 1600
+    log_every: int = 10
+    precision: Literal["auto", "no", "bf16"] = "auto"
+    workers: int = 2
+    max_bad: float = 0.01
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Steps of every phase."""
+        return tuple(max(1, phase.pictures // self.batch_size) for phase in self.phases)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship with bcosify, such as `bcos/vit`."""
+    return sorted(_shipped())
+
+
+def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that ships as `name`, or the file at this path, with `overrides` such as `phases.0.pictures=800`.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, unknown, missing or wrong keys (all of them, a line each).
+    """
+    text, shipped = None, _shipped()
+    if str(name) in shipped:
+        text = shipped[str(name)].read_text()
+    elif Path(name).is_file():
+        text = Path(name).read_text()
+    if text is None:
+        raise RecipeError(
+            f"no recipe {str(name)!r}.{near_miss(str(name), shipped)} Give a path, or one of: {', '.join(sorted(shipped))}."
+        )
+    try:
+        values = yaml.safe_load(text)
+        for override in overrides:
+            values = _override(values, override)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"recipe {name} is not YAML: {error}") from error
+    return from_values(values, str(name))
+
+
+def from_values(values: Any, name: str = "recipe") -> Recipe:
+    """Parses plain values (from YAML or JSON) strictly into a Recipe."""
+    faults = list(_faults(Recipe, values, ""))
+    if faults:
+        raise RecipeError(f"recipe {name} has {len(faults)} fault(s):\n" + "\n".join(f"  {fault}" for fault in faults))
+    recipe = _parse(Recipe, values)
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML that `load_recipe` reads back to an equal recipe."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120)
+
+
+def difference(old: Recipe, new: Recipe) -> str:
+    """Unified diff of two recipes, empty where they are equal."""
+    return "\n".join(difflib.unified_diff(dump(old).splitlines(), dump(new).splitlines(), "run", "asked", lineterm="", n=0))
+
+
+def scaled(recipe: Recipe, pictures: int) -> Recipe:
+    """The same recipe with all phases stretched so that together they see `pictures`."""
+    total = sum(phase.pictures for phase in recipe.phases)
+    phases = (dataclasses.replace(p, pictures=round(p.pictures * pictures / total)) for p in recipe.phases)
+    return dataclasses.replace(recipe, phases=tuple(phases))
+
+
+def _shipped() -> dict[str, Any]:
+    root = importlib.resources.files("bcosify.recipes")
+    found: dict[str, Any] = {}
+
+    def collect(folder: Any, prefix: str) -> None:
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.name.startswith("_"):
+                collect(entry, f"{prefix}{entry.name}/")
+            elif entry.name.endswith(".yaml"):
+                found[prefix + entry.name.removesuffix(".yaml")] = entry
+
+    collect(root, "")
+    return found
+
+
+def _override(values: Any, override: str) -> Any:
+    path, separator, text = override.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {override}: write it as key=value, such as phases.0.pictures=800")
+    *parents, last = path.split(".")
+    place = values
+    try:
+        for key in parents:
+            place = place[int(key)] if isinstance(place, list) else place[key]
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise RecipeError(f"--set {override}: the recipe has no place {path!r}") from error
+    return values
+
+
+def _faults(kind: Any, value: Any, where: str) -> Iterator[str]:
+    """One line for everything in `value` that does not fit the annotation `kind`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        yield from _dataclass_faults(kind, value, where)
+    elif origin is Literal:
+        if value not in arguments:
+            hint = near_miss(str(value), map(str, arguments))
+            yield f"{where}: must be one of {', '.join(map(repr, arguments))}; got {value!r}.{hint}"
+    elif origin is tuple:
+        if not isinstance(value, list | tuple):
+            yield f"{where}: must be a list; got {value!r}"
+        elif arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            yield f"{where}: must have {len(arguments)} values; got {value!r}"
+        else:
+            for i, item in enumerate(value):
+                yield from _faults(arguments[0], item, f"{where}.{i}")
+    elif origin in (typing.Union, types.UnionType):
+        if not any(not list(_faults(option, value, where)) for option in arguments):
+            yield f"{where}: must be {kind}; got {value!r}"
+    else:
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if not fits:
+            yield f"{where}: must be {kind.__name__}; got {value!r}"
+
+
+def _dataclass_faults(kind: Any, value: Any, where: str) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield f"{where or 'the file'}: must be keys and values; got {value!r}"
+        return
+    prefix, hints = f"{where}." if where else "", typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in value:
+        if key not in fields:
+            yield f"unknown key {prefix}{key}.{near_miss(str(key), fields, 1)}"
+        else:
+            yield from _faults(hints[key], value[key], f"{prefix}{key}")
+    for key, field in fields.items():
+        if key not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            yield f"missing key {prefix}{key}"
+
+
+def _parse(kind: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _parse(hints[key], item) for key, item in value.items()})
+    if origin is tuple:
+        return tuple(_parse(arguments[0], item) for item in value)
+    return float(value) if kind is float else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,86 @@
+"""Checkpoints of a running alignment: written beside, flushed, renamed, marked COMPLETE, and only then older ones go.
+
+A checkpoint is a folder with the student's and the optimizer's tensors (safetensors) and state.json; no pickle. The order of
+pictures, the learning rate, B and beta are pure functions of the step, so the step is all that a resumed run must know.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..convert.files import new_folder
+
+__all__ = ["Progress", "latest", "restore", "write"]
+
+STUDENT, OPTIMIZER, PROGRESS, MARK = "student.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: finished steps over all phases. phase: the phase that the optimizer's state belongs to.
+        data: digest of the shards' index.
+        curve: held-out fidelity so far.
+    """
+
+    step: int
+    phase: int
+    data: str
+    curve: tuple[dict[str, Any], ...] = ()
+
+
+def write(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2) -> Path:
+    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; raises CheckpointError on a full disk."""
+    out = folder / f"step-{progress.step:08d}"
+    with new_folder(out, overwrite=True) as scratch:
+        # Tied parameters share memory, which safetensors refuses: a copy of each name costs less than a second format.
+        save_file({name: tensor.detach().clone() for name, tensor in student.state_dict().items()}, scratch / STUDENT)
+        save_file(_optimizer_tensors(optimizer), scratch / OPTIMIZER)
+        (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
+        (scratch / MARK).touch()
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return out
+
+
+def latest(folder: Path) -> tuple[Path, Progress] | None:
+    """The newest complete checkpoint in `folder`; a half-written one is passed over."""
+    for checkpoint in reversed(_complete(folder)):
+        values = json.loads((checkpoint / PROGRESS).read_text())
+        return checkpoint, Progress(**{**values, "curve": tuple(values["curve"])})
+    return None
+
+
+def restore(checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Loads the tensors of `checkpoint` into the student and, where given, the optimizer; strict."""
+    student.load_state_dict(load_file(checkpoint / STUDENT), strict=True)
+    if optimizer is None:
+        return
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{index}.{name}": tensor.detach().clone().contiguous()
+        for index, tensors in state.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step-????????") if (path / MARK).is_file())

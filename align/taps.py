@@ -1,0 +1,106 @@
+"""Taps: named modules whose inputs and outputs are recorded in one forward pass, on any architecture.
+
+Blocks are found, not listed: the members of a container (Sequential, ModuleList, ModuleDict) that hold at least two weight
+layers and no further blocks. That gives the blocks of a ViT, and the residual blocks (not the stages) of a CNN.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..convert.layers import BiasScheduled
+from ..errors import RecipeError, near_miss
+
+__all__ = ["Call", "channels_last", "check_taps", "depth_taps", "find_blocks", "find_units", "record"]
+
+WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What went into a module and what came out; `output` is the first tensor where a module returns several."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+def find_blocks(model: nn.Module) -> tuple[str, ...]:
+    """Qualified names of the blocks, in the order of definition; of all weight layers where a model has no blocks."""
+    blocks = tuple(_blocks_below(model, ""))
+    return blocks or tuple(name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS))
+
+
+def _blocks_below(module: nn.Module, prefix: str) -> list[str]:
+    found = []
+    for name, child in module.named_children():
+        below = _blocks_below(child, f"{prefix}{name}.")
+        weight_layers = sum(isinstance(part, WEIGHT_LAYERS) for part in child.modules())
+        if not below and isinstance(module, CONTAINERS) and weight_layers >= 2:
+            below = [f"{prefix}{name}"]
+        found += below
+    return found
+
+
+def depth_taps(blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """The blocks after which a third, two thirds and all of the depth is done (ALOE's depths, the last one included)."""
+    count = len(blocks)
+    return tuple(blocks[depth - 1] for depth in sorted({count // 3, 2 * count // 3, count}) if depth)
+
+
+def find_units(student: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
+    """Parts that are fitted on their own, which together hold every converted layer: blocks, and the layers outside them."""
+    outside = [
+        name
+        for name, module in student.named_modules()
+        if isinstance(module, BiasScheduled) and not any(name == b or name.startswith(f"{b}.") for b in blocks)
+    ]
+    return (*(name for name in blocks if name not in outside), *outside)
+
+
+def check_taps(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises RecipeError for a name that is no module of `model`."""
+    known = [name for name, _ in model.named_modules() if name]
+    for name in names:
+        if name not in known:
+            raise RecipeError(f"tap {name!r} is no module of the model.{near_miss(name, known)}")
+
+
+@contextlib.contextmanager
+def record(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
+    """Fills the yielded dict with the last call of every named module; the hooks go when the block ends."""
+    calls: dict[str, Call] = {}
+
+    def watch(name: str):  # noqa: ANN202 - a hook
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            calls[name] = Call(args, kwargs, first_tensor(output))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in names]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The tensor itself, or the first one of a tuple or list."""
+    return output if isinstance(output, Tensor) else next(part for part in output if isinstance(part, Tensor))
+
+
+def channels_last(features: Tensor) -> Tensor:
+    """(rows, C): tokens (B, N, C), maps (B, C, H, W) or (B, H, W, C), or vectors (B, C), one row a place.
+
+    A map is channels-last when its two middle sizes agree and its last does not (Swin's), else channels-first.
+    """
+    if features.dim() == 4 and not (features.shape[1] == features.shape[2] != features.shape[3]):
+        features = features.movedim(1, -1)
+    return features.reshape(-1, features.shape[-1])

@@ -1,0 +1,5 @@
+"""`python -m bcosify.cli`, which `accelerate launch -m bcosify.cli align ...` needs."""
+
+from .main import main
+
+raise SystemExit(main())

@@ -1,0 +1,57 @@
+"""bcosify align"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .console import console, show_table
+
+
+def align(
+    run: Path,
+    *,
+    data: str,
+    recipe: str = "bcos/vit",
+    set: list[str] | None = None,  # noqa: A002 - the flag reads --set
+    pictures: int | None = None,
+    val: str | None = None,
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Trains a converted student towards its frozen teacher, on pictures without labels.
+
+    The held-out fidelity is measured before, during and after. Works alone or under accelerate:
+    accelerate launch --num_processes 2 -m bcosify.cli align RUN --data 'shards/{00000..00099}.tar'
+    Example: bcosify align runs/dino-s --data 'shards/*.tar' --recipe bcos/vit
+
+    Args:
+        run: folder of a converted model.
+        data: shards: a folder, a glob, brace syntax, or several joined by ::
+        recipe: a recipe that ships with bcosify (bcos/vit, bcos/cnn, smoke) or a YAML file.
+        set: changes to the recipe, such as phases.0.pictures=800 or batch_size=8.
+        pictures: stretch all phases so that together they see this many pictures.
+        val: shards to measure fidelity on; without them some pictures of --data are held out.
+        out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
+        resume: go on from the newest checkpoint of OUT.run.
+        overwrite: replace an earlier run.
+        json: print the result as JSON on stdout.
+    """
+    from ..align.recipe import load_recipe, scaled
+    from ..align.trainer import AlignConfig
+    from ..align.trainer import align as align_model
+
+    resolved = load_recipe(recipe, set or ())
+    resolved = resolved if pictures is None else scaled(resolved, pictures)
+    config = AlignConfig(run, data, out or run / "aligned", resolved, val, resume, overwrite)
+    result = align_model(config)
+    curve = result["curve"]
+    columns = [name for name in curve[-1] if name not in ("phase", "objective")]
+    rows = [[point.get(name, "") for name in columns] for point in curve]
+    show_table(f"held-out fidelity, {recipe}", [name.replace("_", " ") for name in columns], rows)
+    if result["bad_pictures"]:
+        console.print(f"{result['bad_pictures']} broken pictures: see {config.work / 'bad_samples.jsonl'}")
+    console.print(f"wrote {result['out']}")
+    return result

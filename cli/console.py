@@ -1,0 +1,32 @@
+"""Text for people: rich tables and lines on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["console", "show_table"]
+
+# Piped output has no width of its own; rich would fold every table to 80 columns.
+console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 160)
+
+
+def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Prints one table; numbers are right-aligned."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    rows = [[_text(cell) for cell in row] for row in rows]
+    for i, column in enumerate(columns):
+        numeric = bool(rows) and all(row[i].replace(".", "").replace("-", "").replace("e", "").isdigit() for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _text(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

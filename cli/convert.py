@@ -1,0 +1,109 @@
+"""bcosify convert"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .console import console, show_table
+
+
+def convert(
+    reference: str,
+    out: Path | None = None,
+    method: str = "bcos",
+    keep: list[str] | None = None,
+    scale: str = "cosine",
+    pretrained: bool = True,
+    weights: Path | None = None,
+    image_size: int | None = None,
+    calibrate: str | None = None,
+    calibration_pictures: int = 64,
+    b: float = 2.0,
+    dry_run: bool = False,
+    overwrite: bool = False,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Turns a pretrained model into an interpretable student, and checks that at B=1 it is still the same function.
+
+    Nothing is trained here. What B and the missing biases will cost before alignment is measured and printed.
+    Example: bcosify convert timm:resnet50.a1_in1k --out runs/resnet50
+
+    Args:
+        reference: the model: timm:NAME[.TAG], timm:hf-hub:ORG/NAME, timm:local-dir:PATH, dir:PATH or bundled:NAME.
+        out: folder to write; not needed with --dry-run.
+        method: the target family; `bcos`.
+        keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
+        scale: `cosine` (in [0, 1]), or `unbounded` (B-cosification's own variant).
+        pretrained: take random weights, without the network.
+        weights: a .safetensors state dict of your own, in place of the published weights.
+        image_size: side in pixels to use the model at, where it is not its own.
+        calibrate: shards; the student is saved at --b without biases, its gains fitted on a few of these pictures.
+        calibration_pictures: how many.
+        b: the B that --calibrate and the cost table go to.
+        dry_run: print the plan, every layer with its reason, and write nothing.
+        overwrite: replace the folder if it exists.
+        json: print the result as JSON on stdout.
+    """
+    from ..convert import convert as convert_model
+    from ..convert import load_teacher, lossy_steps, plan_for, save
+    from ..convert.files import check_free
+    from ..convert.methods import find_method
+    from ..convert.trace import noise_pictures
+    from ..errors import CheckpointError
+
+    if not dry_run:
+        if out is None:
+            raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
+        check_free(out, overwrite)
+    config = find_method(method).config_class(keep=tuple(keep or ()), scale=scale)
+    teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size)
+    plan = plan_for(teacher, config)
+    if dry_run:
+        if not json:
+            rows = [(step.name, step.found, step.becomes or "-", step.reason) for step in plan.steps]
+            show_table(f"{reference}: plan for {method}", ["layer", "is", "becomes", "why"], rows)
+        return {"reference": reference, "method": method, "counts": plan.counts(), "steps": [vars(s) for s in plan.steps]}
+    assert out is not None
+    student = convert_model(teacher, config, plan=plan)
+    pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
+    costs = lossy_steps(student, teacher.model, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, b)
+    if pictures is not None:
+        student = _calibrated(student, teacher, pictures, b)
+    save(student.with_report(lossy_steps=costs), out, overwrite)
+    swapped = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
+    console.print(f"{reference}: {swapped}")
+    console.print(f"identity at B=1, beta=1: relative error {student.report['identity_error']:.1e}")
+    what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
+    show_table(f"What each step costs before alignment ({what})", ["step", "cosine to teacher"], [(r["step"], r["cosine"]) for r in costs])
+    console.print(f"wrote {out}")
+    return {
+        "reference": reference,
+        "out": str(out),
+        "method": method,
+        "counts": plan.counts(),
+        "identity_error": student.report["identity_error"],
+        "lossy_steps": costs,
+    }
+
+
+def _pictures(shards: str, count: int, student: Any) -> Any:
+    """The first `count` pictures of `shards`, as the model takes them."""
+    import torch
+
+    from ..align.loader import held_out_batches, to_model_input
+    from ..align.shards import expand, index_shards
+
+    preprocess = student.preprocess
+    batches = held_out_batches(
+        index_shards(expand(shards)), size=preprocess.size[0], crop_pct=preprocess.crop_pct, limit=count, workers=0
+    )
+    return to_model_input(torch.cat([batch.pictures for batch in batches]), preprocess.mean, preprocess.std)
+
+
+def _calibrated(student: Any, teacher: Any, pictures: Any, b: float) -> Any:
+    from ..convert import calibrate, set_strength
+
+    set_strength(student.model, b, 0.0)
+    gains = calibrate(student.model, teacher.model, pictures)
+    return student.with_report(calibration={"pictures": len(pictures), "b": b, "layers": len(gains)})

@@ -1,0 +1,78 @@
+"""bcosify inspect"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .console import console, show_table
+
+
+def inspect(reference: str, pretrained: bool = True, json: bool = False) -> dict[str, Any]:
+    """Shows what a model is: a converted folder, or a reference with what `convert` would do to it.
+
+    Example: bcosify inspect runs/resnet50
+
+    Args:
+        reference: a converted folder, or a model reference (timm:NAME, dir:PATH, bundled:NAME).
+        pretrained: do not fetch the weights of a reference.
+        json: print the result as JSON on stdout.
+    """
+    converted = (Path(reference) / "bcosify.json").is_file()
+    facts = _converted(Path(reference)) if converted else _reference(reference, pretrained)
+    if not json:
+        rows = [(key.replace("_", " "), _short(value)) for key, value in facts.items()]
+        show_table(reference, ["", ""], rows)
+        console.print("" if converted else f"next: bcosify convert {reference} --out runs/NAME")
+    return facts
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{key}: {_short(item)}" for key, item in value.items())
+    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _converted(folder: Path) -> dict[str, Any]:
+    from ..convert import load
+    from ..convert.layers import scheduled_layers
+
+    student = load(folder)
+    values = [layer.strengths() for _, layer in scheduled_layers(student.model)]
+    span = {
+        name: sorted({value[name] for value in values if name in value})
+        for name in ("b", "beta")
+        if any(name in value for value in values)
+    }
+    alignment = student.report.get("alignment", {})
+    return {
+        "source": student.source.reference,
+        "architecture": student.source.architecture,
+        "method": student.method,
+        "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
+        "layers": student.plan.counts(),
+        "b_and_beta": {name: f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "") for name, ends in span.items()},
+        "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",
+        "identity_error": student.report.get("identity_error"),
+        "aligned_on": f"{alignment['pictures']} pictures" if alignment else "not aligned",
+        "held_out_fidelity": alignment.get("final", {}),
+    }
+
+
+def _reference(reference: str, pretrained: bool) -> dict[str, Any]:
+    from ..align.taps import depth_taps, find_blocks
+    from ..convert import BcosConfig, load_teacher, plan_for
+
+    teacher = load_teacher(reference, pretrained=pretrained)
+    plan = plan_for(teacher, BcosConfig())
+    blocks = find_blocks(teacher.model)
+    return {
+        "architecture": teacher.source.architecture,
+        "parameters": sum(parameter.numel() for parameter in teacher.model.parameters()),
+        "size": f"{teacher.preprocess.size[0]} x {teacher.preprocess.size[1]}",
+        "mean_and_std": f"{teacher.preprocess.mean}, {teacher.preprocess.std}",
+        "classes": len(teacher.labels) if teacher.labels else "unknown or none",
+        "convert_bcos": plan.counts(),
+        "blocks": len(blocks),
+        "taps": depth_taps(blocks),
+    }

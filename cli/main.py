@@ -1,0 +1,133 @@
+"""`bcosify VERB ...`: parses, calls one function, prints. Text for people goes to stderr, `--json` results to stdout.
+
+Exit codes: 0 done, 1 it failed (the message says what to do next), 2 wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import docstring_parser
+from jsonargparse import ArgumentParser
+
+from ..errors import BcosifyError, near_miss
+
+__all__ = ["VERBS", "main"]
+
+# Verb -> what it does; the function is in the module of the same name, so `--help` need not import torch.
+VERBS = {
+    "convert": "turn a pretrained model into an interpretable student that starts equal to it",
+    "align": "train a converted student towards its teacher on unlabelled pictures",
+    "explain": "explain decisions on pictures exactly, with a ledger that adds up",
+    "inspect": "show what a model is, and what a conversion would do to it",
+    "shards": "pack a folder of pictures into tar shards",
+    "demo": "convert, align and explain a real model in a few minutes, and write a report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `bcosify` command; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("bcosify"))
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"bcosify: no verb {verb!r}.{near_miss(verb, VERBS)}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        return _call(verb, rest)
+    except BcosifyError as error:
+        print(f"bcosify {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"bcosify {verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _call(verb: str, arguments: list[str]) -> int:
+    function = getattr(importlib.import_module(f".{verb}", __package__), verb)
+    parser = _parser(verb, function)
+    try:
+        options = vars(parser.parse_args(arguments))
+    except argparse.ArgumentError as error:
+        known = [option for action in parser._actions for option in action.option_strings]
+        unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
+        hint = near_miss(unknown[0].partition("=")[0], known) if unknown else ""
+        print(f"bcosify {verb}: {error}.{hint}\n{parser.format_usage()}(bcosify {verb} --help tells more)", file=sys.stderr)
+        return 2
+    result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
+    if options["json"]:
+        print(json.dumps(result, indent=2, default=str))
+    return 0
+
+
+def _parser(verb: str, function: Any) -> ArgumentParser:
+    """Options from a function's signature and the Args of its docstring.
+
+    Parameters without a default are positional, keyword-only ones a required option; a bool is --flag or --no-flag.
+    """
+    documented = docstring_parser.parse(function.__doc__ or "")
+    help_of = {item.arg_name: item.description for item in documented.params}
+    text = "\n\n".join(filter(None, (documented.short_description, documented.long_description)))
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(prog=f"bcosify {verb}", description=text, formatter_class=formatter, exit_on_error=False)
+    hints = typing.get_type_hints(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        required = parameter.default is inspect.Parameter.empty
+        hint, flag = hints[name], f"--{name.replace('_', '-')}"
+        settings: dict[str, Any] = {"help": help_of[name]}
+        if not required:
+            settings["default"] = parameter.default
+        elif parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+            settings["required"] = True
+        if hint is bool:
+            # Only the spelling that changes the default is worth showing.
+            no = f"--no-{name.replace('_', '-')}" if parameter.default else flag
+            parser.add_argument(no, dest=name, action="store_false" if parameter.default else "store_true", **settings)
+        elif required and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
+            parser.add_argument(name, type=hint, **settings)
+        elif _item_type(hint) is not None:
+            parser.add_argument(flag, dest=name, type=_item_type(hint), nargs="+", **settings)
+        else:
+            parser.add_argument(flag, dest=name, type=hint, **settings)
+    return parser
+
+
+def _item_type(hint: Any) -> Any:
+    """`str` of `list[str] | None`, None for what is no list."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    lists = [option for option in options if typing.get_origin(option) is list]
+    return typing.get_args(lists[0])[0] if lists else None
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: bcosify VERB ... (bcosify VERB --help tells more)",
+            "",
+            *lines,
+            "",
+            "A model is named timm:NAME[.TAG], timm:hf-hub:ORG/NAME, timm:local-dir:PATH, dir:PATH or bundled:NAME;",
+            "a converted model is a folder.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,230 @@
+"""Explain scores exactly: one forward pass in explanation mode, one backward pass for each target.
+
+For a score s of a picture whose explained channels are x (C, H, W):
+
+    s = Σ_chw x · W(x) + Σ_j c_j + residual,    contributions (H, W) = Σ_c x · W(x)
+
+with W(x) the gradient in explanation mode, c_j the named constants, and a residual that is float rounding, or else the
+explanation is refused. x is what the model encodes of the picture, six channels [r, 1 - r] in converted models, and
+the normalised picture itself in models that were not converted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import LedgerError, TargetError
+from .linearise import Linearised
+from .targets import ClassTarget, Target
+
+__all__ = ["Explanation", "attribute", "explain", "main_output"]
+
+# In which entry models that return several tensors by name put logits or pooled features, best first.
+OUTPUT_NAMES = ("logits", "image_embeds", "image_features", "pooler_output", "x_norm_clstoken")
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """K scores of each of B pictures, and where they come from. All tensors are copies that require no grad."""
+
+    outputs: Tensor
+    """(B, D): the model's output, of which the scores are made."""
+    scores: Tensor
+    """(B, K)."""
+    contributions: Tensor
+    """(B, K, H, W): input times gradient, summed over the channels."""
+    encoded_inputs: Tensor
+    """(B, C, H, W): what is explained; [r, 1 - r] in converted models."""
+    encoded_gradients: Tensor
+    """(B, K, C, H, W): the row W(x) of each score."""
+    constants: dict[str, Tensor]
+    """name -> (B, K): the share of each bias, table and token in the scores."""
+    residual: Tensor
+    """(B, K): scores - input part - constant part."""
+
+    @property
+    def input_part(self) -> Tensor:
+        """(B, K): the share of the input in the scores, which is the sum of its contributions."""
+        return self.contributions.sum((-2, -1))
+
+    @property
+    def constant_part(self) -> Tensor:
+        """(B, K): the share of all constants in the scores."""
+        return sum(self.constants.values(), torch.zeros_like(self.scores))
+
+    def balanced(self, tolerance: float = 1e-4) -> Tensor:
+        """(B, K): whether |residual| <= tolerance · max(1, |score|)."""
+        return self.residual.abs() <= tolerance * self.scores.abs().clamp_min(1)
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    target: Target | int | Sequence[int] | Tensor,
+    *,
+    check: bool = True,
+    tolerance: float = 1e-4,
+    batch_size: int | None = None,
+) -> Explanation:
+    """Explains scores of `model` on normalised `images` (B, 3, H, W), and proves that the explanation adds up.
+
+    Any model will do, converted or not. It is left as it is, in its train or eval state; in eval mode, pictures of a
+    batch do not depend on each other. Class indices stand for a `ClassTarget`. Where `batch_size` is given, that many
+    pictures are explained at a time.
+
+    Raises LedgerError where input and constants do not add up to a score within `tolerance` · max(1, |score|), and
+    names the operations that have no rule; `check=False` returns such an explanation with its residual.
+    """
+    target = target if hasattr(target, "scores") else ClassTarget(target)  # type: ignore[arg-type]
+    # What torch.compile made of a module hides the calls inside.
+    model = getattr(model, "_orig_mod", model)
+    _check_precision(model, images)
+    if batch_size is not None and batch_size < len(images):
+        return _joined(
+            [
+                explain(model, images[rows], target.rows(rows), check=check, tolerance=tolerance)
+                for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
+            ]
+        )
+    explanation, unknown = _explained(model, images, target)
+    if explanation.balanced(tolerance).all():
+        return explanation
+    if len(images) > 1 and not unknown:
+        # Some models do not keep pictures along the first axis, so that shares cannot be told apart in a batch.
+        single = explain(model, images, target, check=False, batch_size=1)
+        if single.balanced(tolerance).all() and torch.allclose(single.scores, explanation.scores, 1e-3, 1e-4):
+            return single
+    if check:
+        raise LedgerError(_imbalance(model, explanation, unknown, tolerance))
+    return explanation
+
+
+def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -> Tensor:
+    """Contributions in the shape of `inputs` (B, 3, H, W), as captum's `attribute(inputs, target)`.
+
+    `target` is a class for all pictures, or one each (B,), or a target with one score. Of six encoded channels, a
+    colour r and its complement 1 - r are added.
+    """
+    if isinstance(target, Tensor) and target.dim() == 1:
+        target = ClassTarget(target[:, None])
+    explanation = explain(model, inputs, target)
+    if explanation.scores.shape[1] != 1:
+        raise TargetError(f"attribute() takes one score a picture, not {explanation.scores.shape[1]}; use explain().")
+    contributions = explanation.encoded_inputs * explanation.encoded_gradients[:, 0]
+    if contributions.shape[-2:] != inputs.shape[-2:] or contributions.shape[1] % inputs.shape[1]:
+        raise TargetError(
+            f"The model encodes {tuple(inputs.shape)} as {tuple(contributions.shape)}; use explain() for these channels."
+        )
+    return contributions.unflatten(1, (-1, inputs.shape[1])).sum(1)
+
+
+def main_output(output: object) -> Tensor:
+    """The logits or pooled features in what a model returned: a tensor, or the first of several."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        named = [output[name] for name in OUTPUT_NAMES if isinstance(output.get(name), Tensor)]
+        return main_output([*named, *output.values()])
+    if isinstance(output, Sequence):
+        for item in output:
+            if isinstance(item, Tensor | Mapping | list | tuple):
+                return main_output(item)
+    raise TargetError(f"The model returned {type(output).__name__}, which holds no tensor to explain.")
+
+
+def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, dict[str, int]]:
+    """The explanation, checked or not, and the operations without a rule that were met on the way."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+        with Linearised(model) as mode:
+            output = main_output(model(mode.follow(images)))
+            scores = target.scores(output)
+        count = scores.shape[1]
+        pulled = [mode.pull(scores[:, k].sum(), retain_graph=k < count - 1) for k in range(count)]
+
+    leaves = [leaf.detach() for leaf in mode.inputs]
+    if any(leaf.shape != leaves[0].shape for leaf in leaves):
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise LedgerError(f"{type(model).__name__} encodes its input several times, in shapes that differ: {shapes}.")
+    scores = scores.detach().clone()
+    gradients = [torch.stack([gradients[i] for gradients, _ in pulled], 1) for i in range(len(leaves))]
+    contributions = sum(
+        torch.einsum("bchw,bkchw->bkhw", leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True)
+    )
+    constants = _by_name([shares for _, shares in pulled], scores)
+    explanation = Explanation(
+        outputs=output.detach().clone(),
+        scores=scores,
+        contributions=contributions,
+        encoded_inputs=leaves[0],
+        encoded_gradients=sum(gradients),
+        constants=constants,
+        residual=scores - contributions.sum((-2, -1)) - sum(constants.values(), torch.zeros_like(scores)),
+    )
+    return explanation, dict(mode.unknown)
+
+
+def _by_name(shares: Sequence[Mapping[str, Tensor]], scores: Tensor) -> dict[str, Tensor]:
+    """Of the shares (B,) by name for each of K scores: name -> (B, K), without those that are 0 throughout."""
+    nothing = torch.zeros_like(scores[:, 0])
+    names = dict.fromkeys(name for of_score in shares for name in of_score)
+    columns = {name: torch.stack([of_score.get(name, nothing) for of_score in shares], 1) for name in names}
+    return {name: column for name, column in columns.items() if column.any()}
+
+
+def _joined(parts: Sequence[Explanation]) -> Explanation:
+    """The explanations of several parts of a batch, as one."""
+    names = dict.fromkeys(name for part in parts for name in part.constants)
+    tensors = {
+        field.name: torch.cat([getattr(part, field.name) for part in parts])
+        for field in dataclasses.fields(Explanation)
+        if field.name != "constants"
+    }
+    constants = {
+        name: torch.cat([part.constants.get(name, torch.zeros_like(part.scores)) for part in parts]) for name in names
+    }
+    return Explanation(**tensors, constants=constants)
+
+
+def _check_precision(model: nn.Module, images: Tensor) -> None:
+    """Half precision rounds more than the tolerance allows."""
+    if images.dim() != 4 or not len(images):
+        raise TargetError(f"Images must be (B, C, H, W) with B > 0, not {tuple(images.shape)}.")
+    weights = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    for dtype in {images.dtype, *weights} - {torch.float32, torch.float64}:
+        raise LedgerError(
+            f"{type(model).__name__} cannot be explained exactly in {dtype}: "
+            "use float32 for model and images (`model.float()`, `images.float()`)."
+        )
+
+
+def _imbalance(model: nn.Module, explanation: Explanation, unknown: Mapping[str, int], tolerance: float) -> str:
+    """What to say of an explanation that does not add up, at its worst score."""
+    wrong = torch.where(explanation.balanced(tolerance), 0, explanation.residual.abs().nan_to_num(torch.inf))
+    picture, score = divmod(int(wrong.flatten().argmax()), wrong.shape[1])
+    s, of_input, of_constants, missing = (
+        float(part[picture, score])
+        for part in (
+            explanation.scores,
+            explanation.input_part,
+            explanation.constant_part,
+            explanation.residual,
+        )
+    )
+    if unknown:
+        calls = ", ".join(f"{name} ({count} calls)" for name, count in sorted(unknown.items()))
+        cause = f"No rule is known for: {calls}."
+    else:
+        cause = (
+            "Every torch call had a rule, so something is hidden from them: TorchScript, compiled code, "
+            "gradient checkpointing, or an autograd.Function."
+        )
+    return (
+        f"The explanation of {type(model).__name__} does not add up. Picture {picture}, score {score}: {s:.6g} = "
+        f"{of_input:.6g} (input) + {of_constants:.6g} (constants) + {missing:.6g} unaccounted for. {cause} "
+        "Pass check=False to get the explanation with its residual."
+    )

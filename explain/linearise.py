@@ -1,0 +1,210 @@
+"""Explanation mode: run any model so that its graph is affine in its input.
+
+A network of linear maps, gates and normalisers is affine in its input x once its gates are frozen: s = W(x)·x + Σ_j c_j.
+W(x) is then an ordinary gradient, and every c_j is a named constant (see `ledger`). The mode swaps each torch call for
+its frozen-gate form (see `rules`) while the model runs, with the same value to the last bit. So it serves every
+architecture, converted or not, and changes nothing of the model: no flag, hook, `.grad`, buffer, random state or
+train/eval state is touched, or it is put back when the mode ends, also after an exception.
+
+    with Linearised(model) as mode:
+        output = model(mode.follow(images))
+    (gradient,), constants = mode.pull(output[:, 0].sum())
+    # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
+
+Layers take part by what they call, not by what they are. Two decorators declare the functions of dynamic-linear layers,
+which torch does not know: `gated` (x times a gate) and `input_encoding` (picture to channels that are explained).
+
+Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
+compiled code. A ledger that does not balance tells.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ParamSpec
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
+from torch.utils._pytree import tree_leaves
+
+from .ledger import Ledger, moves, tensors
+from .rules import OPERATIONS, Operation, Rule, encoding, gate, resolve
+
+__all__ = ["Linearised", "gated", "input_encoding"]
+
+P = ParamSpec("P")
+
+
+class Linearised(TorchFunctionMode):
+    """The context in which `model` runs as an affine function of what `follow` returned.
+
+    Gradients are on inside, whatever the caller set. Modes nest: only the innermost one acts. A graph that was built
+    inside may be pulled inside or after the mode, once for each score (`retain_graph`).
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self._model = model
+        self._ledger = Ledger(model)
+        self._entered: list[ExitStack] = []
+
+    # What callers use is the ledger's; the mode is only how it gets filled.
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The explained leaves: what the model encoded of the images, or else the images that it was given."""
+        return self._ledger.inputs
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """The operations on something moving for which there is no rule, with how often they were met."""
+        return self._ledger.unknown
+
+    def follow(self, images: Tensor) -> Tensor:
+        """Makes a copy of `images` (B, ...) the explained leaf; returns what to feed to the model."""
+        with torch.inference_mode(False), torch.enable_grad(), torch._C.DisableTorchFunction():
+            return self._ledger.follow(images)
+
+    def pull(self, score: Tensor, retain_graph: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """The gradient of `score` () at each of `inputs`, and the share (B,) of each named constant in it."""
+        with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            return self._ledger.pull(score, retain_graph)
+
+    def __enter__(self) -> Linearised:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(_random_state_kept(self._model))
+            stack.enter_context(_buffers_kept(self._model))
+            stack.enter_context(_innermost(self))
+            super().__enter__()
+            self._entered.append(stack.pop_all())
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        stack = self._entered.pop()
+        stack.callback(super().__exit__, *exception)
+        stack.__exit__(*exception)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _modes.active[-1] is not self or not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+            return func(*args, **kwargs)
+        with torch.inference_mode(False), torch.enable_grad():
+            args, kwargs = self._ledger.settle((args, kwargs))
+            if any(moves(leaf) for leaf in tree_leaves((args, kwargs))):
+                return self._linearised(func, args, kwargs)
+            return self._ledger.inherit(func(*args, **kwargs), (args, kwargs))
+
+    def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The affine form of a call with an argument that moves."""
+        ledger, operation = self._ledger, resolve(func)
+        into = kwargs.pop("out", None)
+        if operation.in_place:
+            into, func = args[0], _out_of_place(func)
+        elif kwargs.get("inplace"):
+            into, kwargs = args[0], kwargs | {"inplace": False}
+        if into is not None and not moves(into):
+            ledger.adopt(into)
+        out = ledger.inherit(operation.rule(ledger, func, *args, **kwargs), (args, kwargs))
+        if into is None:
+            return out
+        # Written by a copy, so that views and aliases of the target see it too.
+        into.copy_(out if moves(out) else ledger.entered(out, out))
+        return into
+
+
+def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares a pointwise f(x, *others) whose value is x times a gate, 0 where x is 0.
+
+    In explanation mode it is x · sg(f(x, *others) / x): the gate and all the others are constants.
+    """
+    return _declared(function, gate)
+
+
+def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares an encode(x, mean, std, padding) from pictures x (B, 3, H, W) to channels (B, C, H+t+b, W+l+r).
+
+    `padding` is (left, right, top, bottom). In explanation mode what it returns without padding is what gets explained
+    in place of x, and the border that padding adds is a constant called "padding".
+    """
+    return _declared(function, encoding)
+
+
+def _declared(function: Callable[P, Tensor], rule: Rule) -> Callable[P, Tensor]:
+    """`function`, shown to modes as torch's own functions are, with its affine form in the table."""
+
+    @functools.wraps(function)
+    def public(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if has_torch_function_variadic(*args):
+            return handle_torch_function(public, args, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    OPERATIONS[public] = Operation(public.__name__, rule, in_place=False)
+    return public
+
+
+def _out_of_place(write: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A function that writes to its first argument, as one that returns what it would have written."""
+
+    def run(target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result = target.clone()
+        write(result, *args, **kwargs)
+        return result
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------- what must be left as it was
+
+
+class _Modes(threading.local):
+    """The modes that this thread has entered; an outer one must not act on what an inner one computes."""
+
+    def __init__(self) -> None:
+        self.active: list[Linearised] = []
+
+
+_modes = _Modes()
+
+
+@contextmanager
+def _innermost(mode: Linearised) -> Iterator[None]:
+    _modes.active.append(mode)
+    try:
+        yield
+    finally:
+        _modes.active.pop()
+
+
+@contextmanager
+def _random_state_kept(model: nn.Module | None) -> Iterator[None]:
+    """Draws inside (dropout of a model in train mode) leave the random state of the model's devices as it was."""
+    used = [] if model is None else [tensor.device for tensor in model.parameters() if tensor.is_cuda]
+    with torch.random.fork_rng(devices=sorted({device.index for device in used})):
+        yield
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
+    """Puts back what a forward pass in train mode writes to buffers, such as BatchNorm's counter."""
+    owners = [] if model is None else list(model.modules())
+    before = [
+        (module, name, buffer, buffer._version, buffer.detach().clone())
+        for module in owners
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, value in before:
+                if buffer._version != version:
+                    buffer.copy_(value)
+                module._buffers[name] = buffer

@@ -1,0 +1,173 @@
+"""What to explain: scores that are linear in a model's output, so that they stay inside the ledger.
+
+A target maps the output y (B, D) of a model, logits or features, to K scores for each picture. Text and image
+similarity are cosines; their feature norm is a gate like any other: s = y / sg(‖y‖) · d / ‖d‖. (Were it not frozen, the
+cosine would be homogeneous of degree 0 in y, and all contributions would sum to zero.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import TargetError, near_miss
+
+__all__ = [
+    "ClassTarget",
+    "DirectionTarget",
+    "SelfTarget",
+    "SimilarityTarget",
+    "Target",
+    "TopTarget",
+    "find_class",
+]
+
+
+class Target(Protocol):
+    """What `explain` asks of a target; anything that keeps to it is one."""
+
+    def scores(self, output: Tensor) -> Tensor:
+        """The scores (B, K) of a model's output (B, D), linear in it but for gates."""
+        ...
+
+    def rows(self, pictures: slice) -> Target:
+        """The target of some pictures of the batch."""
+        ...
+
+
+class _ForAll:
+    """Targets that are the same for every picture."""
+
+    def rows(self, pictures: slice) -> Target:
+        return self  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, eq=False)
+class ClassTarget:
+    """Outputs by index: one index, or K for every picture (K,), or K for each picture (B, K)."""
+
+    indices: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+
+    def scores(self, output: Tensor) -> Tensor:
+        batch, classes = _shape(output)
+        indices = torch.atleast_1d(torch.as_tensor(self.indices, device=output.device))
+        if indices.is_floating_point() or indices.dim() > 2 or indices.numel() == 0:
+            raise TargetError(f"Class indices must be integers of shape (K,) or (B, K), not {self.indices!r}.")
+        wrong = indices[(indices < 0) | (indices >= classes)]
+        if len(wrong):
+            raise TargetError(f"There is no class {wrong[0]}: the model has {classes}, numbered 0 to {classes - 1}.")
+        if indices.dim() == 2 and len(indices) != batch:
+            raise TargetError(f"There are {len(indices)} rows of classes for {batch} pictures; pass a row for each.")
+        return output.gather(1, indices.expand(batch, indices.shape[-1]))
+
+    def rows(self, pictures: slice) -> Target:
+        indices = torch.as_tensor(self.indices)
+        return ClassTarget(indices[pictures]) if indices.dim() == 2 else self
+
+
+@dataclass(frozen=True)
+class TopTarget(_ForAll):
+    """The `k` highest outputs of each picture, highest first."""
+
+    k: int = 1
+
+    def scores(self, output: Tensor) -> Tensor:
+        return output.gather(1, self.classes(output))
+
+    def classes(self, output: Tensor) -> Tensor:
+        """The indices (B, K) of what `scores` returns."""
+        _, classes = _shape(output)
+        if not 1 <= self.k <= classes:
+            raise TargetError(f"There is no top {self.k} of {classes} outputs; pass 1 to {classes}.")
+        return output.detach().topk(self.k, dim=1).indices
+
+
+@dataclass(frozen=True, eq=False)
+class DirectionTarget:
+    """The dot products of the output with K directions, (K, D) for every picture or (B, K, D)."""
+
+    directions: Tensor
+
+    def scores(self, output: Tensor) -> Tensor:
+        batch, width = _shape(output)
+        directions = torch.atleast_2d(self.directions).to(output)
+        if directions.shape[-1] != width:
+            raise TargetError(f"Directions have {directions.shape[-1]} entries, but the model's output has {width}.")
+        if directions.dim() > 3 or (directions.dim() == 3 and len(directions) != batch):
+            raise TargetError(
+                f"Directions must be (K, {width}) or ({batch}, K, {width}), not {tuple(self.directions.shape)}."
+            )
+        return (directions @ output.unsqueeze(-1)).squeeze(-1)
+
+    def rows(self, pictures: slice) -> Target:
+        return type(self)(self.directions[pictures]) if self.directions.dim() == 3 else self
+
+
+class SimilarityTarget(DirectionTarget):
+    """The cosines of the output with K directions (text or image embeddings); the output's norm is a gate."""
+
+    def scores(self, output: Tensor) -> Tensor:
+        _shape(output)
+        return DirectionTarget(_unit(self.directions)).scores(output / _norm(output.detach()))
+
+
+@dataclass(frozen=True)
+class SelfTarget(_ForAll):
+    """The output along its own direction, which is its norm: what made these features, for models without a head."""
+
+    def scores(self, output: Tensor) -> Tensor:
+        _shape(output)
+        return (output * _unit(output.detach())).sum(1, keepdim=True)
+
+
+def find_class(labels: Sequence[str], text: str) -> int:
+    """The index of the label that `text` is: a number, a name or one of its synonyms, or a part of one label only.
+
+    Labels may hold synonyms between commas, such as `tabby, tabby cat`. Raises TargetError, with what comes close,
+    where there is no such label, and with the candidates where there are several.
+    """
+    wanted = text.strip().casefold()
+    if wanted.isdecimal():
+        if int(wanted) < len(labels):
+            return int(wanted)
+        raise TargetError(f"There is no class {text}: the model has {len(labels)}, numbered 0 to {len(labels) - 1}.")
+    names = [label.casefold() for label in labels]
+    synonyms = [[synonym.strip() for synonym in name.split(",")] for name in names]
+    for found in (
+        [index for index, name in enumerate(names) if name.strip() == wanted],
+        [index for index, several in enumerate(synonyms) if wanted in several],
+        [index for index, name in enumerate(names) if wanted and wanted in name],
+    ):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise TargetError(f"{text!r} may be {_listed(labels, found)}. Pass one of these numbers or a full name.")
+    hint = near_miss(wanted, (synonym for several in synonyms for synonym in several))
+    raise TargetError(f"No class is called {text!r}.{hint} The model has {len(labels)} classes; a number works too.")
+
+
+def _listed(labels: Sequence[str], indices: Iterable[int], most: int = 8) -> str:
+    shown = [f"{index} ({labels[index]})" for index in indices]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+
+
+def _shape(output: Tensor) -> tuple[int, int]:
+    if output.dim() != 2:
+        raise TargetError(
+            f"The model returns {tuple(output.shape)}, but targets need one vector a picture, (B, D). "
+            "Pool or select the tokens first."
+        )
+    return output.shape[0], output.shape[1]
+
+
+def _norm(vectors: Tensor) -> Tensor:
+    """Norms along the last axis, never 0."""
+    return torch.linalg.vector_norm(vectors, dim=-1, keepdim=True).clamp_min(torch.finfo(vectors.dtype).tiny)
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return vectors / _norm(vectors)
