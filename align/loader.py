@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import DataError
-from .shards import ShardFile, ShardIndex, batch_indices, decode, order, read_at
+from .shards import ShardFile, ShardIndex, batch_indices, decode, order, read_at, reason
 
 __all__ = [
     "Augment",
@@ -143,17 +143,17 @@ class PictureSet(Dataset):
         try:
             image = decode(data)
         except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-            return f"{type(error).__name__}: {error}"
+            return reason(error)
         # torchvision draws from the global generator: lend it a state of this picture's own. Only the CPU's is touched.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(_crop_seed(self.seed, epoch, id))
             return self.view(image)
 
-    def _none_decodes(self, run: Run, asked: int, reason: str) -> DataError:
+    def _none_decodes(self, run: Run, asked: int, why: str) -> DataError:
         shard, offset, _ = map(int, run.places[asked])
         return DataError(
             f"{self.files[shard].path}: the picture at byte {offset} cannot be decoded, nor can any of the "
-            f"{len(run.ids) - run.count} that would stand in for it ({reason}). "
+            f"{len(run.ids) - run.count} that would stand in for it ({why}). "
             "Check the shards; to write them again: bcosify shards DIR OUT"
         )
 
@@ -256,7 +256,8 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for item in self.loader:
             if isinstance(item, DataError):
-                raise item
+                # Not `item` itself: it would hold this frame, and this frame it, and the workers would linger.
+                raise DataError(str(item))
             yield item
 
 
@@ -357,11 +358,11 @@ class BadSamples:
 
     def add(self, bad: Sequence[BadSample]) -> None:
         """Takes a batch's `bad`. Raises DataError when the share of broken pictures is above the limit."""
-        for id, reason in bad:
+        for id, why in bad:
             key, shard = self.index.key(id), self.index.file(id).path
             if (key, shard) not in self.known:
                 self.known.add((key, shard))
-                _append(self.path, json.dumps({"key": key, "shard": shard, "reason": reason}) + "\n")
+                _append(self.path, json.dumps({"key": key, "shard": shard, "reason": why}) + "\n")
         if self.share > self.limit:
             raise DataError(
                 f"{len(self.known)} of {len(self.index)} pictures ({self.share:.2%}) cannot be decoded; the limit is "

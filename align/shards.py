@@ -59,6 +59,7 @@ __all__ = [
     "index_shards",
     "order",
     "read_at",
+    "reason",
     "split",
     "write_shards",
 ]
@@ -472,6 +473,11 @@ def decode(data: bytes) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def reason(error: Exception) -> str:
+    """What Pillow said, without the memory addresses that it sometimes says too."""
+    return f"{type(error).__name__}: {re.sub(r' <[^>]* at 0x[^>]*>', '', str(error))}"
+
+
 # --------------------------------------------------------------------------------------------------------------- cache
 
 
@@ -617,7 +623,7 @@ def write_shards(
                 if isinstance(data, bytes):
                     writer.write({"__key__": key, "jpg": data})
                 else:
-                    skipped.append(Skipped(name, f"{type(data).__name__}: {data}"))
+                    skipped.append(Skipped(name, reason(data)))
         if len(skipped) == len(names):
             raise DataError(
                 f"None of the {len(names)} pictures in {folder} can be read. "

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from ..errors import LedgerError, TargetError
 from .linearise import Linearised
@@ -80,7 +81,8 @@ def explain(
     Raises LedgerError where input and constants do not add up to a score within `tolerance` · max(1, |score|), and
     names the operations that have no rule; `check=False` returns such an explanation with its residual.
     """
-    target = target if hasattr(target, "scores") else ClassTarget(target)  # type: ignore[arg-type]
+    if isinstance(target, int | Sequence | Tensor):
+        target = ClassTarget(target)
     # What torch.compile made of a module hides the calls inside.
     model = getattr(model, "_orig_mod", model)
     _check_precision(model, images)
@@ -91,16 +93,16 @@ def explain(
                 for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
             ]
         )
-    explanation, unknown = _explained(model, images, target)
+    explanation, cause = _explained(model, images, target)
     if explanation.balanced(tolerance).all():
         return explanation
-    if len(images) > 1 and not unknown:
+    if len(images) > 1 and not cause:
         # Some models do not keep pictures along the first axis, so that shares cannot be told apart in a batch.
         single = explain(model, images, target, check=False, batch_size=1)
         if single.balanced(tolerance).all() and torch.allclose(single.scores, explanation.scores, 1e-3, 1e-4):
             return single
     if check:
-        raise LedgerError(_imbalance(model, explanation, unknown, tolerance))
+        raise LedgerError(_imbalance(model, explanation, cause, tolerance))
     return explanation
 
 
@@ -137,35 +139,51 @@ def main_output(output: object) -> Tensor:
     raise TargetError(f"The model returned {type(output).__name__}, which holds no tensor to explain.")
 
 
-def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, dict[str, int]]:
-    """The explanation, checked or not, and the operations without a rule that were met on the way."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+@torch.inference_mode(False)
+def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
+    """The explanation, checked or not, and why it cannot add up, where that is known."""
+    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         with Linearised(model) as mode:
             output = main_output(model(mode.follow(images)))
             scores = target.scores(output)
         count = scores.shape[1]
-        pulled = [mode.pull(scores[:, k].sum(), retain_graph=k < count - 1) for k in range(count)]
+        try:
+            pulled = [mode.pull(scores[:, k].sum(), retain_graph=k < count - 1) for k in range(count)]
+        except CheckpointError as error:
+            raise LedgerError(
+                f"{type(model).__name__} recomputes activations in the backward pass, outside explanation mode. "
+                "Turn gradient checkpointing off, in timm with `model.set_grad_checkpointing(False)`."
+            ) from error
+        cause = _cause(mode, scores)
 
-    leaves = [leaf.detach() for leaf in mode.inputs]
+    leaves, output, scores = [leaf.detach() for leaf in mode.inputs], output.detach().clone(), scores.detach().clone()
     if any(leaf.shape != leaves[0].shape for leaf in leaves):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
         raise LedgerError(f"{type(model).__name__} encodes its input several times, in shapes that differ: {shapes}.")
-    scores = scores.detach().clone()
-    gradients = [torch.stack([gradients[i] for gradients, _ in pulled], 1) for i in range(len(leaves))]
-    contributions = sum(
-        torch.einsum("bchw,bkchw->bkhw", leaf, gradient) for leaf, gradient in zip(leaves, gradients, strict=True)
-    )
+    # One row W(x) for each leaf; there is one leaf, unless the model encodes its input several times.
+    gradients = torch.stack([torch.stack(gradients) for gradients, _ in pulled], 1)
+    contributions = torch.einsum("lbchw,lkbchw->bkhw", torch.stack(leaves), gradients)
     constants = _by_name([shares for _, shares in pulled], scores)
     explanation = Explanation(
-        outputs=output.detach().clone(),
+        outputs=output,
         scores=scores,
         contributions=contributions,
         encoded_inputs=leaves[0],
-        encoded_gradients=sum(gradients),
+        encoded_gradients=gradients.sum(0).transpose(0, 1).contiguous(),
         constants=constants,
         residual=scores - contributions.sum((-2, -1)) - sum(constants.values(), torch.zeros_like(scores)),
     )
-    return explanation, dict(mode.unknown)
+    return explanation, cause
+
+
+def _cause(mode: Linearised, scores: Tensor) -> str:
+    """Why what was run in `mode` cannot add up; empty where it should."""
+    if mode.unknown:
+        calls = ", ".join(f"{name} ({count} calls)" for name, count in sorted(mode.unknown.items()))
+        return f"No rule is known for: {calls}."
+    if not scores.requires_grad:
+        return f"The score is not linear in the input at all, it is a {mode.name(scores)}; explain what goes into it."
+    return ""
 
 
 def _by_name(shares: Sequence[Mapping[str, Tensor]], scores: Tensor) -> dict[str, Tensor]:
@@ -202,29 +220,18 @@ def _check_precision(model: nn.Module, images: Tensor) -> None:
         )
 
 
-def _imbalance(model: nn.Module, explanation: Explanation, unknown: Mapping[str, int], tolerance: float) -> str:
+def _imbalance(model: nn.Module, explanation: Explanation, cause: str, tolerance: float) -> str:
     """What to say of an explanation that does not add up, at its worst score."""
-    wrong = torch.where(explanation.balanced(tolerance), 0, explanation.residual.abs().nan_to_num(torch.inf))
+    wrong = torch.where(explanation.balanced(tolerance), 0, explanation.residual.abs().nan_to_num(torch.inf, torch.inf))
     picture, score = divmod(int(wrong.flatten().argmax()), wrong.shape[1])
-    s, of_input, of_constants, missing = (
-        float(part[picture, score])
-        for part in (
-            explanation.scores,
-            explanation.input_part,
-            explanation.constant_part,
-            explanation.residual,
-        )
+    parts = (explanation.scores, explanation.input_part, explanation.constant_part, explanation.residual)
+    total, of_input, of_constants, missing = (float(part[picture, score]) for part in parts)
+    hidden = (
+        "Every torch call had a rule, so something does not show as a torch call: TorchScript, compiled code, gradient "
+        "checkpointing, or an autograd.Function."
     )
-    if unknown:
-        calls = ", ".join(f"{name} ({count} calls)" for name, count in sorted(unknown.items()))
-        cause = f"No rule is known for: {calls}."
-    else:
-        cause = (
-            "Every torch call had a rule, so something is hidden from them: TorchScript, compiled code, "
-            "gradient checkpointing, or an autograd.Function."
-        )
     return (
-        f"The explanation of {type(model).__name__} does not add up. Picture {picture}, score {score}: {s:.6g} = "
-        f"{of_input:.6g} (input) + {of_constants:.6g} (constants) + {missing:.6g} unaccounted for. {cause} "
+        f"The explanation of {type(model).__name__} does not add up. Picture {picture}, score {score}: {total:.6g} = "
+        f"{of_input:.6g} (input) + {of_constants:.6g} (constants) + {missing:.6g} (unaccounted for). {cause or hidden} "
         "Pass check=False to get the explanation with its residual."
     )

@@ -71,6 +71,7 @@ class Ledger:
         self.encodings: list[Tensor] = []
         self.unknown: dict[str, int] = {}
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._gates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shares: dict[str, Tensor] = {}
         # A zero that requires grad: a constant plus the anchor can be written over something that moves.
         self._anchor = torch.zeros((), requires_grad=True)
@@ -105,7 +106,13 @@ class Ledger:
 
     def names(self, value: object) -> Names:
         """What `value` is called in the ledger."""
-        return self._names.get(value, UNNAMED) if isinstance(value, Tensor) else LITERAL
+        return (self._names.get(value) or UNNAMED) if isinstance(value, Tensor) else LITERAL
+
+    def called(self, value: object) -> str:
+        """The names of `value`, joined: `attn.q_bias+v_bias` where it was computed from two tensors of one layer."""
+        first, *rest = self.names(value)
+        parent = first.rpartition(".")[0]
+        return "+".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in rest)])
 
     def settle(self, value: Any) -> Any:
         """`value` fit to be an argument: parameters cut from their gradient, so that only the input moves."""
@@ -134,16 +141,26 @@ class Ledger:
             self.name(result, (UNKNOWN,))
         return result
 
+    # ---------------------------------------------------------------------------------------------------- gates
+
+    def gates(self, value: object) -> bool:
+        """Whether `value` moves, but is to be frozen where it multiplies something else that moves."""
+        return isinstance(value, Tensor) and value in self._gates
+
+    def mark(self, gate: Tensor) -> Tensor:
+        """Makes `gate` such a tensor."""
+        self._gates[gate] = True
+        return gate
+
     # ------------------------------------------------------------------------------------------------ constants
 
     def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
         """Enters `constant`, which broadcasts to `out` and is a summand of it, under the name of `source`."""
-        names = self.names(source)
-        if UNKNOWN in names or not moves(out):
+        if UNKNOWN in self.names(source) or not moves(out):
             return
         constant = torch.as_tensor(constant, device=out.device).detach()
         if constant.any():
-            out.register_hook(partial(self._add, _joined(names), constant))
+            out.register_hook(partial(self._add, self.called(source), constant))
 
     def entered(self, constant: Tensor, source: object) -> Tensor:
         """`constant` as a tensor that autograd follows, already entered under the name of `source`."""
@@ -187,23 +204,23 @@ class Ledger:
         return settled
 
     def _add(self, name: str, constant: Tensor, gradient: Tensor) -> None:
+        """A backward hook: adds Σ gradient · constant of each picture to the share of `name`."""
+        constant = constant.reshape((1,) * (gradient.dim() - constant.dim()) + constant.shape)
+        # What is broadcast is summed before it is multiplied: a bias costs one pass over the gradient.
+        shared = [dim for dim in range(1, gradient.dim()) if constant.shape[dim] == 1]
+        gradient = gradient.sum(shared, keepdim=True) if shared else gradient
         # Where the gradient is 0 the constant may be anything: the -inf of a mask, the garbage of torch.empty.
         share = torch.where(gradient == 0, 0, gradient * constant)
         pictures = self.inputs[0].shape[0]
         if share.dim() and share.shape[0] % pictures == 0:
             share = share.reshape(pictures, -1).sum(1)
+        elif pictures == 1:
+            share = share.sum()[None]
         else:
             # Pictures are not in front, so shares cannot be told apart. Not a number: it must not seem to balance.
-            share = share.sum().expand(pictures) if pictures == 1 else share.new_full((pictures,), torch.nan)
+            share = share.new_full((pictures,), torch.nan)
         self._shares[name] = self._shares[name] + share if name in self._shares else share
 
 
 def _merged(several: Iterable[Iterable[str]]) -> Names:
     return tuple(dict.fromkeys(name for names in several for name in names))
-
-
-def _joined(names: Names) -> str:
-    """One name for a constant that was computed from several: `attn.q_bias+v_bias` for two of one layer."""
-    first, *rest = names
-    parent = first.rpartition(".")[0]
-    return "+".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in rest)])

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 from torch.utils._pytree import tree_leaves
 
-from .ledger import Ledger, moves, tensors
+from .ledger import Ledger, moves
 from .rules import OPERATIONS, Operation, Rule, encoding, gate, resolve
 
 __all__ = ["Linearised", "gated", "input_encoding"]
@@ -73,6 +73,10 @@ class Linearised(TorchFunctionMode):
         """The gradient of `score` () at each of `inputs`, and the share (B,) of each named constant in it."""
         with torch.inference_mode(False), torch._C.DisableTorchFunction():
             return self._ledger.pull(score, retain_graph)
+
+    def name(self, constant: Tensor) -> str:
+        """What a tensor that does not move is called: the parameters or the operation that it was computed from."""
+        return self._ledger.called(constant)
 
     def __enter__(self) -> Linearised:
         with ExitStack() as stack:

@@ -6,6 +6,7 @@ moves, with every summand that does not move entered in the ledger. With sg = st
 
 - linear operations, max-pooling, selection of extremes (routing):   as they are
 - pointwise activations with a(0) = 0:    a(x)             ->  x · sg(a(x) / x)
+- tanh:                                   the same, but frozen where it multiplies something that moves
 - normalisers:                            (x - μ) / σ      ->  (x - μ) / sg(σ)
 - attention:                              softmax(qkᵀ) v   ->  sg(softmax(qkᵀ)) v
 - products of m moving factors:           Π x_i            ->  Σ_i x_i · sg(Π_{j≠i} x_j) / m
@@ -91,7 +92,7 @@ def combination(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
         for operand, coefficient in zip((input, other), coefficients(alpha), strict=True):
             if not moves(operand):
                 ledger.enter(out, operand * coefficient, operand)
-        return out
+        return _still_gate(ledger, out, input, other)
 
     return rule
 
@@ -126,6 +127,7 @@ def product(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Tensor:
     """Operations that are linear in each of their tensors: m moving factors get 1/m of the product each."""
     leaves, tree = tree_flatten((args, kwargs))
     moving = [index for index, leaf in enumerate(leaves) if moves(leaf)]
+    moving = [index for index in moving if not ledger.gates(leaves[index])] or moving
 
     def term(keep: int) -> Tensor:
         args, kwargs = tree_unflatten([leaf if i == keep else frozen(leaf) for i, leaf in enumerate(leaves)], tree)
@@ -133,8 +135,14 @@ def product(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Tensor:
 
     terms = [term(keep) for keep in moving]
     if len(terms) < 2:
-        return terms[0] if terms else run(*args, **kwargs)
+        return _still_gate(ledger, terms[0] if terms else run(*args, **kwargs), *leaves)
     return graft(terms[0], torch.stack(terms).mean(0) if len(terms) > 2 else (terms[0] + terms[1]) / 2)
+
+
+def _still_gate(ledger: Ledger, out: Tensor, *operands: Any) -> Tensor:
+    """Marks `out` as a gate where it is one tensor that is a gate, shifted or scaled by a number."""
+    factors = [operand for operand in operands if isinstance(operand, Tensor)]
+    return ledger.mark(out) if len(factors) == 1 and ledger.gates(factors[0]) else out
 
 
 def quotient(
@@ -183,6 +191,11 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
         return value
     x = input.detach()
     return graft(value, input * torch.where(x == 0, 0, value / x))
+
+
+def saturation(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`tanh`: an activation in some models, and in others a gate that multiplies one, as in GELU written out."""
+    return ledger.mark(gate(ledger, run, input, *args, **kwargs))
 
 
 def power(ledger: Ledger, run: Run, input: Any, exponent: Any) -> Tensor:
@@ -442,7 +455,7 @@ AFFINE = """
 EXTREME = "max min amax amin maximum minimum fmax fmin topk sort msort kthvalue median aminmax".split()
 
 PRODUCT = """
-    mul multiply matmul mm bmm mv dot vdot inner outer ger tensordot kron einsum bilinear chain_matmul multi_dot
+    mul multiply matmul mm bmm mv dot vdot inner outer ger tensordot kron einsum chain_matmul multi_dot
     linalg_multi_dot vecdot linalg_vecdot
 """.split()
 
@@ -454,7 +467,7 @@ GATED = """
 CLIPPED = "clamp clip clamp_min clamp_max hardtanh threshold".split()
 
 FROZEN = """
-    softmax log_softmax softmin gumbel_softmax sigmoid hardsigmoid logsigmoid softplus tanh exp exp2 expm1 log log2
+    softmax log_softmax softmin gumbel_softmax sigmoid hardsigmoid logsigmoid softplus exp exp2 expm1 log log2
     log10 log1p logsumexp logcumsumexp logaddexp sqrt rsqrt reciprocal __rpow__ float_power norm
     linalg_vector_norm linalg_norm linalg_matrix_norm vector_norm matrix_norm cdist dist abs absolute sign sgn floor
     ceil round trunc frac remainder fmod __floordiv__ floor_divide __mod__ std var sin cos tan asin acos atan atan2
@@ -480,6 +493,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("var_mean", "std_mean"), moments),
     **dict.fromkeys(("pow", "__pow__"), power),
     "square": gate,
+    "tanh": saturation,
     "lerp": interpolation,
     "addmm": multiply_add(torch.mm),
     "addbmm": multiply_add(lambda a, b: torch.bmm(a, b).sum(0)),
@@ -518,7 +532,8 @@ def _operations() -> Iterator[tuple[Callable[..., Any], Operation]]:
         for spelling in (name, f"{name}_"):
             for space in SPACES:
                 if callable(function := getattr(space, spelling, None)):
-                    yield function, Operation(name, rule, _writes(spelling))
+                    # A linear operation is as it is in place, too; some only change the shape.
+                    yield function, Operation(name, rule, _writes(spelling) and rule is not linear)
     for function, rule in FUNCTIONAL_RULES.items():
         yield function, Operation(function.__name__, rule, False)
     for name, rule in PROPERTY_RULES.items():

@@ -85,7 +85,7 @@ def assert_same(left: list[Batch], right: list[Batch]) -> None:
         assert a.bad == b.bad
 
 
-# ----------------------------------------------------------------------------------------------- a pure function of step
+# --------------------------------------------------------------------------------------------- a pure function of step
 
 
 def test_a_batch_is_what_the_order_says(index):
@@ -350,7 +350,7 @@ def test_a_picture_too_large_to_be_true_is_broken(folder, tmp_path, monkeypatch)
     assert batch.ids.tolist() == [1, 1] and "DecompressionBomb" in batch.bad[0].reason
 
 
-# -------------------------------------------------------------------------------------------------------- bad samples
+# --------------------------------------------------------------------------------------------------------- bad samples
 
 
 def test_bad_samples_are_counted_and_listed_once(broken, tmp_path):

@@ -247,7 +247,8 @@ def test_a_cut_member_is_named_with_its_place(tmp_path):
     with tarfile.open(path) as archive:
         member = archive.getmembers()[2]
     os.truncate(path, member.offset_data + 10)
-    found = rf"'k0002.jpg' begins at byte {member.offset_data} and has {member.size} bytes, .* ends at byte {member.offset_data + 10}"
+    start, size = member.offset_data, member.size
+    found = rf"'k0002.jpg' begins at byte {start} and has {size} bytes, .* ends at byte {start + 10}"
     with pytest.raises(DataError, match=found):
         index_shards([path])
 
