@@ -11,8 +11,8 @@ With random access, order is arithmetic. With N pictures, seed s and global batc
 whatever the workers, the processes, and where a run was interrupted. The N mod G pictures at the end of an epoch's
 order are left out of that epoch; they are others in each.
 
-The index takes about 30 bytes and a key for each picture. Each shard's part of it is cached as JSON, under a name made
-from the tar's path, size and modification time.
+The index takes about 30 bytes and a key for each picture. Each shard's part of it is cached as JSON, and holds as long
+as the tar's path, size and modification time do.
 """
 
 from __future__ import annotations
@@ -482,8 +482,9 @@ def reason(error: Exception) -> str:
 
 
 def _cache_file(file: ShardFile) -> Path:
+    """One for each path, so that what is out of date is written over."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    name = hashlib.sha256(json.dumps([SCHEMA, *file]).encode()).hexdigest()[:32]
+    name = hashlib.sha256(json.dumps([SCHEMA, file.path]).encode()).hexdigest()[:32]
     return Path(base) / "bcosify" / "index" / f"{name}.json"
 
 

@@ -140,6 +140,7 @@ def _explained(
     """Explains one batch, writes its files, returns its ledger rows."""
     import numpy as np
     import torch
+    from torchvision.transforms.functional import to_pil_image
 
     from ..explain import explain as explain_scores
     from ..explain.render import panel
@@ -170,8 +171,9 @@ def _explained(
             }
             for k in range(count)
         ]
-        shown = (inputs[i] * std + mean).clamp(0, 1)
-        panel(shown, explanation, i, captions=[row["label"] for row in ledger]).save(folder / f"{name}.png")
+        shown = to_pil_image((inputs[i] * std + mean).clamp(0, 1))
+        panels = [panel(shown, explanation, row["label"], picture=i, score=k) for k, row in enumerate(ledger)]
+        _stacked(panels).save(folder / f"{name}.png")
         np.savez_compressed(
             folder / f"{name}.npz",
             contributions=explanation.contributions[i].numpy(),
@@ -181,3 +183,13 @@ def _explained(
         (folder / f"{name}.json").write_text(json_module.dumps(ledger, indent=2))
         rows += ledger
     return rows
+
+
+def _stacked(panels: list[Any]) -> Any:
+    """One picture of several of the same width, from top to bottom."""
+    from PIL import Image
+
+    sheet = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), "white")
+    for i, panel in enumerate(panels):
+        sheet.paste(panel, (0, sum(above.height for above in panels[:i])))
+    return sheet

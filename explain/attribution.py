@@ -120,7 +120,7 @@ def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -
     contributions = explanation.encoded_inputs * explanation.encoded_gradients[:, 0]
     if contributions.shape[-2:] != inputs.shape[-2:] or contributions.shape[1] % inputs.shape[1]:
         raise TargetError(
-            f"The model encodes {tuple(inputs.shape)} as {tuple(contributions.shape)}; use explain() for these channels."
+            f"The model encodes {tuple(inputs.shape)} as {tuple(contributions.shape)}; use explain() instead."
         )
     return contributions.unflatten(1, (-1, inputs.shape[1])).sum(1)
 

@@ -122,7 +122,7 @@ class Ledger:
         """Names those tensors of `result` that do not move, beside the names that they have."""
         for tensor in tensors(result):
             if not tensor.requires_grad:
-                self._names[tensor] = _merged([self._names.get(tensor, ()), names])
+                self._names[tensor] = _merged([self._names.get(tensor) or (), names])
         return result
 
     def inherit(self, result: Any, sources: Any) -> Any:
@@ -131,7 +131,7 @@ class Ledger:
         for tensor in tensors(result):
             # What was written to in place is a source of its own.
             if tensor not in self._names or any(tensor is source for source in sources):
-                self.name(tensor, _merged(self._names.get(source, ()) for source in sources))
+                self.name(tensor, _merged(self._names.get(source) or () for source in sources))
         return result
 
     def distrust(self, result: Any, operation: str) -> Any:

@@ -1,10 +1,10 @@
 """Explanation mode: run any model so that its graph is affine in its input.
 
-A network of linear maps, gates and normalisers is affine in its input x once its gates are frozen: s = W(x)·x + Σ_j c_j.
-W(x) is then an ordinary gradient, and every c_j is a named constant (see `ledger`). The mode swaps each torch call for
-its frozen-gate form (see `rules`) while the model runs, with the same value to the last bit. So it serves every
-architecture, converted or not, and changes nothing of the model: no flag, hook, `.grad`, buffer, random state or
-train/eval state is touched, or it is put back when the mode ends, also after an exception.
+A network of linear maps, gates and normalisers is affine in its input x once its gates are frozen:
+s = W(x)·x + Σ_j c_j. W(x) is then an ordinary gradient, and every c_j is a named constant (see `ledger`). The mode swaps
+each torch call for its frozen-gate form (see `rules`) while the model runs, with the same value to the last bit. So it
+serves every architecture, converted or not, and changes nothing of the model: no flag, hook, `.grad`, buffer, random
+state or train/eval state is touched, or it is put back when the mode ends, also after an exception.
 
     with Linearised(model) as mode:
         output = model(mode.follow(images))
@@ -96,14 +96,14 @@ class Linearised(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if _modes.active[-1] is not self or not any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
-            return func(*args, **kwargs)
+        call = (args, kwargs or {})
+        if _modes.active[-1] is not self or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(call)):
+            return func(*args, **call[1])
         with torch.inference_mode(False), torch.enable_grad():
-            args, kwargs = self._ledger.settle((args, kwargs))
-            if any(moves(leaf) for leaf in tree_leaves((args, kwargs))):
-                return self._linearised(func, args, kwargs)
-            return self._ledger.inherit(func(*args, **kwargs), (args, kwargs))
+            args, options = call = self._ledger.settle(call)
+            if any(moves(leaf) for leaf in tree_leaves(call)):
+                return self._linearised(func, args, options)
+            return self._ledger.inherit(func(*args, **options), call)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""
@@ -164,7 +164,7 @@ def _out_of_place(write: Callable[..., Any]) -> Callable[..., Tensor]:
     return run
 
 
-# ------------------------------------------------------------------------------------------- what must be left as it was
+# ------------------------------------------------------------------------------------------ what must be left as it was
 
 
 class _Modes(threading.local):

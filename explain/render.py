@@ -103,7 +103,7 @@ def panel(
     }
 
     unit = size / 336
-    margin, gap, head, foot = (round(pixels * unit) for pixels in (20, 14, 34, 92))
+    margin, gap, head, foot = (round(pixels * unit) for pixels in (20, 14, 34, 84))
     large, small = (ImageFont.load_default(pixels * unit) for pixels in (17, 13))
     height = round(size * contributions.shape[-2] / contributions.shape[-1])
     canvas = Image.new("RGB", (2 * margin + 3 * size + 2 * gap, margin + head + height + foot), "white")
@@ -119,7 +119,10 @@ def panel(
     _scale_bar(canvas, draw, (margin + size + gap, line, size, round(9 * unit)), limit, small, unit)
     parts = (explanation.scores, explanation.input_part, explanation.constant_part)
     total, of_input, of_constants = (float(part[picture, score]) for part in parts)
-    sums = f"{_number(total)} = {_number(of_input)} input {_number(of_constants, signed=True)} constants"
+    sign = "+" if of_constants >= 0 else "-"
+    sums = f"{_number(total)} = {_number(of_input)} from the input {sign} {_number(abs(of_constants))} from constants"
+    colours = "in the colours of its weights" if len(weights) == 6 else "in the colours of the input"
+    draw.text((margin + 2 * (size + gap), line), colours, FAINT, small, anchor="lt")
     draw.text((margin, line), _cut(draw, caption or f"score {score}", large, size), INK, large, anchor="lt")
     draw.text((margin, line + 27 * unit), sums, INK, small, anchor="lt")
     draw.text((margin, line + 47 * unit), _largest(explanation, picture, score), FAINT, small, anchor="lt")
@@ -206,14 +209,14 @@ def _largest(explanation: Explanation, picture: int, score: int, most: int = 3) 
 
 
 def _number(value: float, signed: bool = False) -> str:
-    """A number in three digits, with a true minus."""
-    return f"{value:{'+' if signed else ''}.3g}".replace("-", "\N{MINUS SIGN}")
+    """A number in three digits."""
+    return f"{value:{'+' if signed else ''}.3g}"
 
 
 def _cut(draw: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
     """As much of `text` as fits into `width` pixels."""
     if draw.textlength(text, font) <= width:
         return text
-    while text and draw.textlength(f"{text}…", font) > width:
+    while text and draw.textlength(f"{text}...", font) > width:
         text = text[:-1]
-    return f"{text.rstrip()}…"
+    return f"{text.rstrip()}..."

