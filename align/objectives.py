@@ -34,6 +34,10 @@ class Objective(nn.Module):
     def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
         """Takes note of the teacher's mean features on a few pictures, where the objective wants them."""
 
+    def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:  # noqa: ARG002 - the general case needs no calls
+        """Runs the student as this objective feeds it."""
+        self.student(pictures)
+
 
 class EndToEnd(Objective):
     """The student runs on its own from the picture."""
@@ -75,8 +79,16 @@ class BlockLocal(Objective):
         losses = {name: self._unit(name, calls[name]) for name in self.taps if name in calls}
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
+    def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:  # noqa: ARG002 - units see features, not pictures
+        for name in self.taps:
+            if name in calls:
+                self._output(name, calls[name])
+
+    def _output(self, name: str, call: Call) -> Tensor:
+        return first_tensor(self.student.get_submodule(name)(*call.args, **call.kwargs))
+
     def _unit(self, name: str, call: Call) -> Tensor:
-        ours = first_tensor(self.student.get_submodule(name)(*call.args, **call.kwargs))
+        ours = self._output(name, call)
         theirs, before = call.output, call.args[0] if call.args else None
         if isinstance(before, Tensor) and before.shape == theirs.shape:
             ours, theirs = ours - before, theirs - before

@@ -7,12 +7,14 @@ teacher and student are compared as functions, so no dropout and no batch statis
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import dataclasses
+import functools
 import json
+import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tqdm.auto import tqdm
 
 from ..convert import Student, calibrate, load, load_teacher, save, set_strength
 from ..convert.files import check_free, new_file
+from ..convert.layers import scheduled_layers
 from ..errors import BcosifyError, CheckpointError, RecipeError
 from . import state
 from .fidelity import fidelity
@@ -156,10 +159,17 @@ class _Run:
         gain_pictures = self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
         if gain_pictures is not None:
             objective.centre_on(*observe(self.teacher, gain_pictures, objective.taps))
+
+        def gains() -> None:
+            assert gain_pictures is not None
+            calls, _ = observe(self.teacher, gain_pictures, objective.taps)
+            run = functools.partial(objective.run, gain_pictures, calls)
+            calibrate(self.model, self.teacher, gain_pictures, phase.gain, run)
+
         prepared, optimizer = self.accelerator.prepare(objective, optimizer)
         log = _Log(self, number, phase, optimizer)
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
-            self._move(phase, k, steps, gain_pictures)
+            self._move(phase, k, steps, gains)
             self.bad.add(batch.bad)
             pictures = self._normalised(batch.pictures)
             for group in optimizer.param_groups:
@@ -198,12 +208,12 @@ class _Run:
         )
         return iter(batches)
 
-    def _move(self, phase: Phase, k: int, steps: int, pictures: Tensor | None) -> None:
+    def _move(self, phase: Phase, k: int, steps: int, gains: Callable[[], None]) -> None:
         """B and beta of this step, and new gains where the phase asks for them."""
         set_strength(self.model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
         again = phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps
-        if pictures is not None and phase.calibrate and (k == 0 or again):
-            calibrate(self.model, self.teacher, pictures[: phase.calibrate], phase.gain)
+        if phase.calibrate and (k == 0 or again):
+            gains()
 
     def _due(self, step: int, every: int) -> bool:
         """Whether `every` pictures went by within this step."""
@@ -326,8 +336,6 @@ def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:
 
 def _strengths(model: nn.Module) -> dict[str, float]:
     """B and beta as they stand; the largest where layers differ."""
-    from ..convert.layers import scheduled_layers
-
     values: dict[str, float] = {}
     for _, layer in scheduled_layers(model):
         for name, value in layer.strengths().items():
@@ -345,10 +353,6 @@ def _accelerator(recipe: Recipe) -> Accelerator:
 
 def _teacher(student: Student) -> nn.Module:
     """The frozen original: a copy of the student while it is still identical, else from its source."""
-    import copy
-
-    from ..convert.layers import scheduled_layers
-
     at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
     identical = at_start and not {"calibration", "alignment"} & set(student.report)
     model = copy.deepcopy(student.model) if identical else load_teacher(student.source.reference).model
@@ -386,10 +390,7 @@ def _prepare_folder(
         config.work.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "bad_samples.jsonl"):
             (config.work / name).unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            import shutil
-
-            shutil.rmtree(config.work / "checkpoints")
+        shutil.rmtree(config.work / "checkpoints", ignore_errors=True)
         with new_file(written) as scratch:
             scratch.write_text(dump(config.recipe))
     accelerator.wait_for_everyone()

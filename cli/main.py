@@ -98,12 +98,12 @@ def _parser(verb: str, function: Any) -> ArgumentParser:
             # Only the spelling that changes the default is worth showing.
             no = f"--no-{name.replace('_', '-')}" if parameter.default else flag
             parser.add_argument(no, dest=name, action="store_false" if parameter.default else "store_true", **settings)
-        elif required and parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-            parser.add_argument(name, type=hint, **settings)
-        elif _item_type(hint) is not None:
-            parser.add_argument(flag, dest=name, type=_item_type(hint), nargs="+", **settings)
         else:
-            parser.add_argument(flag, dest=name, type=hint, **settings)
+            positional = required and parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+            where = (name,) if positional else (flag,)
+            item = _item_type(hint)
+            several = {} if item is None else {"nargs": "+"}
+            parser.add_argument(*where, type=item or hint, **several, **settings)
     return parser
 
 

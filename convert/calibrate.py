@@ -8,7 +8,9 @@ because a cosine does not see it: nothing is left behind. (Ours; data-dependent 
 
 from __future__ import annotations
 
-from typing import Literal
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +28,21 @@ SMALLEST, LARGEST = 1e-3, 1e3
 
 
 @torch.no_grad()
-def calibrate(student: nn.Module, teacher: nn.Module, pictures: Tensor, gain: Gain = "least-squares") -> dict[str, float]:
+def calibrate(
+    student: nn.Module,
+    teacher: nn.Module,
+    pictures: Tensor,
+    gain: Gain = "least-squares",
+    run: Callable[[], object] | None = None,
+) -> dict[str, float]:
     """Scales the weights of `student`, in place, towards `teacher` at the student's present B and beta.
 
     Args:
         student: a converted model.
         teacher: its original, or a student at B = 1, beta = 1; layers are paired by name.
         pictures: (N, 3, H, W) normalised; 64 are enough for a start.
+        run: how the student is run on them; by default from the picture to its output. Parts that will be trained on the
+            teacher's features are better run on those.
 
     Returns:
         Mean gain of every calibrated layer.
@@ -61,15 +71,21 @@ def calibrate(student: nn.Module, teacher: nn.Module, pictures: Tensor, gain: Ga
 
         return hook
 
-    for model, hook in ((teacher, record), (student, adjust)):
-        modules = dict(model.named_modules())
-        handles = [modules[name].register_forward_hook(hook(name)) for name in layers]
-        try:
-            model(pictures)
-        finally:
-            for handle in handles:
-                handle.remove()
+    with _hooked(teacher, layers, record):
+        teacher(pictures)
+    with _hooked(student, layers, adjust):
+        student(pictures) if run is None else run()
     return gains
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _response(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:

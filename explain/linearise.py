@@ -1,10 +1,10 @@
 """Explanation mode: run any model so that its graph is affine in its input.
 
 A network of linear maps, gates and normalisers is affine in its input x once its gates are frozen:
-s = W(x)·x + Σ_j c_j. W(x) is then an ordinary gradient, and every c_j is a named constant (see `ledger`). The mode swaps
-each torch call for its frozen-gate form (see `rules`) while the model runs, with the same value to the last bit. So it
-serves every architecture, converted or not, and changes nothing of the model: no flag, hook, `.grad`, buffer, random
-state or train/eval state is touched, or it is put back when the mode ends, also after an exception.
+s = W(x)·x + Σ_j c_j. W(x) is then an ordinary gradient, and every c_j is a named constant (see `ledger`). The mode
+swaps each torch call for its frozen-gate form (see `rules`) while the model runs, with the same value to the last bit.
+So it serves every architecture, converted or not, and changes nothing of the model: no flag, hook, `.grad`, buffer,
+random state or train/eval state is touched, or it is put back when the mode ends, also after an exception.
 
     with Linearised(model) as mode:
         output = model(mode.follow(images))

@@ -275,7 +275,7 @@ def group_norm(
 ) -> Tensor:
     out = _standardised(input.reshape(input.shape[0], num_groups, -1), (-1,), eps).reshape(input.shape)
     value = run(input.detach(), num_groups, *frozen((weight, bias, eps)))
-    return _dressed(ledger, value, out, *(_per_channel(vector, input) for vector in (weight, bias)), source=bias)
+    return _dressed(ledger, value, out, weight, bias, per_channel=True)
 
 
 def batch_norm(
@@ -324,7 +324,7 @@ def instance_norm(
         return batch_norm(ledger, F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
     value = run(input.detach(), None, None, *frozen((weight, bias)), True, momentum, eps)
     out = _standardised(input, tuple(range(2, input.dim())), eps)
-    return _dressed(ledger, value, out, *(_per_channel(vector, input) for vector in (weight, bias)), source=bias)
+    return _dressed(ledger, value, out, weight, bias, per_channel=True)
 
 
 def normalize(ledger: Ledger, run: Run, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Tensor:
@@ -343,11 +343,12 @@ def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return (x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
 
 
-def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, source: Any = None) -> Tensor:
-    """`value` with the derivative of out · weight + bias."""
-    out = graft(value, out.clone() if weight is None else out * weight.detach())
+def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False) -> Tensor:
+    """`value` with the derivative of out · weight + bias, which lie along the last axes or else the channels."""
+    align = _per_channel if per_channel else lambda vector, like: vector
+    out = graft(value, out.clone() if weight is None else out * align(weight.detach(), out))
     if bias is not None:
-        ledger.enter(out, bias.detach(), bias if source is None else source)
+        ledger.enter(out, align(bias, out), bias)
     return out
 
 

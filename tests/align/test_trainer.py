@@ -1,0 +1,257 @@
+"""The loop itself, on a tiny model and real photographs: same seed same losses, killed and resumed, two processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from bcosify.align import state
+from bcosify.align.objectives import OBJECTIVES, observe
+from bcosify.align.recipe import Phase, Recipe, dump, from_values, load_recipe
+from bcosify.align.shards import write_shards
+from bcosify.align.trainer import AlignConfig, align
+from bcosify.convert import convert, load, load_teacher, save, set_strength
+from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
+
+PHASES = (
+    Phase("block-local", 40, 1e-3, calibrate=8),
+    Phase("end-to-end", 40, 1e-3, b=(2.0, 2.0)),
+)
+RECIPE = Recipe(
+    "B is 2 and biases are gone", 64, 4, PHASES, held_out=8, evaluate_every=40, checkpoint_every=20, log_every=1, workers=0
+)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """48 crops of photographs from scikit-image."""
+    from skimage import data
+
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, array in {"cat": data.chelsea(), "coffee": data.coffee(), "rocket": data.rocket()}.items():
+        picture = Image.fromarray(array)
+        for i in range(16):
+            left, top = 12 * i, 6 * i
+            picture.crop((left, top, left + 160, top + 160)).resize((96, 96)).save(folder / f"{name}-{i}.jpg")
+    out = tmp_path_factory.mktemp("shards") / "all"
+    write_shards(folder, out, size=None, per_shard=20, progress=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted tiny ViT with random weights."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("run") / "vit"
+    save(convert(load_teacher("timm:test_vit", pretrained=False, image_size=64)), out)
+    return out
+
+
+def aligned(run: Path, shards: Path, out: Path, recipe: Recipe = RECIPE, **options) -> list[dict]:
+    align(AlignConfig(run, str(shards), out, recipe, quiet=True, **options))
+    return rows(out)
+
+
+def rows(out: Path) -> list[dict]:
+    """metrics.jsonl without what the clock decides."""
+    lines = (out.with_name(f"{out.name}.run") / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "pictures_per_second"} for line in lines]
+
+
+def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
+    first, second = (aligned(run, shards, tmp_path / name) for name in ("a", "b"))
+    assert first == second
+    other = aligned(run, shards, tmp_path / "c", dataclasses.replace(RECIPE, seed=1))
+    assert [r["loss"] for r in other if "loss" in r] != [r["loss"] for r in first if "loss" in r]
+    losses = [row["loss"] for row in first if row.get("objective") == "block-local" and "loss" in row]
+    assert losses[-1] < 0.9 * losses[0]
+    assert load_file(tmp_path / "a/model.safetensors").keys() == load_file(tmp_path / "b/model.safetensors").keys()
+    student = load(tmp_path / "a")
+    assert student.report["alignment"]["pictures"] == 80
+    assert student.report["alignment"]["curve"][0]["raw_cosine"] == pytest.approx(1, abs=1e-4)
+
+
+def test_workers_do_not_change_the_run(run, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, phases=PHASES[:1])
+    expected = aligned(run, shards, tmp_path / "0", recipe)
+    assert aligned(run, shards, tmp_path / "2", dataclasses.replace(recipe, workers=2)) == expected
+
+
+ALIGN = """
+import os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from bcosify.align import trainer
+from bcosify.align.recipe import load_recipe
+kill_at = int(sys.argv[5])
+log = trainer._Log.step
+def step(self, progress, losses, norm):
+    log(self, progress, losses, norm)
+    if progress.step == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+trainer._Log.step = step
+run, data, out, recipe = sys.argv[1:5]
+resume = kill_at < 0
+trainer.align(trainer.AlignConfig(Path(run), data, Path(out), load_recipe(recipe), quiet=True, resume=resume))
+"""
+
+
+@pytest.mark.parametrize("kill_at", [7, 12])  # five steps a checkpoint, ten steps a phase
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, shards, tmp_path, kill_at):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(dump(RECIPE))
+
+    def call(out: str, kill: int) -> int:
+        arguments = [str(run), str(shards), str(tmp_path / out), str(recipe), str(kill)]
+        return subprocess.run([sys.executable, "-c", ALIGN, *arguments], timeout=200).returncode
+
+    assert call("whole", 0) == 0
+    assert call("parts", kill_at) == -signal.SIGKILL
+    assert not (tmp_path / "parts").exists()
+    newest = tmp_path / "parts.run/checkpoints/step-00000015"
+    newest.mkdir()  # a half-written newest checkpoint: no COMPLETE marker
+    (newest / "student.safetensors").write_bytes(b"half")
+    assert call("parts", -1) == 0
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_two_processes_see_the_same_batches(run, shards, tmp_path):
+    """`accelerate launch` on two CPU processes: the same global batches, so nearly the same losses."""
+    recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(PHASES[1], calibrate=8),))
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    command = ["-m", "bcosify.cli", "align", str(run), "--data", str(shards), "--recipe", str(tmp_path / "recipe.yaml")]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *launch, *command, "--out", str(tmp_path / "two")],
+        check=True, timeout=280, env=environment, capture_output=True,
+    )  # fmt: skip
+    one = aligned(run, shards, tmp_path / "one", recipe)
+    two = rows(tmp_path / "two")
+    assert [row.get("step") for row in one] == [row.get("step") for row in two]
+    for ours, theirs in zip(one, two, strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=2e-2)
+
+
+def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
+    aligned(run, shards, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]))
+    with pytest.raises(RecipeError, match="learning_rate: 0.5"):
+        changed = (dataclasses.replace(PHASES[0], learning_rate=0.5),)
+        aligned(run, shards, tmp_path / "x", dataclasses.replace(RECIPE, phases=changed), resume=True, overwrite=True)
+    with pytest.raises(CheckpointError, match="no run"):
+        aligned(run, shards, tmp_path / "nothing", resume=True)
+    with pytest.raises(CheckpointError, match="exists already"):
+        aligned(run, shards, tmp_path / "x")
+    one_shard = shards / "00000.tar"
+    with pytest.raises(RecipeError, match="not the data"):
+        aligned(
+            run, one_shard, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]), resume=True, overwrite=True
+        )
+
+
+def test_broken_pictures_are_substituted_counted_and_listed(run, tmp_path, shards):
+    import io
+    import tarfile
+
+    broken = tmp_path / "broken.tar"
+    with tarfile.open(shards / "00000.tar") as source, tarfile.open(broken, "w") as out:
+        for i, member in enumerate(source):
+            data = source.extractfile(member).read()  # type: ignore[union-attr]
+            data = data[: len(data) // 3] if i == 3 else data
+            member.size = len(data)
+            out.addfile(member, io.BytesIO(data))
+    recipe = dataclasses.replace(RECIPE, phases=PHASES[:1], held_out=4, max_bad=0.2)
+    result = align(AlignConfig(run, str(broken), tmp_path / "few", recipe, val=str(shards), quiet=True))
+    assert result["bad_pictures"] == 1
+    assert len((tmp_path / "few.run/bad_samples.jsonl").read_text().splitlines()) == 1
+    with pytest.raises(DataError):
+        strict = dataclasses.replace(recipe, max_bad=0.01)
+        align(AlignConfig(run, str(broken), tmp_path / "many", strict, val=str(shards), quiet=True))
+    assert not (tmp_path / "many").exists()
+
+
+def test_loss_that_is_no_number_stops_the_run(run, shards, tmp_path):
+    wild = (dataclasses.replace(PHASES[0], learning_rate=1e30, clip=1e30),)
+    with pytest.raises(BcosifyError, match="the loss is"):
+        aligned(run, shards, tmp_path / "nan", dataclasses.replace(RECIPE, phases=wild))
+    assert not (tmp_path / "nan").exists()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_has_a_gradient_under_its_pressure_and_none_without(run, objective):
+    student = load(run)
+    teacher = load(run).model.requires_grad_(False)
+    pictures = torch.randn(4, 3, 64, 64)
+    loss = OBJECTIVES[objective](student.model, RECIPE)
+    calls, output = observe(teacher, pictures, loss.taps)
+    assert loss(pictures, calls, output)["total"].item() < 1e-4  # an exact start has nothing to learn
+    set_strength(student.model, b=2.0, beta=0.0)
+    loss(pictures, calls, output)["total"].backward()
+    norms = [parameter.grad.norm() for parameter in student.model.parameters() if parameter.grad is not None]
+    assert sum(norms) > 1e-3
+
+
+def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    for step in (1, 2, 3):
+        state.write(tmp_path, model, optimizer, state.Progress(step, 0, "d"))
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
+    (tmp_path / "step-00000003/COMPLETE").unlink()
+    found = state.latest(tmp_path)
+    assert found is not None and found[1].step == 2
+    other = torch.nn.Linear(2, 2)
+    moments = torch.optim.AdamW(other.parameters())
+    state.restore(found[0], other, moments)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(moments.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state.write(tmp_path, model, optimizer, state.Progress(1, 0, "d"))
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        state.write(tmp_path, model, optimizer, state.Progress(2, 0, "d"))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_recipes_round_trip_and_name_every_fault():
+    assert from_values(json.loads(json.dumps(dataclasses.asdict(RECIPE)))) == RECIPE
+    for name in ("bcos/vit", "bcos/cnn", "smoke", "demo"):
+        recipe = load_recipe(name)
+        assert recipe.pressure and recipe.phases
+    with pytest.raises(RecipeError) as caught:
+        from_values({"pressure": "p", "image_size": "big", "batchsize": 2, "phases": [{"objctive": "end-to-end"}]})
+    lines = str(caught.value).splitlines()
+    assert any("unknown key batchsize" in line and "'batch_size'" in line for line in lines)
+    assert any("image_size: must be int; got 'big'" in line for line in lines)
+    assert any("unknown key phases.0.objctive" in line and "'objective'" in line for line in lines)
+    assert any("missing key phases.0.learning_rate" in line for line in lines)
+    with pytest.raises(RecipeError, match="bcos/vit"):
+        load_recipe("bcos/vitt")
+    with pytest.raises(RecipeError, match="no place"):
+        load_recipe("smoke", ["phases.7.pictures=1"])
+    assert load_recipe("smoke", ["phases.0.pictures=8"]).phases[0].pictures == 8
