@@ -31,6 +31,9 @@ class Phase:
         objective: `end-to-end` or `block-local` (see `objectives`).
         pictures: how many pictures it sees.
         learning_rate: peak; AdamW. Fresh optimizer state in every phase, as objectives differ in scale.
+        relative: the learning rate counts in units of each parameter's root mean square at the start of the phase, so
+            that a step turns every weight by the same angle. B-cos layers respond to angles, and calibration leaves
+            weights of very different sizes.
         b, beta: [start, end]; they move in a straight line over the first `ramp` share of the phase.
         calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
         recalibrate_every: again every so many steps while B and beta move; 0 never.
@@ -45,6 +48,7 @@ class Phase:
     b: tuple[float, float] = (2.0, 2.0)
     beta: tuple[float, float] = (0.0, 0.0)
     ramp: float = 0.6
+    relative: bool = True
     calibrate: int = 0
     recalibrate_every: int = 0
     gain: Literal["least-squares", "rms"] = "least-squares"

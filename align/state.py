@@ -30,12 +30,14 @@ class Progress:
     Attributes:
         step: finished steps over all phases. phase: the phase that the optimizer's state belongs to.
         data: digest of the shards' index.
+        scales: one number a parameter that its learning rate is multiplied by in this phase.
         curve: held-out fidelity so far.
     """
 
     step: int
     phase: int
     data: str
+    scales: tuple[float, ...] = ()
     curve: tuple[dict[str, Any], ...] = ()
 
 
@@ -57,7 +59,7 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     """The newest complete checkpoint in `folder`; a half-written one is passed over."""
     for checkpoint in reversed(_complete(folder)):
         values = json.loads((checkpoint / PROGRESS).read_text())
-        return checkpoint, Progress(**{**values, "curve": tuple(values["curve"])})
+        return checkpoint, Progress(**{**values, "curve": tuple(values["curve"]), "scales": tuple(values["scales"])})
     return None
 
 

@@ -14,7 +14,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,13 @@ def align(config: AlignConfig) -> dict[str, Any]:
     progress = resumed[1] if resumed else state.Progress(0, 0, train.digest)
     if resumed is None:
         progress = run.evaluated(progress, {"phase": "start"})
+    else:
+        state.restore(resumed[0], student.model, None)
     first = 0
     for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
         if progress.step < first + steps:
-            checkpoint = resumed[0] if resumed and progress.phase == number and progress.step > first else None
-            if resumed and checkpoint is None and progress.step == first:
-                state.restore(resumed[0], student.model, None)
-            progress = run.phase(number, phase, first, steps, progress, checkpoint)
+            inside = resumed is not None and progress.step > first
+            progress = run.phase(number, phase, first, steps, progress, resumed[0] if resumed and inside else None)
             resumed = None
         first += steps
     result = run.finish(progress)
@@ -151,11 +151,6 @@ class _Run:
         """Runs one phase from `progress.step` to its end."""
         begin = progress.step - first
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=phase.learning_rate, weight_decay=self.recipe.weight_decay, betas=self.recipe.betas
-        )
-        if checkpoint is not None:
-            state.restore(checkpoint, self.model, optimizer)
         gain_pictures = self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
         if gain_pictures is not None:
             objective.centre_on(*observe(self.teacher, gain_pictures, objective.taps))
@@ -166,14 +161,30 @@ class _Run:
             run = functools.partial(objective.run, gain_pictures, calls)
             calibrate(self.model, self.teacher, gain_pictures, phase.gain, run)
 
+        if checkpoint is None:
+            self._move(phase, 0, steps)
+            if phase.calibrate:
+                gains()
+            progress = dataclasses.replace(progress, scales=_scales(self.model, phase.relative))
+        optimizer = torch.optim.AdamW(
+            [{"params": [p], "scale": s} for p, s in zip(self.model.parameters(), progress.scales, strict=True)],
+            lr=phase.learning_rate,
+            weight_decay=self.recipe.weight_decay,
+            betas=self.recipe.betas,
+        )
+        if checkpoint is not None:
+            state.restore(checkpoint, self.model, optimizer)
         prepared, optimizer = self.accelerator.prepare(objective, optimizer)
         log = _Log(self, number, phase, optimizer)
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
-            self._move(phase, k, steps, gains)
+            self._move(phase, k, steps)
+            if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps:
+                gains()
             self.bad.add(batch.bad)
             pictures = self._normalised(batch.pictures)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(k, steps, phase.learning_rate, phase.warmup, phase.final_learning_rate)
+                rate = learning_rate(k, steps, phase.learning_rate, phase.warmup, phase.final_learning_rate)
+                group["lr"] = rate * group["scale"]
             with self.accelerator.autocast():
                 calls, output = observe(self.teacher, pictures, objective.taps)
                 losses = prepared(pictures, calls, output)
@@ -208,12 +219,9 @@ class _Run:
         )
         return iter(batches)
 
-    def _move(self, phase: Phase, k: int, steps: int, gains: Callable[[], None]) -> None:
-        """B and beta of this step, and new gains where the phase asks for them."""
+    def _move(self, phase: Phase, k: int, steps: int) -> None:
+        """B and beta of step `k`."""
         set_strength(self.model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
-        again = phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps
-        if phase.calibrate and (k == 0 or again):
-            gains()
 
     def _due(self, step: int, every: int) -> bool:
         """Whether `every` pictures went by within this step."""
@@ -317,7 +325,7 @@ class _Log:
             "phase": self.number,
             "objective": self.phase.objective,
             "loss": mean,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["scale"],
             "gradient_norm": None if norm is None else float(norm),
             **_strengths(self.run.model),
             "pictures_per_second": round(rate, 2),
@@ -328,6 +336,12 @@ class _Log:
 
     def close(self) -> None:
         self.bar.close()
+
+
+@torch.no_grad()
+def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
+    """Root mean square of every parameter, or ones; never so small that a parameter could not leave zero."""
+    return tuple(max(float(p.square().mean().sqrt()), 1e-4) if relative else 1.0 for p in model.parameters())
 
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:

@@ -55,6 +55,8 @@ def calibrate(
 
     def record(name: str):  # noqa: ANN202 - a hook
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in targets:  # a shared layer counts where it runs first, as in `adjust`
+                return
             rows = _rows(module, _response(module, args[0], output))
             places[name] = torch.randperm(len(rows), generator=generator)[:ROWS].to(rows.device)
             targets[name] = rows[places[name]] - _constant(layers[name])

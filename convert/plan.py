@@ -122,7 +122,10 @@ def _matching(patterns: Iterable[str], names: list[str]) -> set[str]:
     matched: set[str] = set()
     for pattern in patterns:
         if pattern.startswith("re:"):
-            found = {name for name in names if re.fullmatch(pattern[3:], name)}
+            try:
+                found = {name for name in names if re.fullmatch(pattern[3:], name)}
+            except re.error as error:
+                raise PlanError(f"--keep {pattern} is no regular expression: {error}.") from error
         else:
             found = {name for name in names if name == pattern or name.startswith(f"{pattern}.")}
         if not found:

@@ -16,7 +16,7 @@ from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
 from .sources import Preprocess, Source, Teacher, load_teacher
-from .trace import noise_pictures, trace_forward
+from .trace import fitted, noise_pictures, trace_forward
 
 __all__ = ["Student", "convert", "identity_error", "lossy_steps", "output_of"]
 
@@ -66,7 +66,7 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     model = copy.deepcopy(teacher.model)
     apply_plan(model, plan, teacher.preprocess, config)
     student = Student(model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan)
-    error = identity_error(model, teacher.model, noise_pictures(2, teacher.preprocess.size))
+    error = identity_error(model, teacher.model, fitted(noise_pictures(2, teacher.preprocess.size), teacher.model))
     if not error <= IDENTITY_LIMIT:
         raise LedgerError(
             f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at B=1, beta=1 (limit "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import PlanError
 
-__all__ = ["Trace", "noise_pictures", "trace_forward"]
+__all__ = ["Trace", "fitted", "noise_pictures", "trace_forward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +34,21 @@ def noise_pictures(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
     return smooth + 0.2 * torch.randn(count, 3, *size, generator=generator)
 
 
+def fitted(pictures: Tensor, model: nn.Module) -> Tensor:
+    """`pictures` with the precision and on the device of `model`."""
+    parameter = next(model.parameters(), None)
+    return pictures if parameter is None else pictures.to(parameter)
+
+
 def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
     """Runs `model` once on a noise picture of `size`; nothing of the hooks stays.
 
     Raises:
         PlanError: the model does not take a picture of this size.
     """
-    picture = noise_pictures(1, size)
-    parameter = next(model.parameters(), None)
-    if parameter is not None:
-        picture = picture.to(parameter)
+    if min(size) < 1:
+        raise PlanError(f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}. Pass another --image-size.")
+    picture = fitted(noise_pictures(1, size), model)
     called: dict[str, None] = {}
     readers: set[str] = set()
 

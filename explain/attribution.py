@@ -40,7 +40,7 @@ class Explanation:
     contributions: Tensor
     """(B, K, H, W): input times gradient, summed over the channels."""
     encoded_inputs: Tensor
-    """(B, C, H, W): what is explained; [r, 1 - r] in converted models."""
+    """(B, C, H, W): what is explained; [r, 1 - r] in converted models, once for each time that they encode."""
     encoded_gradients: Tensor
     """(B, K, C, H, W): the row W(x) of each score."""
     constants: dict[str, Tensor]
@@ -93,7 +93,8 @@ def explain(
                 for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
             ]
         )
-    explanation, cause = _explained(model, images, target)
+    with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
+        explanation, cause = _explained(model, images, target)
     if explanation.balanced(tolerance).all():
         return explanation
     if len(images) > 1 and not cause:
@@ -139,41 +140,47 @@ def main_output(output: object) -> Tensor:
     raise TargetError(f"The model returned {type(output).__name__}, which holds no tensor to explain.")
 
 
-@torch.inference_mode(False)
 def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
     """The explanation, checked or not, and why it cannot add up, where that is known."""
-    with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
+    with torch.enable_grad():
         with Linearised(model) as mode:
             output = main_output(model(mode.follow(images)))
             scores = target.scores(output)
-        count = scores.shape[1]
-        try:
-            pulled = [mode.pull(scores[:, k].sum(), retain_graph=k < count - 1) for k in range(count)]
-        except CheckpointError as error:
-            raise LedgerError(
-                f"{type(model).__name__} recomputes activations in the backward pass, outside explanation mode. "
-                "Turn gradient checkpointing off, in timm with `model.set_grad_checkpointing(False)`."
-            ) from error
-        cause = _cause(mode, scores)
+        pulled = _pulled(model, mode, scores)
 
-    leaves, output, scores = [leaf.detach() for leaf in mode.inputs], output.detach().clone(), scores.detach().clone()
+    leaves = [leaf.detach() for leaf in mode.inputs]
     if any(leaf.shape != leaves[0].shape for leaf in leaves):
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
         raise LedgerError(f"{type(model).__name__} encodes its input several times, in shapes that differ: {shapes}.")
-    # One row W(x) for each leaf; there is one leaf, unless the model encodes its input several times.
-    gradients = torch.stack([torch.stack(gradients) for gradients, _ in pulled], 1)
-    contributions = torch.einsum("lbchw,lkbchw->bkhw", torch.stack(leaves), gradients)
-    constants = _by_name([shares for _, shares in pulled], scores)
+    encoded = torch.cat(leaves, 1)
+    gradients = torch.stack([torch.cat(gradients, 1) for gradients, _ in pulled], 1)
+    contributions = torch.einsum("bchw,bkchw->bkhw", encoded, gradients)
+    values = scores.detach().clone()
+    constants = _by_name([shares for _, shares in pulled], values)
     explanation = Explanation(
-        outputs=output,
-        scores=scores,
+        outputs=output.detach().clone(),
+        scores=values,
         contributions=contributions,
-        encoded_inputs=leaves[0],
-        encoded_gradients=gradients.sum(0).transpose(0, 1).contiguous(),
+        encoded_inputs=encoded,
+        encoded_gradients=gradients,
         constants=constants,
-        residual=scores - contributions.sum((-2, -1)) - sum(constants.values(), torch.zeros_like(scores)),
+        residual=values - contributions.sum((-2, -1)) - sum(constants.values(), torch.zeros_like(values)),
     )
-    return explanation, cause
+    return explanation, _cause(mode, scores)
+
+
+def _pulled(model: nn.Module, mode: Linearised, scores: Tensor) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
+    """For each of K scores (B, K): the gradients at the explained inputs, and the shares of the constants."""
+    last = scores.shape[1] - 1
+    if not scores.requires_grad:
+        return [([torch.zeros_like(leaf) for leaf in mode.inputs], {})] * (last + 1)
+    try:
+        return [mode.pull(scores[:, k].sum(), retain_graph=k < last) for k in range(last + 1)]
+    except CheckpointError as error:
+        raise LedgerError(
+            f"{type(model).__name__} recomputes activations in the backward pass, outside explanation mode. "
+            "Turn gradient checkpointing off, in timm with `model.set_grad_checkpointing(False)`."
+        ) from error
 
 
 def _cause(mode: Linearised, scores: Tensor) -> str:

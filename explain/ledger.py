@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..errors import LedgerError
+
 __all__ = ["Ledger", "continuous", "frozen", "graft", "moves", "tensors"]
 
 Names = tuple[str, ...]
@@ -82,7 +84,7 @@ class Ledger:
             ]:
                 self._names.setdefault(tensor, (name,))
 
-    # ------------------------------------------------------------------------------------------------ the input
+    # -------------------------------------------------------------------------------------------------------- the input
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -102,7 +104,7 @@ class Ledger:
         self.encodings.append(leaf)
         return leaf
 
-    # ---------------------------------------------------------------------------------------------------- names
+    # ------------------------------------------------------------------------------------------------------------ names
 
     def names(self, value: object) -> Names:
         """What `value` is called in the ledger."""
@@ -141,18 +143,22 @@ class Ledger:
             self.name(result, (UNKNOWN,))
         return result
 
-    # ---------------------------------------------------------------------------------------------------- gates
+    # ------------------------------------------------------------------------------------------------------------ gates
 
     def gates(self, value: object) -> bool:
         """Whether `value` moves, but is to be frozen where it multiplies something else that moves."""
         return isinstance(value, Tensor) and value in self._gates
 
-    def mark(self, gate: Tensor) -> Tensor:
-        """Makes `gate` such a tensor."""
-        self._gates[gate] = True
-        return gate
+    def mark(self, value: Any, gate: bool = True) -> Any:
+        """Says whether the tensors in `value` are such gates."""
+        for tensor in tensors(value):
+            if gate:
+                self._gates[tensor] = True
+            else:
+                self._gates.pop(tensor, None)
+        return value
 
-    # ------------------------------------------------------------------------------------------------ constants
+    # -------------------------------------------------------------------------------------------------------- constants
 
     def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
         """Enters `constant`, which broadcasts to `out` and is a summand of it, under the name of `source`."""
@@ -178,19 +184,18 @@ class Ledger:
 
     def pull(self, score: Tensor, retain_graph: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The gradient of `score` () at each explained input, and the share (B,) of each constant in the score."""
+        if not score.requires_grad:
+            raise LedgerError("The score does not move with the input. Compute it inside the mode, from what moves.")
         self._shares = {}
         inputs = self.inputs
-        if score.requires_grad:
-            found = torch.autograd.grad(score, [*inputs, self._anchor], retain_graph=retain_graph, allow_unused=True)
-        else:
-            found = [None] * len(inputs)
+        found = torch.autograd.grad(score, [*inputs, self._anchor], retain_graph=retain_graph, allow_unused=True)
         gradients = [
             torch.zeros_like(leaf) if gradient is None else gradient
             for leaf, gradient in zip(inputs, found, strict=False)
         ]
         return gradients, self._shares
 
-    # ----------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------------------------------
 
     def _settled(self, tensor: Tensor) -> Tensor:
         if tensor.is_inference():

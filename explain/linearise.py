@@ -118,9 +118,10 @@ class Linearised(TorchFunctionMode):
         out = ledger.inherit(operation.rule(ledger, func, *args, **kwargs), (args, kwargs))
         if into is None:
             return out
-        # Written by a copy, so that views and aliases of the target see it too.
+        # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be
+        # written over something that moves if it seems to move, but it stays a gate.
         into.copy_(out if moves(out) else ledger.entered(out, out))
-        return into
+        return ledger.mark(into, not moves(out) or ledger.gates(out))
 
 
 def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

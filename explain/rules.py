@@ -47,12 +47,13 @@ class Operation(NamedTuple):
     in_place: bool
 
 
-# ------------------------------------------------------------------------------------------- linear and affine rules
+# ---------------------------------------------------------------------------------------------- linear and affine rules
 
 
 def linear(ledger: Ledger, run: Run, input: Any, *args: Any, **kwargs: Any) -> Any:
     """Operations that are linear in their first argument: views, sums, average pooling, max-pool's routing."""
-    return run(input, *frozen(args), **frozen(kwargs))
+    out = run(input, *frozen(args), **frozen(kwargs))
+    return ledger.mark(out) if ledger.gates(input) else out
 
 
 def independent(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
@@ -117,10 +118,10 @@ def extreme(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
 def moments(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """`var_mean` and `std_mean`: the mean is linear, the spread is a statistic."""
     spread, mean = run(input, *args, **kwargs)
-    return ledger.name(spread.detach(), ("var_mean output",)), mean
+    return ledger.name(spread.detach(), ("spread",)), mean
 
 
-# ---------------------------------------------------------------------------------------------------------- products
+# ------------------------------------------------------------------------------------------------------------- products
 
 
 def product(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Tensor:
@@ -181,7 +182,7 @@ def multiply_add(multiply: Run, multiply_rule: Rule = product) -> Rule:
     return rule
 
 
-# ------------------------------------------------------------------------------------------------- gates and freezing
+# --------------------------------------------------------------------------------------------------- gates and freezing
 
 
 def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -236,7 +237,7 @@ def distrusting(name: str) -> Rule:
     return rule
 
 
-# -------------------------------------------------------------------------------------------------------- normalisers
+# ---------------------------------------------------------------------------------------------------------- normalisers
 
 
 def layer_norm(
@@ -357,7 +358,7 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
     return vector.reshape(-1, *(1,) * (like.dim() - 2))
 
 
-# ---------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------------------ attention
 
 
 def attention(ledger: Ledger, run: Run, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -402,7 +403,7 @@ def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) ->
     return graft(out, seen.transpose(0, 1).reshape(out.shape).clone()), shown
 
 
-# -------------------------------------------------------------------------------------------------------- input layers
+# --------------------------------------------------------------------------------------------------------- input layers
 
 
 def encoding(
@@ -418,7 +419,7 @@ def encoding(
     return out
 
 
-# ---------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------------------ the table
 
 ADD = combination(lambda alpha: (1, alpha))
 

@@ -141,15 +141,24 @@ class BcosConv2d(_Bcos):
     def _patch_norm_sq(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """(B, G, 1, H', W') float32: sum of squares under every patch, per group of channels."""
         per_pixel = _sum_of_squares(x.unflatten(1, (self.groups, -1)), 2)
-        if self.dilation == (1, 1):
-            area = math.prod(self.kernel_size)
-            pooled = per_pixel
-            if area > 1 or self.stride != (1, 1) or padding != (0, 0):
-                pooled = F.avg_pool2d(per_pixel, self.kernel_size, self.stride, padding) * area
+        area = math.prod(self.kernel_size)
+        if area == 1:
+            pooled = F.pad(per_pixel, _four(padding))[..., :: self.stride[0], :: self.stride[1]]
+        elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
+            pooled = F.avg_pool2d(per_pixel, self.kernel_size, self.stride, padding) * area
         else:
-            ones = per_pixel.new_ones(self.groups, 1, *self.kernel_size)
-            pooled = F.conv2d(per_pixel, ones, None, self.stride, padding, self.dilation, self.groups)
+            # A pool cannot do it, and a convolution would take the sums in float16 or TF32 where those are switched on.
+            pooled = F.pad(per_pixel, _four(padding))
+            for dim, kernel, dilation in zip((-2, -1), self.kernel_size, self.dilation, strict=True):
+                size = pooled.shape[dim] - dilation * (kernel - 1)
+                pooled = torch.stack([pooled.narrow(dim, k * dilation, size) for k in range(kernel)]).sum(0)
+            pooled = pooled[..., :: self.stride[0], :: self.stride[1]]
         return pooled.unsqueeze(2)
+
+
+def _four(padding: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(rows, columns) as `F.pad` wants it."""
+    return padding[1], padding[1], padding[0], padding[0]
 
 
 class BcosConv2dSame(BcosConv2d):

@@ -11,6 +11,7 @@ x * weight / sigma + beta * (bias - weight * mean / sigma): the uncentred BatchN
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -55,6 +56,14 @@ class BiasScheduled(nn.Module):
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's bias."""
         return _faded(self._parameters.get("bias"), self._beta)
+
+    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
+        super()._apply(fn, recurse)
+        # Half precision has no 1.7: the buffers stay float32, or a saved model would come back as another function.
+        for name, value in self.strengths().items():
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = torch.tensor(value, device=self._buffers[name].device)
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # noqa: ANN001, ANN002 - torch's own signature
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -113,7 +122,7 @@ def scheduled_layers(model: nn.Module) -> Iterator[tuple[str, BiasScheduled]]:
 
 def set_strength(model: nn.Module, b: float | None = None, beta: float | None = None) -> None:
     """Sets B (>= 1) and beta (in [0, 1]) in every converted layer of `model`; None leaves a value as it is."""
-    if b is not None and b < 1 or beta is not None and not 0 <= beta <= 1:
+    if b is not None and not 1 <= b < math.inf or beta is not None and not 0 <= beta <= 1:
         raise ValueError(f"B is at least 1 and beta lies in [0, 1]; got B={b}, beta={beta}")
     for _, layer in scheduled_layers(model):
         for name, value in (("b", b), ("beta", beta)):

@@ -42,9 +42,10 @@ class _SixChannel(BcosConv2d):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if weight is None or weight.shape[1] != 3 or self.padding_mode != "zeros":
             raise ValueError("the first convolution must read three channels, ungrouped, with zero padding")
-        # float64: the folded constant is a sum over the whole patch.
-        w = weight.detach().double()
-        mu, sigma = (torch.tensor(v, dtype=torch.float64, device=w.device).view(-1, 1, 1) for v in (mean, std))
+        self.register_buffer("mean", torch.tensor(mean, device=weight.device), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=weight.device), persistent=False)
+        # float64: the folded constant is a sum over the whole patch. From the buffers: it must undo what forward does.
+        w, mu, sigma = weight.detach().double(), self.mean.double().view(-1, 1, 1), self.std.double().view(-1, 1, 1)
         constant = (w / (2 * sigma) - w * mu / sigma).sum((1, 2, 3))
         if bias is not None:
             constant = constant + bias.detach().double()
@@ -54,8 +55,6 @@ class _SixChannel(BcosConv2d):
         self.weight = nn.Parameter(six, requires_grad=weight.requires_grad)
         self._parameters["bias"] = None
         self.in_channels = 6
-        self.register_buffer("mean", torch.tensor(mean, device=w.device), persistent=False)
-        self.register_buffer("std", torch.tensor(std, device=w.device), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 3:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 
-from ...errors import PlanError
+from ...errors import PlanError, near_miss
 from ..layers import (
     BcosConv2d,
     BcosConv2dSame,
@@ -33,6 +33,9 @@ from ..trace import Trace
 
 __all__ = ["METHOD", "BcosConfig"]
 
+Scale = Literal["cosine", "unbounded"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+
 
 @dataclasses.dataclass(frozen=True)
 class BcosConfig:
@@ -44,7 +47,11 @@ class BcosConfig:
     """
 
     keep: tuple[str, ...] = ()
-    scale: Literal["cosine", "unbounded"] = "cosine"
+    scale: Scale = "cosine"
+
+    def __post_init__(self) -> None:
+        if self.scale not in SCALES:
+            raise PlanError(f"no scale {self.scale!r}.{near_miss(self.scale, SCALES)} There are: {', '.join(SCALES)}.")
 
 
 QUERY_KEY_VALUE = frozenset(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from bcosify.errors import LedgerError
 from bcosify.explain import explain
 

@@ -1,0 +1,94 @@
+"""Teachers: real weights once a session, tiny timm models whose every number counts, and photographs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
+from PIL import Image
+from torch import Tensor, nn
+
+PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch) -> None:
+    """No test here asks the hub for anything."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Fresh models have zero biases, unit gains and empty statistics: no error in those would show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.2 if parameter.dim() <= 1 else 0.02
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+            if name.endswith("running_var"):
+                buffer.copy_(0.5 + 1.5 * torch.rand(buffer.shape, generator=generator))
+    return model
+
+
+@pytest.fixture
+def tiny() -> Callable[..., Teacher]:
+    """tiny(NAME, size=...): a timm model without published weights, with random biases and statistics."""
+
+    def make(name: str = "test_vit", size: int | None = 64) -> Teacher:
+        torch.manual_seed(0)
+        teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=size)
+        randomised(teacher.model)
+        return teacher
+
+    return make
+
+
+@pytest.fixture
+def teach() -> Callable[..., Teacher]:
+    """teach(MODEL): a Teacher of any module that takes a picture."""
+
+    def make(model: nn.Module, size: int = 16) -> Teacher:
+        preprocess = Preprocess((size, size), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        return Teacher(model.eval(), Source("timm:own", "timm", "own"), preprocess)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_teachers() -> dict[str, Teacher]:
+    """Both models whose real weights pip packages carry."""
+    return {name: load_teacher(f"bundled:{name}") for name in ("efficientnet_lite0", "dinov2_small")}
+
+
+@pytest.fixture(scope="session")
+def _real_students(real_teachers) -> dict[str, Student]:
+    return {name: convert(teacher) for name, teacher in real_teachers.items()}
+
+
+@pytest.fixture
+def real_student(_real_students) -> Callable[[str], Student]:
+    """real_student(NAME): a fresh copy, free to be changed."""
+    import copy
+
+    return lambda name: dataclasses.replace(_real_students[name], model=copy.deepcopy(_real_students[name].model))
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Callable[..., Tensor]:
+    """photographs(PREPROCESS, count): (count, 3, H, W) normalised, from scikit-image's own files."""
+    spec = find_spec("skimage")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0]) / "data"
+
+    def read(preprocess: Preprocess, count: int = len(PHOTOGRAPHS)) -> Tensor:
+        transform = preprocess.transform()
+        return torch.stack([transform(Image.open(folder / name)) for name in PHOTOGRAPHS[:count]])
+
+    return read

@@ -1,0 +1,223 @@
+"""Planning: pure, complete, and a clear refusal of all that it does not know."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from bcosify.convert import BcosConfig, convert, plan_for
+from bcosify.convert.methods import find_method
+from bcosify.convert.trace import noise_pictures, trace_forward
+from bcosify.errors import PlanError
+from timm.layers import StdConv2d
+from torch import nn
+
+CONFIG = BcosConfig()
+
+
+class Net(nn.Module):
+    """A stem, one layer of choice, a head."""
+
+    def __init__(self, layer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.middle = nn.Conv2d(4, 4, 3, padding=1) if layer is None else layer
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.middle(self.stem(x)).mean((2, 3)))
+
+
+class MyConv(nn.Conv2d):
+    """A subclass: who knows what its forward does."""
+
+
+def becomes(plan) -> dict[str, str | None]:
+    return {step.name: step.becomes for step in plan.steps}
+
+
+def hooks_left(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet_ln"])
+def test_planning_changes_nothing(tiny, name):
+    teacher = tiny(name)
+    teacher.model.train()
+    before, classes = copy.deepcopy(teacher.model.state_dict()), [type(m) for m in teacher.model.modules()]
+    teacher.model.eval()
+    plan_for(teacher, CONFIG)
+    assert [type(m) for m in teacher.model.modules()] == classes and hooks_left(teacher.model) == 0
+    after = teacher.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+    assert all(parameter.grad is None for parameter in teacher.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_convnext", "test_efficientnet"])
+def test_every_layer_has_a_line_with_a_reason(tiny, name):
+    teacher = tiny(name)
+    plan = plan_for(teacher, CONFIG)
+    names = [step.name for step in plan.steps]
+    wanted = [n for n, m in teacher.model.named_modules() if n and (not [*m.children()] or [*m.parameters(False)])]
+    assert len(names) == len(set(names)) and set(wanted) <= set(names)
+    assert all(step.reason and step.found == type(teacher.model.get_submodule(step.name)).__name__ for step in plan.steps)
+    assert sum(plan.counts().values()) == len(plan.swaps) > 5
+
+
+def test_a_transformer_gets_what_the_method_says(tiny):
+    plan = becomes(plan_for(tiny("test_vit"), CONFIG))
+    assert plan["patch_embed.proj"] == "SixChannelBcosConv2d"
+    assert plan["blocks.0.attn.qkv"] == plan["blocks.0.norm1"] == plan["norm"] == "BiasScheduled"
+    assert plan["blocks.0.attn.proj"] == plan["blocks.0.mlp.fc1"] == plan["blocks.0.mlp.fc2"] == plan["head"] == "BcosLinear"
+    assert plan["blocks.0.mlp.act"] is None
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "kv", "qkv", "q_proj", "k_proj", "v_proj", "query", "key", "value"])
+def test_query_key_and_value_stay_linear(teach, part):
+    model = Net(nn.ModuleDict({part: nn.Conv2d(4, 4, 1)}))
+    model.middle = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(2), nn.Sequential())
+    model.middle.add_module(part, nn.Linear(1, 1))
+    model.middle.append(nn.Unflatten(2, (1, 1)))
+    assert becomes(plan_for(teach(model), CONFIG))[f"middle.{part}"] == "BiasScheduled"
+
+
+def test_layers_inside_a_gate_stay(tiny):
+    plan = plan_for(tiny("test_efficientnet"), CONFIG)
+    inside = [step for step in plan.steps if ".se." in step.name and "Conv" in step.found]
+    assert inside and all(step.becomes is None and "gate" in step.reason for step in inside)
+
+
+def test_layers_that_never_run_and_norms_without_a_bias_stay(teach):
+    model = Net(nn.GroupNorm(2, 4, affine=False))
+    model.spare = nn.Linear(4, 4)
+    plan = {step.name: step for step in plan_for(teach(model), CONFIG).steps}
+    assert plan["spare"].becomes is None and "never calls it" in plan["spare"].reason
+    assert plan["middle"].becomes is None and "without a bias" in plan["middle"].reason
+
+
+REFUSED = {
+    "subclass": (lambda: MyConv(4, 4, 3, padding=1), "MyConv"),
+    "standardised": (lambda: StdConv2d(4, 4, 3, padding=1), "StdConv2d"),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
+    "instance norm": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), "InstanceNorm2d"),
+    "no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), "BatchNorm2d"),
+    "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "ParametrizedConv2d"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_unknown_layers_are_refused_by_name_and_can_be_kept(teach, kind):
+    make, found = REFUSED[kind]
+    teacher = teach(Net(make()))
+    with pytest.raises(PlanError, match=rf"(?s)1 layer\(s\).*nothing was changed.*middle \(\S*{found}\).*pass --keep NAME"):
+        convert(teacher)
+    student = convert(teacher, BcosConfig(keep=("middle",)))
+    assert type(student.model.middle) is type(teacher.model.middle)
+
+
+def test_all_refused_layers_are_listed_up_to_ten(teach):
+    model = Net(nn.Sequential(*[MyConv(4, 4, 1) for _ in range(12)]))
+    with pytest.raises(PlanError, match=r"(?s)12 layer\(s\).*middle\.0 .*middle\.9 .*and 2 more"):
+        plan_for(teach(model), CONFIG)
+
+
+@pytest.mark.parametrize("stem", [nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], ids=str)
+def test_stems_that_cannot_be_encoded_are_refused(teach, stem):
+    model = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stem.out_channels, 2))
+    with pytest.raises(PlanError, match=r"0 \(torch\.nn\.modules\.conv\.Conv2d\): reads the picture, but is not"):
+        plan_for(teach(model), CONFIG)
+
+
+@pytest.mark.parametrize("first", [nn.BatchNorm2d(3), nn.GroupNorm(1, 3)], ids=str)
+def test_a_norm_before_the_stem_is_refused(teach, first):
+    with pytest.raises(PlanError, match="normalises the picture before the stem"):
+        plan_for(teach(nn.Sequential(first, Net())), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [
+        (("blocks.0",), {"blocks.0.attn.qkv", "blocks.0.mlp.fc1"}),
+        (("blocks.0.mlp.fc1", "head"), {"blocks.0.mlp.fc1", "head"}),
+        ((r"re:blocks\.\d\.mlp\.fc1",), {f"blocks.{i}.mlp.fc1" for i in range(6)}),
+    ],
+    ids=str,
+)
+def test_kept_layers_stay(tiny, keep, kept):
+    teacher = tiny("test_vit")
+    plan = {step.name: step for step in plan_for(teacher, BcosConfig(keep=keep)).steps}
+    assert {plan[name].reason for name in kept} == {"kept as asked"}
+    assert plan["blocks.1.attn.proj"].becomes == "BcosLinear" and plan["blocks.1.mlp.fc2"].becomes == "BcosLinear"
+    student = convert(teacher, BcosConfig(keep=keep))
+    assert all(type(student.model.get_submodule(name)) is nn.Linear for name in kept if "attn" not in name)
+
+
+def test_a_name_is_no_prefix_of_another(teach):
+    model = Net()
+    model.middle2 = nn.Linear(5, 5)
+    model.forward = lambda x: model.middle2(Net.forward(model, x))
+    assert becomes(plan_for(teach(model), BcosConfig(keep=("middle",))))["middle2"] == "BcosLinear"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [("headd", "Did you mean 'head'"), ("re:heads", "--keep re:heads names no module"), ("re:(", r"--keep re:\( is no regular")],
+)
+def test_a_pattern_that_names_nothing_is_an_error(tiny, pattern, said):
+    with pytest.raises(PlanError, match=said):
+        plan_for(tiny("test_vit"), BcosConfig(keep=(pattern,)))
+
+
+def test_nothing_to_convert_is_an_error(teach):
+    model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.ReLU())
+    with pytest.raises(PlanError, match="nothing in Sequential matches --method bcos. It has: AvgPool2d, Flatten, ReLU"):
+        plan_for(teach(model), CONFIG)
+    with pytest.raises(PlanError, match="nothing in Net matches"):
+        plan_for(teach(Net()), BcosConfig(keep=("re:.*",)))
+
+
+def test_a_converted_model_is_not_converted_again(teach):
+    student = convert(teach(Net()))
+    with pytest.raises(PlanError, match="SixChannelBcosConv2d"):
+        plan_for(teach(student.model), CONFIG)
+
+
+@pytest.mark.parametrize("size", [33, 8, 0, -3])
+def test_a_size_that_the_model_cannot_take_is_an_error_and_leaves_no_hooks(tiny, size):
+    teacher = tiny("test_vit")
+    teacher = dataclasses.replace(teacher, preprocess=teacher.preprocess.at(size))
+    with pytest.raises(PlanError, match=f"VisionTransformer does not run on a picture of {size}x{size}.*--image-size"):
+        plan_for(teacher, CONFIG)
+    assert hooks_left(teacher.model) == 0
+
+
+def test_a_picture_of_other_channels_is_an_error(teach):
+    with pytest.raises(PlanError, match="does not run"):
+        plan_for(teach(nn.Sequential(nn.Conv2d(1, 4, 3))), CONFIG)
+
+
+def test_trace_knows_what_runs_and_what_reads_the_picture(teach):
+    model = Net()
+    model.spare = nn.Linear(4, 4)
+    trace = trace_forward(model, (16, 16))
+    assert trace.called == ("stem", "middle", "head") and trace.readers == {"stem"}
+
+
+def test_noise_pictures_are_the_same_everywhere():
+    a, b = noise_pictures(2, (32, 48)), noise_pictures(2, (32, 48))
+    assert a.shape == (2, 3, 32, 48) and torch.equal(a, b) and not torch.equal(a, noise_pictures(2, (32, 48), seed=1))
+
+
+def test_digest_tells_plans_apart(tiny):
+    teacher = tiny("test_vit")
+    same, other = plan_for(teacher, CONFIG), plan_for(teacher, BcosConfig(keep=("head",)))
+    assert plan_for(tiny("test_vit"), CONFIG).digest == same.digest != other.digest
+
+
+def test_settings_and_methods_are_checked():
+    with pytest.raises(PlanError, match="no method 'bcoss'. Did you mean 'bcos'"):
+        find_method("bcoss")
+    with pytest.raises(PlanError, match="no scale 'cosin'. Did you mean 'cosine'"):
+        BcosConfig(scale="cosin")  # type: ignore[arg-type]

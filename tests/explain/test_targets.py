@@ -1,0 +1,153 @@
+"""Targets: which scores they are, and what they say of a target that does not exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bcosify.errors import TargetError
+from bcosify.explain import (
+    ClassTarget,
+    DirectionTarget,
+    Linearised,
+    SelfTarget,
+    SimilarityTarget,
+    TopTarget,
+    find_class,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+OUTPUT = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+DIRECTIONS = torch.randn(2, 5, generator=torch.Generator().manual_seed(1))
+
+
+def test_class_target_takes_one_many_or_a_row_for_each_picture():
+    assert torch.equal(ClassTarget(2).scores(OUTPUT), OUTPUT[:, [2]])
+    assert torch.equal(ClassTarget([2, 0]).scores(OUTPUT), OUTPUT[:, [2, 0]])
+    rows = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    assert torch.equal(ClassTarget(rows).scores(OUTPUT), OUTPUT.gather(1, rows))
+    assert torch.equal(ClassTarget(rows).rows(slice(1, 3)).scores(OUTPUT[1:]), OUTPUT.gather(1, rows)[1:])
+    assert torch.equal(ClassTarget([2, 0]).rows(slice(1, 3)).scores(OUTPUT[1:]), OUTPUT[1:, [2, 0]])
+
+
+@pytest.mark.parametrize("index", [5, -1, 1000])
+def test_class_out_of_range_states_the_range(index):
+    with pytest.raises(TargetError, match=rf"no class {index}: the model has 5, numbered 0 to 4"):
+        ClassTarget([0, index]).scores(OUTPUT)
+
+
+@pytest.mark.parametrize("indices", [[0.5], [], [[[1]]]])
+def test_class_indices_must_be_indices(indices):
+    with pytest.raises(TargetError, match="must be integers"):
+        ClassTarget(indices).scores(OUTPUT)
+
+
+def test_rows_of_classes_must_be_as_many_as_pictures():
+    with pytest.raises(TargetError, match="2 rows of classes for 3 pictures"):
+        ClassTarget([[1], [2]]).scores(OUTPUT)
+
+
+def test_top_target_is_the_model_s_own_choice():
+    values, classes = OUTPUT.topk(2)
+    assert torch.equal(TopTarget(2).scores(OUTPUT), values)
+    assert torch.equal(TopTarget(2).classes(OUTPUT), classes)
+    for k in (0, 6):
+        with pytest.raises(TargetError, match=f"no top {k} of 5 outputs"):
+            TopTarget(k).scores(OUTPUT)
+
+
+def test_directions_and_similarities():
+    torch.testing.assert_close(DirectionTarget(DIRECTIONS).scores(OUTPUT), OUTPUT @ DIRECTIONS.T)
+    cosines = torch.cosine_similarity(OUTPUT[:, None], DIRECTIONS[None], dim=-1)
+    torch.testing.assert_close(SimilarityTarget(DIRECTIONS).scores(OUTPUT), cosines)
+    torch.testing.assert_close(SimilarityTarget(DIRECTIONS[0] * 7).scores(OUTPUT), cosines[:, :1])
+    each = torch.stack([DIRECTIONS, DIRECTIONS * 2, DIRECTIONS * 3])
+    expected = torch.einsum("bd,bkd->bk", OUTPUT, each)
+    torch.testing.assert_close(DirectionTarget(each).scores(OUTPUT), expected)
+    torch.testing.assert_close(DirectionTarget(each).rows(slice(1, 2)).scores(OUTPUT[1:2]), expected[1:2])
+    assert isinstance(SimilarityTarget(each).rows(slice(1, 2)), SimilarityTarget)
+    assert SelfTarget().rows(slice(1, 2)) == SelfTarget()
+
+
+def test_self_target_is_the_norm():
+    torch.testing.assert_close(SelfTarget().scores(OUTPUT), OUTPUT.norm(dim=1, keepdim=True))
+    assert torch.equal(SelfTarget().scores(torch.zeros(2, 3)), torch.zeros(2, 1))
+
+
+def test_directions_must_fit():
+    with pytest.raises(TargetError, match="4 entries, but the model's output has 5"):
+        DirectionTarget(DIRECTIONS[:, :4]).scores(OUTPUT)
+    with pytest.raises(TargetError, match=r"\(K, 5\) or \(3, K, 5\), not \(2, 2, 5\)"):
+        DirectionTarget(DIRECTIONS.expand(2, 2, 5)).scores(OUTPUT)
+
+
+@pytest.mark.parametrize("target", [ClassTarget(0), TopTarget(), DirectionTarget(DIRECTIONS), SelfTarget()])
+def test_tokens_are_no_vector(target):
+    with pytest.raises(TargetError, match=r"returns \(3, 7, 5\).*one vector a picture"):
+        target.scores(torch.zeros(3, 7, 5))
+
+
+@given(
+    st.sampled_from([DirectionTarget(DIRECTIONS), SimilarityTarget(DIRECTIONS), SelfTarget(), TopTarget(3)]),
+    st.integers(0, 999),
+)
+def test_a_score_is_its_contributions(target, seed):
+    """Also a cosine: its norm is a gate. (Were it not, contributions would sum to zero.)"""
+    x = torch.randn(2, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    with Linearised() as mode:
+        scores = target.scores(mode.follow(x))
+    for k in range(scores.shape[1]):
+        (gradient,), constants = mode.pull(scores[:, k].sum(), retain_graph=True)
+        torch.testing.assert_close((x * gradient).sum(1), scores[:, k].detach())
+        assert not constants
+
+
+# ---------------------------------------------------------------------------------------------------------- class names
+
+LABELS = ["tabby, tabby cat", "tiger cat", "crane", "Egyptian cat", "crane, digger", "tiger, Panthera tigris"]
+
+
+@pytest.mark.parametrize(
+    ("text", "index"),
+    [
+        ("tabby", 0),
+        ("Tabby Cat", 0),
+        ("tabby, tabby cat", 0),
+        ("egyptian", 3),
+        ("tiger", 5),
+        (" panthera tigris ", 5),
+        ("digger", 4),
+        ("crane", 2),
+        ("1", 1),
+    ],
+)
+def test_find_class(text, index):
+    assert find_class(LABELS, text) == index
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat", r"'cat' may be 0 \(tabby, tabby cat\), 1 \(tiger cat\), 3 \(Egyptian cat\)\."),
+        ("tabbi", r"No class is called 'tabbi'\. Did you mean 'tabby'"),
+        ("zebra", r"No class is called 'zebra'\. The model has 6 classes"),
+        ("6", r"no class 6: the model has 6, numbered 0 to 5"),
+        ("", r"No class is called ''"),
+    ],
+)
+def test_find_class_says_what_comes_close(text, message):
+    with pytest.raises(TargetError, match=message):
+        find_class(LABELS, text)
+
+
+def test_synonyms_shared_by_two_classes_are_ambiguous_and_long_lists_are_cut():
+    with pytest.raises(TargetError, match=r"0 \(a, x\), 1 \(b, x\)"):
+        find_class(["a, x", "b, x"], "x")
+    with pytest.raises(TargetError, match=r"and 12 more"):
+        find_class([f"cat {i}" for i in range(20)], "cat")
+
+
+def test_output_that_moves_to_another_type_is_followed():
+    output: Tensor = OUTPUT.double()
+    assert DirectionTarget(DIRECTIONS).scores(output).dtype == torch.float64
