@@ -1,8 +1,8 @@
 """How much of the teacher is left in the student, on held-out pictures.
 
 Raw cosine flatters: features share a large mean, and two unrelated pictures can have cosine 0.7. So the centred cosine
-(each side minus its own mean over the pictures), nearest-neighbour agreement and, for classifiers, top-1 agreement stand
-beside it.
+(each side minus its own mean over the pictures), nearest-neighbour agreement and, for classifiers, top-1 agreement
+stand beside it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""What a phase of alignment minimises. Each objective is a module over the student, so that DDP and FSDP see its forward.
+"""What a phase of alignment minimises. Each objective is a module over the student, so that DDP and FSDP see its
+forward.
 
 end-to-end    mean token (1 - cos) at a third, two thirds and all of the depth, and (1 - cos) of the output.
-block-local   every unit of the student is fed what the teacher's unit was fed, and fitted to the teacher's update of it.
+block-local   every unit of the student is fed what the teacher's unit was fed, and fitted to the teacher's update of
+it.
               No unit's error runs through the others. (Ours.)
 """
 

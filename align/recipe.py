@@ -1,8 +1,8 @@
 """Recipes: what an alignment run does, complete, in one YAML file.
 
-A recipe is a list of phases. Each names its objective, its length in pictures, its learning rate, and how B and beta move.
-Wrong keys are all reported at once, one line each, with the nearest right one; the resolved recipe is written beside the
-run, and that file alone starts the same run again.
+A recipe is a list of phases. Each names its objective, its length in pictures, its learning rate, and how B and beta
+move. Wrong keys are all reported at once, one line each, with the nearest right one; the resolved recipe is written
+beside the run, and that file alone starts the same run again.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ class Recipe:
     """A whole run.
 
     Attributes:
-        pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to learn.
-        image_size: side of the training views in pixels.
+        pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to
+        learn. image_size: side of the training views in pixels.
         batch_size: pictures a step, over all processes.
         taps: modules compared end to end; empty means a third, two thirds and all of the depth.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
@@ -119,7 +119,8 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(name).read_text()
     if text is None:
         raise RecipeError(
-            f"no recipe {str(name)!r}.{near_miss(str(name), shipped)} Give a path, or one of: {', '.join(sorted(shipped))}."
+            f"no recipe {str(name)!r}.{near_miss(str(name), shipped)} Give a path, or one of: "
+            f"{', '.join(sorted(shipped))}."
         )
     try:
         values = yaml.safe_load(text)
@@ -147,7 +148,9 @@ def dump(recipe: Recipe) -> str:
 
 def difference(old: Recipe, new: Recipe) -> str:
     """Unified diff of two recipes, empty where they are equal."""
-    return "\n".join(difflib.unified_diff(dump(old).splitlines(), dump(new).splitlines(), "run", "asked", lineterm="", n=0))
+    return "\n".join(
+        difflib.unified_diff(dump(old).splitlines(), dump(new).splitlines(), "run", "asked", lineterm="", n=0)
+    )
 
 
 def scaled(recipe: Recipe, pictures: int) -> Recipe:

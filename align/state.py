@@ -1,7 +1,8 @@
 """Checkpoints of a running alignment: written beside, flushed, renamed, marked COMPLETE, and only then older ones go.
 
-A checkpoint is a folder with the student's and the optimizer's tensors (safetensors) and state.json; no pickle. The order of
-pictures, the learning rate, B and beta are pure functions of the step, so the step is all that a resumed run must know.
+A checkpoint is a folder with the student's and the optimizer's tensors (safetensors) and state.json; no pickle. The
+order of pictures, the learning rate, B and beta are pure functions of the step, so the step is all that a resumed run
+must know.
 """
 
 from __future__ import annotations
@@ -41,8 +42,13 @@ class Progress:
     curve: tuple[dict[str, Any], ...] = ()
 
 
-def write(folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2) -> Path:
-    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; raises CheckpointError on a full disk."""
+def write(
+    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2
+) -> Path:
+    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`.
+
+    Raises CheckpointError on a full disk.
+    """
     out = folder / f"step-{progress.step:08d}"
     with new_folder(out, overwrite=True) as scratch:
         # Tied parameters share memory, which safetensors refuses: a copy of each name costs less than a second format.

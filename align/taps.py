@@ -1,7 +1,7 @@
 """Taps: named modules whose inputs and outputs are recorded in one forward pass, on any architecture.
 
-Blocks are found, not listed: the members of a container (Sequential, ModuleList, ModuleDict) that hold at least two weight
-layers and no further blocks. That gives the blocks of a ViT, and the residual blocks (not the stages) of a CNN.
+Blocks are found, not listed: the members of a container (Sequential, ModuleList, ModuleDict) that hold at least two
+weight layers and no further blocks. That gives the blocks of a ViT, and the residual blocks (not the stages) of a CNN.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def _blocks_below(module: nn.Module, prefix: str) -> list[str]:
 
 
 def depth_taps(blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """The blocks after which a third, two thirds and all of the depth is done (ALOE's depths, the last one included)."""
+    """The blocks after which a third, two thirds and all of the depth is done (ALOE's depths, last one included)."""
     count = len(blocks)
     return tuple(blocks[depth - 1] for depth in sorted({count // 3, 2 * count // 3, count}) if depth)
 
 
 def find_units(student: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """Parts that are fitted on their own, which together hold every converted layer: blocks, and the layers outside them."""
+    """Parts that are fitted on their own, and together hold every converted layer: blocks, and layers outside them."""
     outside = [
         name
         for name, module in student.named_modules()

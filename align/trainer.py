@@ -1,8 +1,8 @@
 """The alignment loop: a frozen teacher, a student, unlabelled pictures, phases.
 
-One process or many (`accelerate launch`): every process makes its own slice of each global batch, and only the objective
-around the student is prepared by accelerate (preparing the data too would split it twice). Both models stay in eval mode:
-teacher and student are compared as functions, so no dropout and no batch statistics.
+One process or many (`accelerate launch`): every process makes its own slice of each global batch, and only the
+objective around the student is prepared by accelerate (preparing the data too would split it twice). Both models stay
+in eval mode: teacher and student are compared as functions, so no dropout and no batch statistics.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..errors import BcosifyError, CheckpointError, RecipeError
 from . import state
 from .fidelity import fidelity
 from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
-from .objectives import OBJECTIVES, Objective, observe
+from .objectives import OBJECTIVES, observe
 from .recipe import Phase, Recipe, difference, dump, load_recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex, expand, index_shards, split
@@ -72,7 +72,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
         `out`, `recipe`, `curve` (held-out fidelity over pictures seen), `start`, `final`, `bad_pictures`.
 
     Raises:
-        RecipeError, DataError, CheckpointError, SourceError: all before the first step, but for broken pictures (DataError)
+        RecipeError, DataError, CheckpointError, SourceError: all before the first step, but for broken pictures
+        (DataError)
             and a loss that is no number any more (BcosifyError).
     """
     recipe = config.recipe
@@ -151,7 +152,9 @@ class _Run:
         """Runs one phase from `progress.step` to its end."""
         begin = progress.step - first
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
-        gain_pictures = self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
+        gain_pictures = (
+            self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
+        )
         if gain_pictures is not None:
             objective.centre_on(*observe(self.teacher, gain_pictures, objective.taps))
 
@@ -279,7 +282,7 @@ class _Run:
 
 
 class _Log:
-    """Losses of the steps since the last row, read from the device once a row; the progress bar; the guard against NaN."""
+    """Losses since the last row, read from the device once a row; the progress bar; the guard against NaN."""
 
     def __init__(self, run: _Run, number: int, phase: Phase, optimizer: torch.optim.Optimizer) -> None:
         self.run, self.number, self.phase, self.optimizer = run, number, phase, optimizer
@@ -302,18 +305,23 @@ class _Log:
         loss = losses["total"].detach()
         self.total = loss if self.total is None else self.total + loss
         self.count += 1
-        if progress.step % self.run.recipe.log_every == 0 or progress.step == sum(self.run.recipe.steps[: self.number + 1]):
+        if progress.step % self.run.recipe.log_every == 0 or progress.step == sum(
+            self.run.recipe.steps[: self.number + 1]
+        ):
             self._row(progress, losses, norm)
 
     def _row(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
         assert self.total is not None
-        mean = float(self.run.accelerator.reduce(self.total, "mean")) / self.count
+        total = self.run.accelerator.reduce(self.total, "mean")
+        assert isinstance(total, Tensor)
+        mean = float(total) / self.count
         if not torch.isfinite(torch.tensor(mean)):
             worst = [name for name, loss in losses.items() if name != "total" and not bool(torch.isfinite(loss))]
+            where = ", ".join(worst) or "an earlier step"
             raise BcosifyError(
-                f"the loss is {mean} at step {progress.step} (not finite in: {', '.join(worst) or 'an earlier step'}). The last "
-                f"good checkpoint is in {self.run.config.work / 'checkpoints'}; lower the learning rate and --resume is not "
-                "enough: start again with another recipe."
+                f"the loss is {mean} at step {progress.step} (not finite in: {where}). Start again with a lower "
+                f"learning rate (--set phases.{self.number}.learning_rate=...); good checkpoints are in "
+                f"{self.run.config.work / 'checkpoints'}."
             )
         now = time.monotonic()
         elapsed, self.since = now - self.since, now
@@ -388,17 +396,23 @@ def _prepare_folder(
     if config.resume and written.is_file():
         changed = difference(load_recipe(written), config.recipe)
         if changed:
-            raise RecipeError(f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}")
+            raise RecipeError(
+                f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"
+            )
         found = state.latest(config.work / "checkpoints")
         if found and found[1].data != train.digest:
-            raise RecipeError(f"--resume: {config.data} is not the data that the run was started with (its index differs).")
+            raise RecipeError(
+                f"--resume: {config.data} is not the data that the run was started with (its index differs)."
+            )
         if found:
             _cut_metrics(config.work / "metrics.jsonl", found[1].step, config.recipe.batch_size, accelerator)
             return found
     elif config.resume:
         raise CheckpointError(f"--resume: there is no run in {config.work}. Leave --resume out to start one.")
     elif written.is_file() and not config.overwrite:
-        raise CheckpointError(f"{config.work} holds an earlier run. Pass --resume to go on, --overwrite, or another --out.")
+        raise CheckpointError(
+            f"{config.work} holds an earlier run. Pass --resume to go on, --overwrite, or another --out."
+        )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.work.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,8 @@
     python benchmarks/alignment.py --data FOLDER [--model dinov2_small] [--arm recipe published] [--pictures 9600]
 
 FOLDER holds train-*.tar and val-*.tar (webdataset shards of JPEGs, no labels). For every model and arm a student is
-converted, aligned to B = 2 without biases, and explained before and after; the table and OUT/alignment.json say what came out.
+converted, aligned to B = 2 without biases, and explained before and after; the table and OUT/alignment.json say what
+came out.
 """
 
 from __future__ import annotations
@@ -94,9 +95,16 @@ def main() -> None:
     columns = ["raw_cosine", "centred_cosine", "neighbour_agreement", "top1_agreement"]
     for run in runs:
         title = f"{run['model']}, {run['arm']}, {run['image_size']} px, {run['minutes']} min"
-        rows = [[point["pictures"], point.get("objective", "start"), *(point.get(c, "") for c in columns)] for point in run["curve"]]
+        rows = [
+            [point["pictures"], point.get("objective", "start"), *(point.get(c, "") for c in columns)]
+            for point in run["curve"]
+        ]
         show_table(title, ["pictures", "phase", *(c.replace("_", " ") for c in columns)], rows)
-    machine = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine = {
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "alignment.json"
     earlier = json.loads(path.read_text())["runs"] if path.is_file() else []

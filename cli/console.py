@@ -21,7 +21,9 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     table = Table(title=title, title_justify="left", header_style="bold")
     rows = [[_text(cell) for cell in row] for row in rows]
     for i, column in enumerate(columns):
-        numeric = bool(rows) and all(row[i].replace(".", "").replace("-", "").replace("e", "").isdigit() for row in rows)
+        numeric = bool(rows) and all(
+            row[i].replace(".", "").replace("-", "").replace("e", "").isdigit() for row in rows
+        )
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))

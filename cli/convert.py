@@ -63,11 +63,18 @@ def convert(
         if not json:
             rows = [(step.name, step.found, step.becomes or "-", step.reason) for step in plan.steps]
             show_table(f"{reference}: plan for {method}", ["layer", "is", "becomes", "why"], rows)
-        return {"reference": reference, "method": method, "counts": plan.counts(), "steps": [vars(s) for s in plan.steps]}
+        return {
+            "reference": reference,
+            "method": method,
+            "counts": plan.counts(),
+            "steps": [vars(s) for s in plan.steps],
+        }
     assert out is not None
     student = convert_model(teacher, config, plan=plan)
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    costs = lossy_steps(student, teacher.model, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, b)
+    costs = lossy_steps(
+        student, teacher.model, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, b
+    )
     if pictures is not None:
         student = _calibrated(student, teacher, pictures, b)
     save(student.with_report(lossy_steps=costs), out, overwrite)
@@ -75,7 +82,11 @@ def convert(
     console.print(f"{reference}: {swapped}")
     console.print(f"identity at B=1, beta=1: relative error {student.report['identity_error']:.1e}")
     what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
-    show_table(f"What each step costs before alignment ({what})", ["step", "cosine to teacher"], [(r["step"], r["cosine"]) for r in costs])
+    show_table(
+        f"What each step costs before alignment ({what})",
+        ["step", "cosine to teacher"],
+        [(r["step"], r["cosine"]) for r in costs],
+    )
     console.print(f"wrote {out}")
     return {
         "reference": reference,

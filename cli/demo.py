@@ -22,7 +22,9 @@ CROPS = 60
 REFERENCE = "bundled:efficientnet_lite0"
 
 
-def demo(out: Path = Path("demo-out"), recipe: str = "demo", overwrite: bool = False, json: bool = False) -> dict[str, Any]:
+def demo(
+    out: Path = Path("demo-out"), recipe: str = "demo", overwrite: bool = False, json: bool = False
+) -> dict[str, Any]:
     """Converts, aligns and explains a real model in a few minutes on a CPU, and writes one report.html.
 
     The model is EfficientNet-Lite0 with its ImageNet weights; the pictures are the photographs inside scikit-image. The
@@ -58,7 +60,9 @@ def demo(out: Path = Path("demo-out"), recipe: str = "demo", overwrite: bool = F
     _shards(photographs, out / "shards")
     console.print(f"3/4 aligning, recipe {recipe}: {resolved.pressure}")
     summary = align(
-        AlignConfig(out / "student", str(out / "shards" / "train"), out / "aligned", resolved, str(out / "shards" / "val"))
+        AlignConfig(
+            out / "student", str(out / "shards" / "train"), out / "aligned", resolved, str(out / "shards" / "val")
+        )
     )
     console.print("4/4 explaining three photographs that were not trained on")
     models = {"teacher": teacher.model, "start": student.model, "end": load(out / "aligned").model}
@@ -79,7 +83,8 @@ def demo(out: Path = Path("demo-out"), recipe: str = "demo", overwrite: bool = F
     with new_file(out / "report.html") as scratch:
         scratch.write_text(_page(facts, pictures))
     show_table(
-        f"{REFERENCE}: teacher, start (B={facts['b'][0]:g}) and end (B={facts['b'][1]:g}, biases x {facts['beta'][1]:g})",
+        f"{REFERENCE}: teacher, start (B={facts['b'][0]:g}) and end (B={facts['b'][1]:g}, biases "
+        f"x {facts['beta'][1]:g})",
         ["picture", "model", "decides", "score", "input", "constants", "residual"],
         [
             (r["picture"], r["model"], r["label"], r["score"], r["input"], r["constants"], f"{r['residual']:.0e}")
@@ -98,7 +103,9 @@ def _photographs() -> dict[str, Any]:
 
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
-        raise DataError("the demo's photographs are in scikit-image, which is not installed. Run: pip install 'bcosify[demo]'")
+        raise DataError(
+            "the demo's photographs are in scikit-image, which is not installed. Run: pip install 'bcosify[demo]'"
+        )
     folder = Path(spec.submodule_search_locations[0]) / "data"
     missing = [name for name in (*EXPLAINED, *TRAINED) if not (folder / name).is_file()]
     if missing:
@@ -127,7 +134,9 @@ def _shards(photographs: dict[str, Any], out: Path) -> None:
             write_shards(folder, out / part, progress=False)
 
 
-def _explain(models: dict[str, Any], student: Any, photographs: dict[str, Any]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+def _explain(
+    models: dict[str, Any], student: Any, photographs: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Ledger rows of the teacher's own decision in all three models, and a panel of each as a data URL."""
     import torch
 

@@ -22,8 +22,8 @@ def explain(
 ) -> list[dict[str, Any]]:
     """Explains scores of pictures exactly: what every pixel and every constant adds, and that it adds up.
 
-    For each picture OUT gets NAME.png (picture, signed map, explanation in the picture's own colours), NAME.npz (the raw
-    maps) and NAME.json (the ledger). Scores are logits, not probabilities.
+    For each picture OUT gets NAME.png (picture, signed map, explanation in the picture's own colours), NAME.npz (the
+    raw maps) and NAME.json (the ledger). Scores are logits, not probabilities.
     Example: bcosify explain runs/resnet50/aligned cat.jpg dog.jpg --target tabby 'golden retriever' --out maps
 
     Args:
@@ -54,7 +54,14 @@ def explain(
         f"{model}: scores and where they come from",
         ["picture", "target", "score", "input", "constants", "residual"],
         [
-            (Path(r["image"]).name, r["label"], r["score"], r["input"], sum(r["constants"].values()), f"{r['residual']:.0e}")
+            (
+                Path(r["image"]).name,
+                r["label"],
+                r["score"],
+                r["input"],
+                sum(r["constants"].values()),
+                f"{r['residual']:.0e}",
+            )
             for r in rows
         ],
     )
@@ -71,7 +78,9 @@ def _open(model: str) -> tuple[Any, Any, Any]:
     if (Path(model) / "bcosify.json").is_file():
         opened = load(model)
     elif Path(model).is_dir() or ":" not in model:
-        raise SourceError(f"{model} is no converted folder (it holds no bcosify.json) and no reference such as timm:NAME.")
+        raise SourceError(
+            f"{model} is no converted folder (it holds no bcosify.json) and no reference such as timm:NAME."
+        )
     else:
         opened = load_teacher(model)
     return opened.model.eval(), opened.preprocess, opened.labels
@@ -90,7 +99,9 @@ def _target(words: list[str] | None, labels: tuple[str, ...] | None) -> Any:
             raise TargetError(f"--target {single}: this model has no classes. Use --target self.")
         return TopTarget(int(single[3:]))
     if labels is None and not all(word.isdecimal() for word in words):
-        raise TargetError(f"--target {' '.join(words)}: this model has no class names; pass numbers of outputs, or self.")
+        raise TargetError(
+            f"--target {' '.join(words)}: this model has no class names; pass numbers of outputs, or self."
+        )
     return ClassTarget([int(word) if labels is None else find_class(labels, word) for word in words])
 
 
@@ -135,7 +146,14 @@ def _unique(stems: list[str]) -> list[str]:
 
 
 def _explained(
-    network: Any, preprocess: Any, labels: Any, target: Any, files: list[Path], names: list[str], opened: list, folder: Path
+    network: Any,
+    preprocess: Any,
+    labels: Any,
+    target: Any,
+    files: list[Path],
+    names: list[str],
+    opened: list,
+    folder: Path,
 ) -> list[dict[str, Any]]:
     """Explains one batch, writes its files, returns its ledger rows."""
     import numpy as np

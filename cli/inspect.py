@@ -51,7 +51,9 @@ def _converted(folder: Path) -> dict[str, Any]:
         "method": student.method,
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "layers": student.plan.counts(),
-        "b_and_beta": {name: f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "") for name, ends in span.items()},
+        "b_and_beta": {
+            name: f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "") for name, ends in span.items()
+        },
         "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",
         "identity_error": student.report.get("identity_error"),
         "aligned_on": f"{alignment['pictures']} pictures" if alignment else "not aligned",

@@ -67,7 +67,10 @@ def _call(verb: str, arguments: list[str]) -> int:
         known = [option for action in parser._actions for option in action.option_strings]
         unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
         hint = near_miss(unknown[0].partition("=")[0], known) if unknown else ""
-        print(f"bcosify {verb}: {error}.{hint}\n{parser.format_usage()}(bcosify {verb} --help tells more)", file=sys.stderr)
+        print(
+            f"bcosify {verb}: {error}.{hint}\n{parser.format_usage()}(bcosify {verb} --help tells more)",
+            file=sys.stderr,
+        )
         return 2
     result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
     if options["json"]:

@@ -2,8 +2,9 @@
 
 |cos|^(B-1) shrinks every response, and removed biases shift it. Layer by layer, in the order of the forward pass, each
 output channel of the student is scaled by the one number that brings it closest to the teacher's same channel (least
-squares), or to its size (root mean square); later layers see the corrected input. A positive gain folds into the weights,
-because a cosine does not see it: nothing is left behind. (Ours; data-dependent initialisation, LSUV, is its ancestor.)
+squares), or to its size (root mean square); later layers see the corrected input. A positive gain folds into the
+weights, because a cosine does not see it: nothing is left behind. (Ours; data-dependent initialisation, LSUV, is its
+ancestor.)
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ def calibrate(
         student: a converted model.
         teacher: its original, or a student at B = 1, beta = 1; layers are paired by name.
         pictures: (N, 3, H, W) normalised; 64 are enough for a start.
-        run: how the student is run on them; by default from the picture to its output. Parts that will be trained on the
+        run: how the student is run on them; by default from the picture to its output. Parts that will be trained on
+        the
             teacher's features are better run on those.
 
     Returns:

@@ -1,8 +1,8 @@
 """A converted model is a folder. Saving is atomic; loading is strict, and checks that the function is still the same.
 
     model.safetensors    weights, and B and beta of every layer
-    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of every file
-    config.json          the source architecture in timm's own words
+    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of every
+    file config.json          the source architecture in timm's own words
     probe.safetensors    a small input and the output that it had when saved
 
 Nothing here can run code: safetensors and JSON only; a pickle is refused by name.
@@ -10,10 +10,12 @@ Nothing here can run code: safetensors and JSON only; a pickle is refused by nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from .methods import find_method
 from .plan import plan_conversion
 from .sources import Preprocess, Source, build
 from .student import Student, apply_plan, output_of
-from .trace import noise_pictures, trace_forward
+from .trace import fitted, noise_pictures, trace_forward
 
 __all__ = ["load", "read_record", "save"]
 
@@ -49,8 +51,8 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
     with new_folder(out, overwrite) as folder:
         save_file(_state(student.model), folder / WEIGHTS, metadata={"format": "pt"})
         picture = noise_pictures(1, student.preprocess.size)
-        with torch.no_grad():
-            output = output_of(student.model.eval(), picture.to(next(student.model.parameters())))
+        with torch.no_grad(), _in_eval_mode(student.model):
+            output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
         (folder / CONFIG).write_text(json.dumps(_timm_config(student), indent=2))
         record = _record(student)
@@ -82,7 +84,8 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
     plan = plan_conversion(model, method, config, trace_forward(model, preprocess.size))
     if plan.digest != record["plan"]:
         raise CheckpointError(
-            f"{folder}: the plan made now differs from the one that it was saved with, so the layers would not match. It was "
+            f"{folder}: the plan made now differs from the one that it was saved with, so the "
+            f"layers would not match. It was "
             f"written with {_versions_text(record['versions'])}; here are {_versions_text(_versions())}."
         )
     apply_plan(model, plan, preprocess, config)
@@ -126,7 +129,7 @@ def _record(student: Student) -> dict[str, Any]:
 
 
 def _timm_config(student: Student) -> dict[str, Any]:
-    """timm's own words for the source; `num_classes` stays out of `model_args`, as transformers' wrapper passes it too."""
+    """timm's own words for the source; no `num_classes` in `model_args`, as transformers' wrapper passes it too."""
     preprocess = student.preprocess
     num_classes = getattr(student.model, "num_classes", None)
     return {
@@ -161,6 +164,17 @@ def _memory(tensor: Tensor) -> int:
     return tensor.data_ptr() if tensor.numel() else id(tensor)
 
 
+@contextlib.contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
 def _load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
     wanted = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
@@ -168,7 +182,9 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         with safe_open(path, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         faults = [f"{name} is missing" for name in wanted if name not in found]
-        faults += [f"{name} is unknown{near_miss(name, set(wanted) - set(found), 1)}" for name in found if name not in wanted]
+        faults += [
+            f"{name} is unknown{near_miss(name, set(wanted) - set(found), 1)}" for name in found if name not in wanted
+        ]
         faults += [
             f"{name} has shape {found[name]}, should be {shape}"
             for name, shape in wanted.items()
@@ -180,8 +196,8 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
-    dtype = next(iter(state.values())).dtype
-    model.to(dtype) if dtype != torch.float32 and dtype.is_floating_point else None
+    # Of the first weight: counters and strengths in the file say nothing about the model's precision.
+    model.to(state[next(name for name, _ in model.named_parameters())].dtype)
     # Tied tensors come back through the name that they were saved under.
     model.load_state_dict({**{k: v for k, v in model.state_dict().items() if k not in wanted}, **state}, strict=True)
 
@@ -196,7 +212,9 @@ def _check_files(folder: Path, record: dict[str, Any]) -> None:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing.")
         if _sha256(folder / name) != digest:
-            raise CheckpointError(f"{folder / name} was changed after it was written: its sha256 does not match {RECORD}.")
+            raise CheckpointError(
+                f"{folder / name} was changed after it was written: its sha256 does not match {RECORD}."
+            )
 
 
 def _check_probe(folder: Path, model: nn.Module) -> None:
@@ -206,11 +224,12 @@ def _check_probe(folder: Path, model: nn.Module) -> None:
         raise CheckpointError(f"{folder / PROBE} cannot be read as safetensors: {error}") from error
     parameter = next(model.parameters())
     with torch.no_grad():
-        output = output_of(model, probe["input"].to(parameter)).float()
+        output = output_of(model, fitted(probe["input"], model)).float()
     error = float((output - probe["output"]).abs().max() / probe["output"].abs().max().clamp_min(1e-12))
     if not error <= PROBE_TOLERANCE * (1 if parameter.dtype == torch.float32 else 100):
         raise CheckpointError(
-            f"{folder}: the model does not compute what it computed when it was saved (probe differs by {error:.1e}). Written "
+            f"{folder}: the model does not compute what it computed when it was saved (probe "
+            f"differs by {error:.1e}). Written "
             f"with {_versions_text(read_record(folder)['versions'])}; here are {_versions_text(_versions())}."
         )
 
@@ -229,7 +248,9 @@ def _config_from_json(config_class: type, values: dict[str, Any]) -> Any:
     known = {field.name for field in dataclasses.fields(config_class)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise CheckpointError(f"{RECORD} has settings that this version does not know: {', '.join(unknown)}. Update bcosify.")
+        raise CheckpointError(
+            f"{RECORD} has settings that this version does not know: {', '.join(unknown)}. Update bcosify."
+        )
     return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from ..errors import CheckpointError
 
 __all__ = ["check_free", "new_file", "new_folder"]
@@ -17,7 +19,9 @@ __all__ = ["check_free", "new_file", "new_folder"]
 def check_free(out: Path, overwrite: bool = False) -> None:
     """Raises CheckpointError where `out` exists and may not be replaced; call it before long work starts."""
     if os.path.lexists(out) and not overwrite:
-        raise CheckpointError(f"{out} exists already. Nothing was written; pass another --out, or --overwrite to replace it.")
+        raise CheckpointError(
+            f"{out} exists already. Nothing was written; pass another --out, or --overwrite to replace it."
+        )
 
 
 @contextlib.contextmanager
@@ -44,7 +48,7 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         else:
             os.rename(scratch, out)
         _flush(out.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
         raise CheckpointError(f"{out} could not be written: {error}. Nothing was left behind.") from error
     finally:
         if scratch is not None:

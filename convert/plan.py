@@ -64,7 +64,8 @@ class Method:
     """One target family: a frozen config, a rule that decides on a layer, and the swaps that its decisions name.
 
     Attributes:
-        decide: (name, module, model, trace, config) -> Decision, or None for a module with nothing to say (a container).
+        decide: (name, module, model, trace, config) -> Decision, or None for a module with nothing to say (a
+        container).
             Raises PlanError, with the reason alone, for a layer that it cannot convert.
         swaps: name of a swap -> function(module, preprocess, config) that changes the module in place.
     """
@@ -100,7 +101,8 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace)
             steps.append(Step(name, found, decision.becomes, decision.reason))
     if refused:
         raise PlanError(
-            f"{type(model).__name__} has {len(refused)} layer(s) that --method {method.name} cannot convert; nothing was changed:\n"
+            f"{type(model).__name__} has {len(refused)} layer(s) that --method {method.name} "
+            f"cannot convert; nothing was changed:\n"
             + "\n".join(refused[:10])
             + (f"\n  and {len(refused) - 10} more" if len(refused) > 10 else "")
             + "\nTo leave a layer as it is, pass --keep NAME (or --keep 're:PATTERN')."
@@ -118,7 +120,7 @@ def class_path(module: nn.Module) -> str:
 
 
 def _matching(patterns: Iterable[str], names: list[str]) -> set[str]:
-    """Names that a pattern names: the module itself and all below it, or `re:` and a regular expression (full match)."""
+    """Names that a pattern names: the module and all below it, or `re:` and a regular expression (full match)."""
     matched: set[str] = set()
     for pattern in patterns:
         if pattern.startswith("re:"):

@@ -47,7 +47,9 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
         PlanError: the model does not take a picture of this size.
     """
     if min(size) < 1:
-        raise PlanError(f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}. Pass another --image-size.")
+        raise PlanError(
+            f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}. Pass another --image-size."
+        )
     picture = fitted(noise_pictures(1, size), model)
     called: dict[str, None] = {}
     readers: set[str] = set()
@@ -66,7 +68,8 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
             model(picture)
     except Exception as error:
         raise PlanError(
-            f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}: {error}. Pass --image-size with a size "
+            f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}: {error}. "
+            f"Pass --image-size with a size "
             "that the model takes."
         ) from error
     finally:

@@ -2,6 +2,7 @@
 
 from .attribution import Explanation, attribute, explain
 from .linearise import Linearised, gated, input_encoding
+from .render import overlay, panel, rgba, signed_map
 from .targets import ClassTarget, DirectionTarget, SelfTarget, SimilarityTarget, Target, TopTarget, find_class
 
 __all__ = [
@@ -18,4 +19,8 @@ __all__ = [
     "find_class",
     "gated",
     "input_encoding",
+    "overlay",
+    "panel",
+    "rgba",
+    "signed_map",
 ]

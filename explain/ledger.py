@@ -55,7 +55,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def graft(value: Tensor, linear: Tensor) -> Tensor:
     """`linear`, a fresh tensor, with its values (and strides) replaced by `value`: the model's own, bit for bit.
 
-    A rule thus only chooses the derivative. What it got wrong shows as a ledger that does not balance, never as
+    A rule thus only chooses the derivative. What it gets wrong shows as a ledger that does not balance, never as
     another output.
     """
     linear.data = value.detach()
@@ -107,7 +107,9 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------------------ names
 
     def names(self, value: object) -> Names:
-        """What `value` is called in the ledger."""
+        """What `value` is called in the ledger: a tensor by its origin, a string as it says, a number "literal"."""
+        if isinstance(value, str):
+            return (value,)
         return (self._names.get(value) or UNNAMED) if isinstance(value, Tensor) else LITERAL
 
     def called(self, value: object) -> str:
@@ -170,7 +172,7 @@ class Ledger:
 
     def entered(self, constant: Tensor, source: object) -> Tensor:
         """`constant` as a tensor that autograd follows, already entered under the name of `source`."""
-        out = constant.detach() + self._anchor.to(constant.dtype)
+        out = constant.detach() + self._anchor.to(constant.device, constant.dtype)
         self.enter(out, constant, source)
         return out
 
@@ -194,8 +196,6 @@ class Ledger:
             for leaf, gradient in zip(inputs, found, strict=False)
         ]
         return gradients, self._shares
-
-    # ------------------------------------------------------------------------------------------------------------------
 
     def _settled(self, tensor: Tensor) -> Tensor:
         if tensor.is_inference():

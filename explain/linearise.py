@@ -2,9 +2,10 @@
 
 A network of linear maps, gates and normalisers is affine in its input x once its gates are frozen:
 s = W(x)·x + Σ_j c_j. W(x) is then an ordinary gradient, and every c_j is a named constant (see `ledger`). The mode
-swaps each torch call for its frozen-gate form (see `rules`) while the model runs, with the same value to the last bit.
-So it serves every architecture, converted or not, and changes nothing of the model: no flag, hook, `.grad`, buffer,
-random state or train/eval state is touched, or it is put back when the mode ends, also after an exception.
+swaps each torch call for its frozen-gate form (see `rules`) while the model runs. No rule changes a bit of a value
+(torch may, where it takes another kernel because gradients are on). So one file serves every architecture, converted
+or not. Of the model nothing changes: no flag, hook, `.grad`, buffer, random state or train/eval state is touched, or it
+is put back when the mode ends, also after an exception.
 
     with Linearised(model) as mode:
         output = model(mode.follow(images))

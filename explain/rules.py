@@ -153,7 +153,7 @@ def quotient(
     if rounding_mode is not None or not moves(input):
         value = run(*frozen((input, other)), rounding_mode=rounding_mode, **kwargs)
         return ledger.name(value, ("div output",))
-    return run(input, frozen(other), **kwargs)
+    return _still_gate(ledger, run(input, frozen(other), **kwargs), input, other)
 
 
 def weighted(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any):
@@ -297,13 +297,12 @@ def batch_norm(
         value = run(x, None, None, *frozen((weight, bias)), True, momentum, eps)
         dims = tuple(dim for dim in range(input.dim()) if dim != 1)
         variance, mean = torch.var_mean(x, dims, correction=0)
-        ledger.name(mean, ("batch mean",))
     else:
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight.detach()
     out = graft(value, input * _per_channel(scale, input))
-    ledger.enter(out, _per_channel(-mean * scale, input), mean)
+    ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)
     return out
@@ -415,7 +414,7 @@ def encoding(
     value = run(x, mean, std, padding)
     out = graft(value, F.pad(leaf, padding) if any(padding) else leaf.clone())
     inside = F.pad(torch.ones_like(leaf, dtype=torch.bool), padding)
-    ledger.enter(out, value.masked_fill(inside, 0), ledger.name(torch.zeros(()), ("padding",)))
+    ledger.enter(out, value.masked_fill(inside, 0), "padding")
     return out
 
 

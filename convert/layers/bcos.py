@@ -1,9 +1,9 @@
 """B-cos layers: y = |cos(x, w)|^(B-1) * w.x + beta * bias (B-cos, arXiv 2205.10268 eq. 3, with the true cosine).
 
-The cosine lies in [0, 1], so B means the same in every layer, whatever the norm of the pretrained w. One matrix product a
-layer: |cos| comes from o = w.x, the patch norm of x and the norm of w. At B = 1 the scale is 1 and the layer is its source.
-Zero patches and zero filters (real weights have them) give 0, never NaN. Norms are taken in float32, so half precision
-neither overflows nor vanishes.
+The cosine lies in [0, 1], so B means the same in every layer, whatever the norm of the pretrained w. One matrix
+product a layer: |cos| comes from o = w.x, the patch norm of x and the norm of w. At B = 1 the scale is 1 and the
+layer is its source. Zero patches and zero filters (real weights have them) give 0, never NaN. Norms are taken in
+float32, so half precision neither overflows nor vanishes.
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ class BcosLinear(_Bcos):
 
 
 class BcosConv2d(_Bcos):
-    """B-cos over `nn.Conv2d`, any stride, padding, padding mode, dilation and groups: (B, C_in, H, W) -> (B, C_out, H', W').
+    """B-cos over `nn.Conv2d`, any stride, padding, padding mode, dilation and groups: (B, C_in, H, W) -> (B, C_out,
+    H', W').
 
     The patch norm comes from one pooled map of the channels' sum of squares per group, not from a second convolution.
     """
@@ -116,11 +117,11 @@ class BcosConv2d(_Bcos):
     dilation: tuple[int, int]
     groups: int
     padding_mode: str
+    _reversed_padding_repeated_twice: tuple[int, int, int, int]
 
     def pads(self, height: int, width: int) -> tuple[int, int, int, int]:  # noqa: ARG002 - sizes matter to subclasses
         """(left, right, top, bottom) that the source pads a picture of this size with."""
-        left, right, top, bottom = self._reversed_padding_repeated_twice  # type: ignore[attr-defined]
-        return left, right, top, bottom
+        return self._reversed_padding_repeated_twice  # torch's own, in this order, with `same` and `valid` resolved
 
     def forward(self, x: Tensor) -> Tensor:
         left, right, top, bottom = self.pads(*x.shape[-2:])

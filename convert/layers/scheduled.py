@@ -61,8 +61,9 @@ class BiasScheduled(nn.Module):
         super()._apply(fn, recurse)
         # Half precision has no 1.7: the buffers stay float32, or a saved model would come back as another function.
         for name, value in self.strengths().items():
-            if self._buffers[name].dtype != torch.float32:
-                self._buffers[name] = torch.tensor(value, device=self._buffers[name].device)
+            buffer = getattr(self, name)
+            if buffer.dtype != torch.float32:
+                self._buffers[name] = torch.tensor(value, device=buffer.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args):  # noqa: ANN001, ANN002 - torch's own signature

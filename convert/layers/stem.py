@@ -1,12 +1,14 @@
 """The six-channel stem: the normalised picture becomes [r, 1-r] inside the first layer, and nothing else changes.
 
-Outside, a converted model takes what its teacher takes: 3 channels, normalised, z = (r - mean) / std with r in [0, 1]. The
-stem undoes that. Because r + (1-r) = 1, any constant can be written as equal weights on a pixel and its complement, so
+Outside, a converted model takes what its teacher takes: 3 channels, normalised, z = (r - mean) / std with r in [0,
+1]. The stem undoes that. Because r + (1-r) = 1, any constant can be written as equal weights on a pixel and its
+complement, so
 
     W6 = [W / (2 std) + a,  -W / (2 std) + a],   a = (bias - sum(W mean/std) + sum(W / (2 std))) / (3 kh kw)
 
 gives W6.[r, 1-r] = W.z + bias exactly: normalisation and bias live in the weights. Zeros that a convolution pads after
-normalisation are the colour `mean`, so the stem pads before it encodes, and the border is right to the last bit too. (Ours.)
+normalisation are the colour `mean`, so the stem pads before it encodes, and the border is right to the last bit too.
+(Ours.)
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ __all__ = ["SixChannelBcosConv2d", "SixChannelBcosConv2dSame", "six_channels"]
 
 @input_encoding
 def six_channels(x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
-    """Normalised x (B, 3, H, W) -> [r, 1-r] (B, 6, H+t+b, W+l+r), r in [0, 1]; `padding` (l, r, t, b) is the mean colour.
+    """Normalised x (B, 3, H, W) -> [r, 1-r] (B, 6, H+t+b, W+l+r), r in [0, 1]; `padding` (l, r, t, b) is the mean
+    colour.
 
     `mean` and `std` are (3,).
     """
@@ -38,7 +41,7 @@ class _SixChannel(BcosConv2d):
     std: Tensor
 
     def encode_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        """Folds normalisation and bias into six-channel weights; raises ValueError for a layer that does not read RGB."""
+        """Folds normalisation and bias into six-channel weights; ValueError for a layer that does not read RGB."""
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if weight is None or weight.shape[1] != 3 or self.padding_mode != "zeros":
             raise ValueError("the first convolution must read three channels, ungrouped, with zero padding")
@@ -59,7 +62,8 @@ class _SixChannel(BcosConv2d):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] != 3:
             raise ValueError(
-                f"expected a normalised picture (B, 3, H, W), got {tuple(x.shape)}: the six channels are made inside the model"
+                f"expected a normalised picture (B, 3, H, W), got {tuple(x.shape)}: the six "
+                f"channels are made inside the model"
             )
         mean, std = self.mean.to(x.dtype), self.std.to(x.dtype)
         return self._bcos(six_channels(x, mean, std, self.pads(*x.shape[-2:])), (0, 0))

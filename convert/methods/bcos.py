@@ -1,11 +1,12 @@
 """B-cos conversion: which layer becomes what (the rules of B-cosification, arXiv 2411.00715, with an exact start).
 
-B-cos: stem, convolutions, MLP layers, attention's output projection, head. Plain with a fading bias: query, key, value (the
-softmax over them is a frozen gate in an explanation) and all norms. BatchNorm: uncentred, statistics frozen. Everything else
-(activations, pools, LayerScale, position tables, class and register tokens) stays, and what it adds is named in the ledger.
+B-cos: stem, convolutions, MLP layers, attention's output projection, head. Plain with a fading bias: query, key,
+value (the softmax over them is a frozen gate in an explanation) and all norms. BatchNorm: uncentred, statistics frozen.
+Everything else (activations, pools, LayerScale, position tables, class and register tokens) stays, and what it adds
+is named in the ledger.
 
-Rules are keyed by exact class: a subclass may act differently in forward (`StdConv2d` does), so an unknown one is refused
-by name, never guessed.
+Rules are keyed by exact class: a subclass may act differently in forward (`StdConv2d` does), so an unknown one is
+refused by name, never guessed.
 """
 
 from __future__ import annotations

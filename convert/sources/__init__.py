@@ -1,6 +1,6 @@
 """References to pretrained models, one adapter a library: `SCHEME:NAME` -> Teacher.
 
-    timm:NAME[.TAG] | timm:hf-hub:ORG/NAME[@rev] | timm:local-dir:PATH | dir:PATH | bundled:NAME
+timm:NAME[.TAG] | timm:hf-hub:ORG/NAME[@rev] | timm:local-dir:PATH | dir:PATH | bundled:NAME
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def _load_folder(name: str, **options: Any) -> Teacher:
         return timm_source.load(f"local-dir:{name}", **options)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise SourceError(
-        f"dir:{name}: not a model folder that is known here (a timm folder has config.json with `architecture`). Found: {found}."
+        f"dir:{name}: not a model folder that is known here (a timm folder has config.json with "
+        f"`architecture`). Found: {found}."
     )
 
 

@@ -1,7 +1,8 @@
 """Real weights that ordinary pip packages carry: `bundled:efficientnet_lite0`, `bundled:dinov2_small`.
 
-They make the demo and the tests run on real models without a hub. Each file's sha256 is pinned, so that what is opened is
-what was looked at; that is also why the one pickle among them (a .pth, read with `weights_only=True`) may be opened at all.
+They make the demo and the tests run on real models without a hub. Each file's sha256 is pinned, so that what is
+opened is what was looked at; that is also why the one pickle among them (a .pth, read with `weights_only=True`) may
+be opened at all.
 """
 
 from __future__ import annotations
@@ -89,7 +90,9 @@ def _read_dinov2(path: Path, keys: list[str]) -> dict[str, Tensor]:  # noqa: ARG
         if node.op_type == "MatMul" and anonymous and node.name.startswith("/backbone/"):
             name = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             found[f"{name}.weight"] = tensors[anonymous[0]].T.contiguous()
-    position = {kind: t for name, t in tensors.items() for kind in ("Concat", "Reshape") if name.startswith(f"onnx::{kind}")}
+    position = {
+        kind: t for name, t in tensors.items() for kind in ("Concat", "Reshape") if name.startswith(f"onnx::{kind}")
+    }
     return _timm_dinov2(found, torch.cat([position["Concat"], position["Reshape"]], dim=1))
 
 

@@ -1,4 +1,4 @@
-"""What every source library is reduced to: a Source that can be rebuilt, a Preprocess record, and the Teacher itself."""
+"""What every source library is reduced to: a Source that can be rebuilt, a Preprocess record, and the Teacher."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Preprocess:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+        return cls(**values)
 
     def at(self, size: int | tuple[int, int] | None) -> Preprocess:
         """The same record at another size; None keeps it."""
@@ -62,7 +63,8 @@ class Preprocess:
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
         """The evaluation transform: PIL picture -> normalised (3, H, W), as timm makes it."""
-        from timm.data import create_transform  # here, because `import bcosify.convert` should stay light
+        # Here, because `import bcosify.convert` should stay light.
+        from timm.data.transforms_factory import create_transform
 
         transform = create_transform(
             (3, *self.size),

@@ -50,6 +50,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
             model = timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
     if weights is not None:
         load_weights(model, weights)
+    args |= _decided_by_weights(architecture, args, model)
     source = Source(f"timm:{name}", "timm", architecture, args, revision=_revision(model) if published else None)
     return Teacher(model.eval(), source, preprocess_of(model), _labels(model))
 
@@ -64,7 +65,7 @@ def build(source: Source) -> nn.Module:
 
 def preprocess_of(model: nn.Module) -> Preprocess:
     """timm's own data configuration of `model`."""
-    from timm.data import resolve_model_data_config
+    from timm.data.config import resolve_model_data_config
 
     config = resolve_model_data_config(model)
     return Preprocess(
@@ -81,7 +82,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Loads a safetensors state dict strictly; raises SourceError that names the first keys that do not fit."""
     if path.suffix != ".safetensors":
         raise SourceError(
-            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it once, where you trust it: "
+            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it "
+            f"once, where you trust it: "
             'safetensors.torch.save_file(torch.load(FILE, weights_only=True), "weights.safetensors")'
         )
     try:
@@ -102,8 +104,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict(state)
 
 
-def _resolve(name: str) -> tuple[str, dict[str, Any] | None, dict[str, Any]]:
-    """(architecture, pretrained configuration or None, saved constructor arguments) of a timm name."""
+def _resolve(name: str) -> tuple[str, dict[str, Any] | str | None, dict[str, Any]]:
+    """(architecture, pretrained configuration or tag or None, saved constructor arguments) of a timm name."""
     import timm
     from timm.models import load_model_config_from_hf, parse_model_name, split_model_name_tag
     from timm.models._hub import load_model_config_from_path
@@ -116,7 +118,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any] | None, dict[str, Any]]:
             config, architecture, args = load_model_config_from_path(place)
         else:
             architecture, tag = split_model_name_tag(place)
-            config, args = None, {}
+            config, args = tag or None, {}
             if not timm.is_model(architecture):
                 raise SourceError(f"timm has no model {architecture!r}.{near_miss(architecture, timm.list_models())}")
             tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{architecture}.*")]
@@ -154,8 +156,24 @@ def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict
     return {}
 
 
+def _decided_by_weights(architecture: str, args: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Constructor arguments that timm took from the weights' configuration, where the bare architecture has others.
+
+    One architecture has weights with 1,000 and with 21,843 classes: without these its skeleton would not fit.
+    """
+    from timm.models import get_pretrained_cfg
+
+    own = get_pretrained_cfg(architecture)
+    found: dict[str, Any] = {"num_classes": getattr(model, "num_classes", None)}
+    config: Any = getattr(model, "pretrained_cfg", None) or {}
+    if config.get("fixed_input_size"):
+        found["img_size"] = list(config["input_size"][-2:])
+    default = {"num_classes": own.num_classes, "img_size": list(own.input_size[-2:])} if own else {}
+    return {key: value for key, value in found.items() if key not in args and value not in (None, default.get(key))}
+
+
 def _labels(model: nn.Module) -> tuple[str, ...] | None:
-    from timm.data import ImageNetInfo, infer_imagenet_subset
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
     subset = infer_imagenet_subset(model) if getattr(model, "num_classes", 0) else None
     return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None  # type: ignore[arg-type]
@@ -186,9 +204,11 @@ def _said_plainly(name: str) -> Iterator[None]:
     except SourceError:
         raise
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
         raise SourceError(
-            f"timm:{name}: the weights cannot be reached ({str(error).splitlines()[0]}). Check the connection, or pass "
-            "--weights FILE.safetensors, or --no-pretrained for random weights, or use a local folder: timm:local-dir:PATH."
+            f"timm:{name}: the weights cannot be reached ({said[0]}). Check the connection, or pass "
+            "--weights FILE.safetensors, or --no-pretrained for random weights, or use a local "
+            "folder: timm:local-dir:PATH."
         ) from error
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, SafetensorError) as error:
         raise SourceError(f"timm:{name}: timm cannot build it: {error}") from error

@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
-
 from bcosify.align import state
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.recipe import Phase, Recipe, dump, from_values, load_recipe
@@ -22,13 +19,23 @@ from bcosify.align.shards import write_shards
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import convert, load, load_teacher, save, set_strength
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
+from PIL import Image
+from safetensors.torch import load_file
 
 PHASES = (
     Phase("block-local", 40, 1e-3, calibrate=8),
     Phase("end-to-end", 40, 1e-3, b=(2.0, 2.0)),
 )
 RECIPE = Recipe(
-    "B is 2 and biases are gone", 64, 4, PHASES, held_out=8, evaluate_every=40, checkpoint_every=20, log_every=1, workers=0
+    "B is 2 and biases are gone",
+    64,
+    4,
+    PHASES,
+    held_out=8,
+    evaluate_every=40,
+    checkpoint_every=20,
+    log_every=1,
+    workers=0,
 )
 
 

@@ -70,7 +70,9 @@ def test_gains_are_positive_and_scale_whole_channels_by_themselves(tiny, gain):
 
 def test_dead_channels_keep_their_weight(teach):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     with torch.no_grad():
         model[0].weight[2] = 0
         model[0].bias[2] = -1

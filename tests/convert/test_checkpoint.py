@@ -71,7 +71,9 @@ def test_a_student_comes_back_bit_for_bit(tiny, tmp_path, name, dtype):
     ours, theirs = student.model.state_dict(), opened.state_dict()
     assert list(ours) == list(theirs)
     assert all(ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in ours)
-    assert [layer.strengths() for _, layer in scheduled_layers(opened)] == [x.strengths() for _, x in scheduled_layers(student.model)]
+    assert [layer.strengths() for _, layer in scheduled_layers(opened)] == [
+        x.strengths() for _, x in scheduled_layers(student.model)
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -87,7 +89,9 @@ def test_a_real_student_comes_back_bit_for_bit(real_student, photographs, tmp_pa
 
 
 def test_all_that_travels_with_a_model_comes_back(tiny, tmp_path):
-    student = convert(tiny("test_vit"), BcosConfig(keep=("head",), scale="unbounded")).with_report(facts={"a": [1, 2.5]})
+    student = convert(tiny("test_vit"), BcosConfig(keep=("head",), scale="unbounded")).with_report(
+        facts={"a": [1, 2.5]}
+    )
     opened = load(save(student, tmp_path / "deep" / "out"))
     for field in ("source", "preprocess", "labels", "method", "config", "report"):
         assert getattr(opened, field) == getattr(student, field)
@@ -122,7 +126,9 @@ def test_saving_leaves_the_model_as_it_is(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2], ids=["weights", "probe"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left")], ids=repr)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left")], ids=repr
+)
 def test_nothing_is_left_behind_when_the_disk_is_full(tiny, tmp_path, monkeypatch, failing, error):
     student, calls = convert(tiny()), []
 
@@ -240,7 +246,10 @@ def test_folders_that_hold_no_model_are_refused(tmp_path, make):
 RECORDS = {
     "newer": ({"schema": 2}, r"bcosify\.json has schema 2; this version reads 1. Update bcosify"),
     "plan": ({"plan": "0" * 64}, "plan made now differs.*written with bcosify .*; here are bcosify"),
-    "setting": ({"config": {"keep": [], "scale": "cosine", "gain": 1}}, "settings that this version does not know: gain"),
+    "setting": (
+        {"config": {"keep": [], "scale": "cosine", "gain": 1}},
+        "settings that this version does not know: gain",
+    ),
 }
 
 
@@ -252,7 +261,13 @@ def test_records_of_other_versions_are_refused(folder, kind):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("[1]", "has schema list"), ('{"a": 1}', "has schema None"), ("{", "not JSON any more"), ("\xff", "not JSON any more")]
+    ("text", "said"),
+    [
+        ("[1]", "has schema list"),
+        ('{"a": 1}', "has schema None"),
+        ("{", "not JSON any more"),
+        ("\xff", "not JSON any more"),
+    ],
 )
 def test_a_record_that_is_none_is_refused(folder, text, said):
     (folder / RECORD).write_text(text, encoding="latin-1")

@@ -61,7 +61,7 @@ def source_pads(layer: nn.Conv2d) -> list[int]:
 
 
 def slow_bcos(patches: Tensor, weight: Tensor, b: float) -> Tensor:
-    """(..., K) patches, (C, K) weight -> (..., C): |cos|^(b-1) * w.x from cosines taken one by one; 0 where a norm is 0."""
+    """(..., K) patches, (C, K) weight -> (..., C): |cos|^(b-1) * w.x, cosines one by one; 0 where a norm is 0."""
     o = patches @ weight.T
     norms = patches.norm(dim=-1, keepdim=True) * weight.norm(dim=-1)
     cosine = torch.where(norms > 0, o / norms, 0.0)
@@ -76,7 +76,8 @@ def slow_conv(layer: nn.Conv2d, x: Tensor, b: float, beta: float) -> Tensor:
     for part, weight in zip(x.chunk(layer.groups, 1), layer.weight.chunk(layer.groups, 0), strict=True):
         patches = F.unfold(part, layer.kernel_size, layer.dilation, 0, layer.stride).transpose(1, 2)
         out.append(slow_bcos(patches, weight.flatten(1), b).transpose(1, 2))
-    size = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[2:], layer.dilation, layer.kernel_size, layer.stride)]
+    sides = zip(x.shape[2:], layer.dilation, layer.kernel_size, layer.stride, strict=True)
+    size = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in sides]
     y = torch.cat(out, 1).unflatten(2, size)
     return y if layer.bias is None else y + beta * layer.bias.view(-1, 1, 1)
 
@@ -266,7 +267,9 @@ def batch_norm(kind: type = nn.BatchNorm2d, **options) -> nn.Module:
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.3, 0.0])
-@pytest.mark.parametrize(("kind", "after"), [(nn.BatchNorm2d, lambda y: y), (BatchNormAct2d, F.relu)], ids=["plain", "act"])
+@pytest.mark.parametrize(
+    ("kind", "after"), [(nn.BatchNorm2d, lambda y: y), (BatchNormAct2d, F.relu)], ids=["plain", "act"]
+)
 def test_batch_norm_is_uncentred_and_keeps_its_activation(kind, after, beta):
     source, x = batch_norm(kind), torch.randn(2, 5, 3, 3, dtype=torch.float64)
     sigma = (source.running_var + source.eps).sqrt()

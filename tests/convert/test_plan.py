@@ -62,7 +62,9 @@ def test_every_layer_has_a_line_with_a_reason(tiny, name):
     names = [step.name for step in plan.steps]
     wanted = [n for n, m in teacher.model.named_modules() if n and (not [*m.children()] or [*m.parameters(False)])]
     assert len(names) == len(set(names)) and set(wanted) <= set(names)
-    assert all(step.reason and step.found == type(teacher.model.get_submodule(step.name)).__name__ for step in plan.steps)
+    assert all(
+        step.reason and step.found == type(teacher.model.get_submodule(step.name)).__name__ for step in plan.steps
+    )
     assert sum(plan.counts().values()) == len(plan.swaps) > 5
 
 
@@ -70,7 +72,13 @@ def test_a_transformer_gets_what_the_method_says(tiny):
     plan = becomes(plan_for(tiny("test_vit"), CONFIG))
     assert plan["patch_embed.proj"] == "SixChannelBcosConv2d"
     assert plan["blocks.0.attn.qkv"] == plan["blocks.0.norm1"] == plan["norm"] == "BiasScheduled"
-    assert plan["blocks.0.attn.proj"] == plan["blocks.0.mlp.fc1"] == plan["blocks.0.mlp.fc2"] == plan["head"] == "BcosLinear"
+    assert (
+        plan["blocks.0.attn.proj"]
+        == plan["blocks.0.mlp.fc1"]
+        == plan["blocks.0.mlp.fc2"]
+        == plan["head"]
+        == "BcosLinear"
+    )
     assert plan["blocks.0.mlp.act"] is None
 
 
@@ -111,7 +119,9 @@ REFUSED = {
 def test_unknown_layers_are_refused_by_name_and_can_be_kept(teach, kind):
     make, found = REFUSED[kind]
     teacher = teach(Net(make()))
-    with pytest.raises(PlanError, match=rf"(?s)1 layer\(s\).*nothing was changed.*middle \(\S*{found}\).*pass --keep NAME"):
+    with pytest.raises(
+        PlanError, match=rf"(?s)1 layer\(s\).*nothing was changed.*middle \(\S*{found}\).*pass --keep NAME"
+    ):
         convert(teacher)
     student = convert(teacher, BcosConfig(keep=("middle",)))
     assert type(student.model.middle) is type(teacher.model.middle)
@@ -123,7 +133,9 @@ def test_all_refused_layers_are_listed_up_to_ten(teach):
         plan_for(teach(model), CONFIG)
 
 
-@pytest.mark.parametrize("stem", [nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], ids=str)
+@pytest.mark.parametrize(
+    "stem", [nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], ids=str
+)
 def test_stems_that_cannot_be_encoded_are_refused(teach, stem):
     model = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stem.out_channels, 2))
     with pytest.raises(PlanError, match=r"0 \(torch\.nn\.modules\.conv\.Conv2d\): reads the picture, but is not"):
@@ -163,7 +175,11 @@ def test_a_name_is_no_prefix_of_another(teach):
 
 @pytest.mark.parametrize(
     ("pattern", "said"),
-    [("headd", "Did you mean 'head'"), ("re:heads", "--keep re:heads names no module"), ("re:(", r"--keep re:\( is no regular")],
+    [
+        ("headd", "Did you mean 'head'"),
+        ("re:heads", "--keep re:heads names no module"),
+        ("re:(", r"--keep re:\( is no regular"),
+    ],
 )
 def test_a_pattern_that_names_nothing_is_an_error(tiny, pattern, said):
     with pytest.raises(PlanError, match=said):
@@ -172,7 +188,9 @@ def test_a_pattern_that_names_nothing_is_an_error(tiny, pattern, said):
 
 def test_nothing_to_convert_is_an_error(teach):
     model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.ReLU())
-    with pytest.raises(PlanError, match="nothing in Sequential matches --method bcos. It has: AvgPool2d, Flatten, ReLU"):
+    with pytest.raises(
+        PlanError, match="nothing in Sequential matches --method bcos. It has: AvgPool2d, Flatten, ReLU"
+    ):
         plan_for(teach(model), CONFIG)
     with pytest.raises(PlanError, match="nothing in Net matches"):
         plan_for(teach(Net()), BcosConfig(keep=("re:.*",)))

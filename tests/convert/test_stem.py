@@ -69,7 +69,9 @@ def test_pictures_of_other_channels_are_refused(channels):
 
 
 @pytest.mark.parametrize(
-    "source", [nn.Conv2d(1, 4, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 3, padding_mode="reflect")], ids=str
+    "source",
+    [nn.Conv2d(1, 4, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 3, padding_mode="reflect")],
+    ids=str,
 )
 def test_layers_that_do_not_read_rgb_are_refused(source):
     with pytest.raises(ValueError, match="must read three channels, ungrouped, with zero padding"):

@@ -1,4 +1,4 @@
-"""Identity first: at B = 1 and beta = 1 a student is its teacher, on real weights and photographs and on tiny models."""
+"""Identity first: at B = 1 and beta = 1 a student is its teacher, on real weights and on tiny models."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from torch import nn
 
 REAL = pytest.mark.parametrize("name", ["efficientnet_lite0", "dinov2_small"])
 TINY = (
-    "byobnet coatnet convnext convnext2 convnext3 efficientnet efficientnet_evos efficientnet_gn efficientnet_ln mambaout "
+    "byobnet coatnet convnext convnext2 convnext3 efficientnet efficientnet_evos "
+    "efficientnet_gn efficientnet_ln mambaout "
     "maxvit resnet vit vit2 vit3 vit4 vit_relpos"
 ).split()
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("efficientnet_lite0", 224), ("efficientnet_lite0", 160), ("dinov2_small", 224), ("dinov2_small", 98)]
+    ("name", "size"),
+    [("efficientnet_lite0", 224), ("efficientnet_lite0", 160), ("dinov2_small", 224), ("dinov2_small", 98)],
 )
 def test_a_real_student_is_its_teacher_on_photographs(real_teachers, real_student, photographs, name, size):
     teacher, student = real_teachers[name], real_student(name)
@@ -40,7 +42,11 @@ def test_real_weights_are_what_they_say(real_teachers, photographs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_dead_filters_of_real_weights_give_no_nan(real_student, photographs, dtype):
     student = real_student("efficientnet_lite0")
-    filters = [layer.weight.flatten(1).norm(dim=1) for _, layer in scheduled_layers(student.model) if isinstance(layer, BcosConv2d)]
+    filters = [
+        layer.weight.flatten(1).norm(dim=1)
+        for _, layer in scheduled_layers(student.model)
+        if isinstance(layer, BcosConv2d)
+    ]
     assert (torch.cat(filters) < 1e-6).sum() > 100
     student.model.to(dtype)
     for beta in (1.0, 0.0):
@@ -84,7 +90,9 @@ def test_state_dict_is_the_sources_with_b_and_beta(tiny, name):
     theirs, ours = set(teacher.model.state_dict()), set(student.model.state_dict())
     stems = {step.name for step in student.plan.swaps if step.becomes.startswith("SixChannel")}
     assert theirs - ours <= {f"{stem}.bias" for stem in stems}
-    assert ours - theirs == {f"{layer}.{key}" for layer, module in scheduled_layers(student.model) for key in module.strengths()}
+    assert ours - theirs == {
+        f"{layer}.{key}" for layer, module in scheduled_layers(student.model) for key in module.strengths()
+    }
 
 
 def test_norm_free_nets_are_refused(tiny):
@@ -114,7 +122,9 @@ def test_a_converted_layer_that_acts_differently_is_found(teach):
             return self.head(y if self.stem.bias is None else y * self.stem.bias)
 
     torch.manual_seed(0)
-    with pytest.raises(LedgerError, match="timm:own: the student differs from its teacher.*nothing was written.*--keep"):
+    with pytest.raises(
+        LedgerError, match="timm:own: the student differs from its teacher.*nothing was written.*--keep"
+    ):
         convert(teach(Squared()))
 
 
@@ -175,10 +185,14 @@ def test_lossy_steps_measure_each_step_and_leave_the_student_alone(tiny):
     assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
 
 
-@pytest.mark.parametrize("options", [{"dilation": 2, "padding": 2}, {"padding": 3}, {"stride": 2, "groups": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"dilation": 2, "padding": 2}, {"padding": 3}, {"stride": 2, "groups": 2}], ids=str
+)
 def test_the_ledger_balances_for_any_convolution(teach, options):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, **options), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, **options), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     student = convert(teach(model)).model
     set_strength(student, 1.5, 0.5)
     assert explain(student, torch.randn(2, 3, 16, 16), TopTarget(3)).balanced().all()
