@@ -233,6 +233,10 @@ def _imbalance(model: nn.Module, explanation: Explanation, cause: str, tolerance
     picture, score = divmod(int(wrong.flatten().argmax()), wrong.shape[1])
     parts = (explanation.scores, explanation.input_part, explanation.constant_part, explanation.residual)
     total, of_input, of_constants, missing = (float(part[picture, score]) for part in parts)
+    sizes = [explanation.contributions[picture, score], *(c[picture, score] for c in explanation.constants.values())]
+    size = sum(float(part.abs().sum()) for part in sizes)
+    if abs(missing) <= 1e-6 * size:
+        cause = cause or f"That is rounding: parts of {size:.3g} in all cancel. Use float64 for model and images."
     hidden = (
         "Every torch call had a rule, so something does not show as a torch call: TorchScript, compiled code, gradient "
         "checkpointing, or an autograd.Function."

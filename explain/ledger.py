@@ -199,7 +199,7 @@ class Ledger:
 
     def _settled(self, tensor: Tensor) -> Tensor:
         if tensor.is_inference():
-            settled = tensor.clone()
+            settled = tensor.detach().clone()
         elif tensor.requires_grad and tensor.is_leaf:
             settled = tensor.detach()
         else:

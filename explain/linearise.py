@@ -201,7 +201,8 @@ def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
     """Puts back what a forward pass in train mode writes to buffers, such as BatchNorm's counter."""
     owners = [] if model is None else list(model.modules())
     before = [
-        (module, name, buffer, buffer._version, buffer.detach().clone())
+        # Inference tensors count no versions, because nothing can be written to them here.
+        (module, name, buffer, 0 if buffer.is_inference() else buffer._version, buffer.detach().clone())
         for module in owners
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -211,6 +212,6 @@ def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, version, value in before:
-                if buffer._version != version:
+                if not buffer.is_inference() and buffer._version != version:
                     buffer.copy_(value)
                 module._buffers[name] = buffer

@@ -239,6 +239,13 @@ def test_what_does_not_show_as_a_torch_call_is_noticed(images):
         explain(torch.jit.trace(Strange(F.gelu), images), images, 0)
 
 
+def test_rounding_is_told_from_what_is_hidden(images):
+    model, grey = Strange(lambda x: (x - x.roll(1, 1)) * 1e5), 0.3 + 1e-6 * images
+    with pytest.raises(LedgerError, match=r"That is rounding: parts of .* cancel\. Use float64"):
+        explain(model, grey, 0, tolerance=1e-6)
+    assert explain(model.double(), grey.double(), 0, tolerance=1e-6).balanced(1e-6).all()
+
+
 def test_score_that_is_a_constant_is_named(images):
     with pytest.raises(LedgerError, match="it is a softmax output; explain what goes into it"):
         explain(nn.Sequential(Net().eval(), nn.Softmax(1)), images, 0)
@@ -282,6 +289,15 @@ def test_inside_contexts_without_gradients(net, images, context):
         explanation = explain(net, images.clone(), 0)
     assert torch.equal(explanation.contributions, expected.contributions)
     assert not explanation.contributions.is_inference()
+
+
+def test_model_made_in_inference_mode(images, net):
+    with torch.inference_mode():
+        made = copy.deepcopy(net)
+    assert made.head.weight.is_inference()
+    explanation = explain(made, images, 0)
+    torch.testing.assert_close(explanation.contributions, explain(net, images, 0).contributions)
+    assert set(explanation.constants) == {"stem.bias", "norm.bias", "norm.running_mean", "head.bias"}
 
 
 def test_train_mode_is_left_alone(net, images):

@@ -1,0 +1,363 @@
+"""The command: exit codes, what goes where, and what a slip of the finger is told."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from bcosify.cli import main as command
+from bcosify.cli.main import VERBS, main
+from bcosify.convert import load, load_teacher
+from bcosify.errors import BcosifyError
+from safetensors.torch import save_file
+
+TINY = ("timm:test_resnet", "--no-pretrained", "--image-size", "64")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch) -> None:
+    """No test here asks the hub for anything."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def run(capsys):
+    """run(WORD, ...) -> (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        code = main([str(word) for word in words])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    """A converted folder; not to be changed."""
+    out = tmp_path_factory.mktemp("cli") / "student"
+    torch.manual_seed(0)
+    assert main(["convert", *TINY, "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """A folder with two photographs and a file that is none."""
+    spec = find_spec("skimage")
+    assert spec is not None and spec.submodule_search_locations
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in ("chelsea.png", "coffee.png"):
+        shutil.copy(Path(spec.submodule_search_locations[0]) / "data" / name, folder)
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(pictures, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "shards"
+    assert main(["shards", str(pictures), str(out), "--size", "64"]) == 0
+    return out
+
+
+def options_of(verb: str) -> dict[str, inspect.Parameter]:
+    function = getattr(importlib.import_module(f"bcosify.cli.{verb}"), verb)
+    return dict(inspect.signature(function).parameters)
+
+
+# ------------------------------------------------------------------------------------------------------------- usage
+
+
+def test_no_verb_is_wrong_usage_and_help_is_not(run):
+    code, out, err = run()
+    assert (code, out) == (2, "") and all(verb in err for verb in VERBS)
+    for flag in ("-h", "--help"):
+        code, out, err = run(flag)
+        assert (code, err) == (0, "") and all(f"{verb} " in out and text in out for verb, text in VERBS.items())
+
+
+def test_version_is_the_packages(run):
+    from importlib.metadata import version
+
+    assert run("--version") == (0, version("bcosify") + "\n", "")
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("convret", "convert"), ("inspct", "inspect"), ("Shards", "shards")])
+def test_a_misspelt_verb_is_told_the_near_one(run, typed, meant):
+    code, out, err = run(typed)
+    assert (code, out) == (2, "") and f"no verb '{typed}'. Did you mean '{meant}'" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("convert",), "required: reference"),
+        (("convert", *TINY, "--imagesize", "64"), "Did you mean '--image-size'"),
+        (("convert", *TINY, "--dryrun=1"), "Did you mean '--dry-run'"),
+        (("convert", *TINY, "--image-size", "big"), "big"),
+        (("convert", *TINY, "--b"), "expected one argument"),
+        (("convert", *TINY, "two"), "unrecognized arguments: two"),
+        (("inspect", "timm:test_vit", "--no-pretraind"), "Did you mean '--no-pretrained'"),
+        (("shards", "folder"), "required: out"),
+        (("align", "folder"), "required: --data"),
+    ],
+    ids=str,
+)
+def test_wrong_usage_ends_with_2_and_the_usage(run, words, said):
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and said in err and f"usage: bcosify {words[0]}" in err and "--help tells more" in err
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_each_verb_tells_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, err) == (0, "") and f"usage: bcosify {verb}" in out
+    squeezed = " ".join(out.split())
+    for name, parameter in options_of(verb).items():
+        flag = name.replace("_", "-")
+        spelt = (
+            {f"--{flag}", f"--no-{flag}"} if parameter.default is not inspect.Parameter.empty else {name, f"--{flag}"}
+        )
+        assert any(word in out for word in spelt), name
+    documented = command.docstring_parser.parse(getattr(importlib.import_module(f"bcosify.cli.{verb}"), verb).__doc__)
+    assert [item.arg_name for item in documented.params] == list(options_of(verb))
+    assert all(item.description and " ".join(item.description.split()[:3]) in squeezed for item in documented.params)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_can_answer_in_json(verb):
+    assert options_of(verb)["json"].default is False
+
+
+def test_help_is_quick():
+    code = "import sys, bcosify.cli.main as m; m.main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def test_module_runs_as_the_command_does():
+    ended = subprocess.run([sys.executable, "-m", "bcosify.cli", "convrt"], capture_output=True, text=True)
+    assert ended.returncode == 2 and "Did you mean 'convert'" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (BcosifyError("it [bold]broke"), 1, "bcosify inspect: it [bold]broke\n"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+    ids=repr,
+)
+def test_errors_end_with_their_message_alone(run, monkeypatch, error, code, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("bcosify.convert.load_teacher", fail)
+    found, out, err = run("inspect", "timm:test_vit")
+    assert (found, out) == (code, "") and said in err and "Traceback" not in err
+
+
+def test_bugs_are_not_hidden(monkeypatch):
+    monkeypatch.setattr("bcosify.convert.load_teacher", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["inspect", "timm:test_vit"])
+
+
+# ----------------------------------------------------------------------------------------------------------- convert
+
+
+def test_convert_writes_a_folder_and_says_what_it_did(run, tmp_path):
+    code, out, err = run("convert", *TINY, "--out", tmp_path / "a" / "student")
+    assert (code, out) == (0, "") and "identity at B=1, beta=1: relative error" in err and "gains calibrated" in err
+    assert f"wrote {tmp_path / 'a' / 'student'}" in err
+    report = load(tmp_path / "a" / "student").report
+    assert report["identity_error"] < 1e-5 and len(report["lossy_steps"]) == 5
+
+
+def test_convert_prints_only_json_on_stdout(run, tmp_path):
+    code, out, err = run("convert", *TINY, "--out", tmp_path / "student", "--json")
+    result = json.loads(out)
+    assert code == 0 and "wrote" in err
+    assert result["out"] == str(tmp_path / "student") and result["identity_error"] < 1e-5
+    assert result["counts"]["SixChannelBcosConv2d"] == 1 and result["lossy_steps"][0]["cosine"] == 1
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_a_dry_run_shows_every_layer_and_writes_nothing(run, tmp_path, monkeypatch, json_too):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("bcosify.convert.save", lambda *_, **__: pytest.fail("saved"))
+    words = ["--json"] if json_too else []
+    code, out, err = run("convert", *TINY, "--keep", "fc", "--dry-run", "--out", tmp_path / "student", *words)
+    assert code == 0 and not list(tmp_path.iterdir())
+    layers = [name for name, module in load_teacher("timm:test_resnet", pretrained=False).model.named_modules()]
+    text = out if json_too else err
+    assert all(name in text for name in layers if name.endswith(("conv1", "bn2", "fc"))) and "kept as asked" in text
+    assert (json.loads(out)["counts"]["SixChannelBcosConv2d"] == 1) if json_too else out == ""
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monkeypatch, kind):
+    out = tmp_path / "student"
+    out.mkdir() if kind == "folder" else out.write_text("mine")
+    with monkeypatch.context() as patch:
+        patch.setattr("bcosify.convert.load_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
+        code, _, err = run("convert", *TINY, "--out", out)
+    assert code == 1 and "exists already. Nothing was written" in err and "--overwrite" in err
+    assert run("convert", *TINY, "--out", out, "--overwrite")[0] == 0
+    assert (out / "bcosify.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (TINY, "--out FOLDER is missing (or pass --dry-run"),
+        (("timm:test_resnt", "--out", "{tmp}"), "Did you mean 'test_resnet'"),
+        (("resnet50", "--out", "{tmp}"), "Did you mean 'timm:resnet50'"),
+        (("timm:test_resnet", "--out", "{tmp}"), "--no-pretrained"),
+        (("timm:test_nfnet", "--no-pretrained", "--out", "{tmp}"), "--keep NAME"),
+        ((*TINY, "--out", "{tmp}", "--method", "bcoss"), "Did you mean 'bcos'"),
+        ((*TINY, "--out", "{tmp}", "--scale", "cosin"), "Did you mean 'cosine'"),
+        ((*TINY, "--out", "{tmp}", "--keep", "fcc"), "--keep fcc names no module of the model. Did you mean 'fc'"),
+        ((*TINY, "--out", "{tmp}", "--weights", "none.safetensors"), "there is no such file"),
+        ((*TINY, "--out", "{tmp}", "--b", "0.5"), "--b 0.5"),
+        ((*TINY, "--out", "{tmp}", "--b", "nan"), "--b nan"),
+        ((*TINY, "--out", "{tmp}", "--calibrate", "nowhere.tar"), "nowhere.tar"),
+        (("timm:test_vit", "--no-pretrained", "--image-size", "33", "--out", "{tmp}"), "--image-size"),
+        (("timm:test_vit", "--no-pretrained", "--image-size", "0", "--out", "{tmp}"), "--image-size"),
+    ],
+    ids=str,
+)
+def test_convert_fails_with_a_message_and_writes_nothing(run, tmp_path, monkeypatch, words, said):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    code, out, err = run("convert", *(str(word).format(tmp=tmp_path / "student") for word in words))
+    assert (code, out) == (1, "") and said in err and err.startswith("bcosify convert: ")
+    assert not (tmp_path / "student").exists()
+
+
+def test_convert_takes_own_weights_and_a_folder(run, tmp_path):
+    import timm
+
+    model = timm.create_model("test_resnet", num_classes=3)
+    save_file(model.state_dict(), tmp_path / "own.safetensors")
+    weights = ("--weights", tmp_path / "own.safetensors")
+    assert run("convert", "timm:test_resnet", *weights, "--out", tmp_path / "a")[0] == 0
+    timm.models.save_for_hf(model, tmp_path / "folder", safe_serialization=True)
+    assert run("convert", f"dir:{tmp_path / 'folder'}", "--out", tmp_path / "b")[0] == 0
+    states = [load(tmp_path / name).model.state_dict() for name in "ab"]
+    assert (
+        all(torch.equal(value, states[1][key]) for key, value in states[0].items()) and len(states[0]["fc.bias"]) == 3
+    )
+
+
+@pytest.mark.parametrize("count", [2, 1])
+def test_convert_calibrates_on_pictures_from_shards(run, tmp_path, shards, count):
+    words = ("--calibrate", shards, "--calibration-pictures", count, "--b", "1.5", "--keep", "fc")
+    code, _, err = run("convert", *TINY, *words, "--out", tmp_path / "student")
+    opened = load(tmp_path / "student")
+    assert code == 0 and opened.report["calibration"] == {"pictures": count, "b": 1.5, "layers": 29}
+    assert f"({count} pictures from" in err and opened.model.layer1[0].conv1.strengths() == {"b": 1.5, "beta": 0}
+
+
+@pytest.mark.parametrize("count", ["0", "-1"])
+def test_calibration_needs_a_picture(run, tmp_path, shards, count):
+    words = ("--calibrate", shards, "--calibration-pictures", count)
+    code, out, err = run("convert", *TINY, *words, "--out", tmp_path / "student")
+    assert (code, out) == (1, "") and "--calibration-pictures" in err and not (tmp_path / "student").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_shows_what_a_conversion_would_do(run):
+    code, out, err = run("inspect", "timm:test_vit", "--no-pretrained")
+    assert (code, out) == (0, "")
+    for fact in ("test_vit", "371240", "160 x 160", "SixChannelBcosConv2d: 1", "BcosLinear: 19", "blocks.5"):
+        assert fact in err
+    assert "next: bcosify convert timm:test_vit" in err
+    code, out, _ = run("inspect", "timm:test_vit", "--no-pretrained", "--json")
+    facts = json.loads(out)
+    assert code == 0 and facts["parameters"] == 371240 and facts["taps"] == ["blocks.1", "blocks.3", "blocks.5"]
+
+
+def test_inspect_shows_what_a_converted_folder_is(run, student):
+    code, out, err = run("inspect", student)
+    assert (code, out) == (0, "") and "timm:test_resnet" in err and "not aligned" in err and "64 x 64" in err
+    code, out, err = run("inspect", student, "--json")
+    facts = json.loads(out)
+    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["b_and_beta"] == {"b": "1", "beta": "1"}
+    assert facts["identity_error"] < 1e-5 and facts["layers"]["SixChannelBcosConv2d"] == 1
+
+
+def test_inspect_refuses_a_damaged_folder(run, student, tmp_path):
+    damaged = shutil.copytree(student, tmp_path / "damaged")
+    (damaged / "probe.safetensors").unlink()
+    code, out, err = run("inspect", damaged)
+    assert (code, out) == (1, "") and "probe.safetensors is missing" in err
+
+
+@pytest.mark.parametrize("reference", ["nowhere", "timm:test_vitt", "dir:nowhere"])
+def test_inspect_refuses_what_is_no_model(run, reference):
+    code, out, err = run("inspect", reference)
+    assert (code, out) == (1, "") and err.startswith("bcosify inspect: ")
+
+
+# ------------------------------------------------------------------------------------------------- explain and shards
+
+
+def test_explain_prints_only_json_on_stdout_and_its_ledger_adds_up(run, student, pictures, tmp_path):
+    words = (pictures / "chelsea.png", "--target", "top2", "--out", tmp_path / "maps", "--json")
+    code, out, _ = run("explain", student, *words)
+    rows = json.loads(out)
+    assert code == 0 and len(rows) == 2
+    for row in rows:
+        assert row["score"] == pytest.approx(row["input"] + sum(row["constants"].values()), abs=1e-3)
+    assert sorted(path.suffix for path in (tmp_path / "maps").iterdir()) == [".json", ".npz", ".png"]
+
+
+def test_explain_refuses_before_any_work(run, student, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr("bcosify.explain.explain", lambda *_, **__: pytest.fail("explained first"))
+    (tmp_path / "maps").mkdir()
+    for words, said in (
+        ((student, pictures / "chelsea.png", "--out", tmp_path / "maps"), "exists already"),
+        ((student, pictures / "chelsea.png", "--out", tmp_path / "new", "--target", "tabbby"), "Did you mean"),
+        ((student, pictures / "broken.jpg", "--out", tmp_path / "new"), "broken.jpg"),
+        ((student, pictures / "none.png", "--out", tmp_path / "new"), "none.png"),
+        ((tmp_path / "maps", pictures / "chelsea.png", "--out", tmp_path / "new"), "maps"),
+    ):
+        code, out, err = run("explain", *words)
+        assert (code, out) == (1, "") and said in err
+    assert not list((tmp_path / "maps").iterdir()) and not (tmp_path / "new").exists()
+
+
+def test_shards_says_what_it_packed_and_what_it_could_not(run, pictures, tmp_path):
+    code, out, err = run("shards", pictures, tmp_path / "out", "--size", "64")
+    assert (code, out) == (0, "") and "2 pictures in 1 shards" in err and "broken.jpg" in err
+    code, out, err = run("shards", pictures, tmp_path / "out")
+    assert (code, out) == (1, "") and "--overwrite" in err
+
+
+def test_shards_prints_its_json_once(run, pictures, tmp_path):
+    code, out, _ = run("shards", pictures, tmp_path / "out", "--size", "null", "--json")
+    assert code == 0 and json.loads(out)["pictures"] == 2
+
+
+def test_align_refuses_before_any_work(run, student, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr("bcosify.align.trainer.load_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
+    for words, said in (
+        ((student, "--data", shards, "--recipe", "smok"), "Did you mean 'smoke'"),
+        ((student, "--data", tmp_path / "none.tar", "--recipe", "smoke"), "none.tar"),
+        ((tmp_path, "--data", shards, "--recipe", "smoke"), "missing"),
+        ((student, "--data", shards, "--recipe", "smoke", "--set", "batch_sise=2"), "batch_size"),
+    ):
+        code, out, err = run("align", *words, "--out", tmp_path / "aligned")
+        assert (code, out) == (1, "") and said in err
+    assert not list(tmp_path.glob("aligned*"))

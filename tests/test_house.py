@@ -1,0 +1,104 @@
+"""The house itself: what an import costs, which folder knows which, and nothing of the machine that it was written on."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# Folder -> the folders that it may import (errors and itself are open to all).
+MAY_IMPORT = {
+    "errors": set(),
+    "recipes": set(),
+    "explain": set(),
+    "convert": {"explain.linearise"},
+    "align": {"convert"},
+    "cli": {"convert", "explain", "align", "recipes"},
+}
+HEAVY = ("transformers", "open_clip", "captum")
+
+
+@pytest.mark.parametrize("folder", ["convert", "explain", "align", "cli.main"])
+def test_an_import_brings_no_other_model_library(folder):
+    code = f"import sys, bcosify.{folder}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == []
+
+
+def imported(file: Path) -> set[str]:
+    """Dotted names below `bcosify` that a file imports, at its top or anywhere."""
+    package = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1] + (node.module or "").split(".")
+            names |= {".".join([*filter(None, base), alias.name]) for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bcosify."):
+            names |= {f"{node.module.removeprefix('bcosify.')}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.removeprefix("bcosify.") for a in node.names if a.name.startswith("bcosify.")}
+    return names
+
+
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_only_what_the_design_allows(folder):
+    allowed = {"errors", folder, *MAY_IMPORT[folder]}
+    files = sorted((ROOT / folder).rglob("*.py"))
+    wrong = [
+        f"{file.relative_to(ROOT)} imports {name}"
+        for file in files
+        for name in sorted(imported(file))
+        if not any(f"{name}.".startswith(f"{known}.") for known in allowed)
+    ]
+    assert files and not wrong
+
+
+def test_the_import_walk_sees_what_is_there():
+    assert "explain.linearise.gated" in imported(ROOT / "convert" / "layers" / "bcos.py")
+    assert "convert.layers.BiasScheduled" in imported(ROOT / "align" / "taps.py")
+    assert "errors.PlanError" in imported(ROOT / "convert" / "plan.py")
+
+
+def kept_files() -> list[Path]:
+    """The files that git keeps or would keep."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).is_file()]
+
+
+# The folder that the checkout lies in, and where the running Python is installed: what slips in by copy and paste.
+HERE = [
+    f"{place}/" for place in {str(ROOT.parent), sys.prefix, str(Path.home())} if place.count("/") > 0 and len(place) > 1
+]
+INDEX = re.compile(r"https?://\S+/simple\b|(?:--|_|\b)(?:extra[-_])?index[-_]url\b|--find-links", re.IGNORECASE)
+
+
+def test_no_file_names_a_place_on_this_machine_or_a_package_index():
+    found = []
+    for path in kept_files():
+        if path == Path(__file__).resolve():
+            continue
+        text = path.read_bytes().decode(errors="replace")
+        for number, line in enumerate(text.splitlines(), 1):
+            if any(re.search(rf"(?<![\w.-]){re.escape(place)}", line) for place in HERE) or INDEX.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["pip install -i https://mirror.example/simple x", "PIP_INDEX_URL=x", "--extra-index-url x", "index-url = x"],
+)
+def test_addresses_of_package_indexes_are_recognised(line):
+    assert INDEX.search(line)
