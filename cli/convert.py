@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,12 @@ def convert(
     from ..convert.files import check_free
     from ..convert.methods import find_method
     from ..convert.trace import noise_pictures
-    from ..errors import CheckpointError
+    from ..errors import CheckpointError, PlanError
 
+    if not 1 <= b < math.inf:
+        raise PlanError(f"--b {b}: B is at least 1 (1 is the source model, 2 the usual end).")
+    if calibrate and calibration_pictures < 1:
+        raise PlanError(f"--calibration-pictures {calibration_pictures}: at least one is needed; 64 are enough.")
     if not dry_run:
         if out is None:
             raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
