@@ -38,6 +38,8 @@ class Phase:
         calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
         recalibrate_every: again every so many steps while B and beta move; 0 never.
         gain: `least-squares` or `rms`.
+        batch_statistics: the student's BatchNorms use each batch's statistics while they train, and a mean over many
+            batches when they are measured and saved; else they keep the source's.
         warmup: share of the phase with rising learning rate. final_learning_rate: share of the peak at the end.
         clip: largest norm of the gradient.
     """
@@ -52,6 +54,7 @@ class Phase:
     calibrate: int = 0
     recalibrate_every: int = 0
     gain: Literal["least-squares", "rms"] = "least-squares"
+    batch_statistics: bool = False
     warmup: float = 0.05
     final_learning_rate: float = 0.05
     clip: float = 5.0

@@ -3,9 +3,6 @@
 A layer is converted in place: its class becomes a subclass of the class it had, so that parameters keep name, dtype,
 device and ties, and the library's own forward runs unchanged. The forward reads `self.bias`, which is now the property
 beta * bias; nothing else is needed, for any layer that adds a bias.
-
-BatchNorm in eval mode is (x - mean) * weight / sigma + bias. Scaling its running mean and its bias by beta gives
-x * weight / sigma + beta * (bias - weight * mean / sigma): the uncentred BatchNorm, equal to the source at beta = 1.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasScheduled", "UncentredBatchNorm", "adopt", "scheduled_layers", "set_strength"]
+__all__ = ["BiasScheduled", "adopt", "faded", "scheduled_layers", "set_strength"]
 
 
 class BiasScheduled(nn.Module):
@@ -55,7 +52,7 @@ class BiasScheduled(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's bias."""
-        return _faded(self._parameters.get("bias"), self._beta)
+        return faded(self._parameters.get("bias"), self._beta)
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
         super()._apply(fn, recurse)
@@ -77,23 +74,8 @@ class BiasScheduled(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), values) if part)
 
 
-class UncentredBatchNorm(BiasScheduled):
-    """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma), with frozen statistics.
-
-    Stays in eval mode: batch statistics would centre the input again (and tie the pictures of a batch together).
-    """
-
-    @property
-    def running_mean(self) -> Tensor | None:
-        """(C,): beta times the source's running mean; zeros, never None, at beta = 0, as `batch_norm` needs one."""
-        mean = self._buffers.get("running_mean")
-        return mean if mean is None or self._beta == 1 else mean * self._beta
-
-    def train(self, mode: bool = True) -> UncentredBatchNorm:  # noqa: ARG002 - statistics stay frozen
-        return super().train(False)
-
-
-def _faded(bias: Tensor | None, beta: float) -> Tensor | None:
+def faded(bias: Tensor | None, beta: float) -> Tensor | None:
+    """beta times `bias`; None where nothing is left of it."""
     if bias is None or beta == 0:
         return None
     return bias if beta == 1 else bias * beta
