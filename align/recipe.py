@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -213,10 +214,19 @@ def _faults(kind: Any, value: Any, where: str) -> Iterator[str]:
     elif origin in (typing.Union, types.UnionType):
         if not any(not list(_faults(option, value, where)) for option in arguments):
             yield f"{where}: must be {kind}; got {value!r}"
+    elif kind is float and isinstance(value, str) and _is_number(value):
+        return  # YAML reads 3e-4, without a point, as text
     else:
         fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not fits:
             yield f"{where}: must be {kind.__name__}; got {value!r}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _dataclass_faults(kind: Any, value: Any, where: str) -> Iterator[str]:
