@@ -68,7 +68,9 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     plan = plan or plan_for(teacher, config)
     model = copy.deepcopy(teacher.model)
     apply_plan(model, plan, teacher.preprocess, config)
-    student = Student(model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan, text=teacher.text)
+    student = Student(
+        model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan, text=teacher.text
+    )
     error = identity_error(model, teacher.model, fitted(noise_pictures(2, teacher.preprocess.size), teacher.model))
     if not error <= IDENTITY_LIMIT:
         raise LedgerError(

@@ -21,7 +21,7 @@ from . import bundled, hf
 from . import open_clip as open_clip_source
 from . import timm as timm_source
 from .teacher import Preprocess, Source, Teacher
-from .text import SavedText, Text, TextTower, embed_texts
+from .text import SavedText, Text, TextTower, embed_texts, probabilities
 from .weights import check_plain
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "check_plain",
     "embed_texts",
     "load_teacher",
+    "probabilities",
     "reload_teacher",
     "token_grid",
 ]

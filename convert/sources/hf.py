@@ -179,7 +179,9 @@ def _on_pictures(model: nn.Module) -> nn.Module:
 
 def _resizes(model: nn.Module) -> bool:
     """Whether `model` has to be asked to interpolate its position table. (Others do so anyway, or have none.)"""
-    inner = [module for module in model.modules() if type(module).__name__.endswith(("Model", "ForImageClassification"))]
+    inner = [
+        module for module in model.modules() if type(module).__name__.endswith(("Model", "ForImageClassification"))
+    ]
     takes = [module for module in inner if "interpolate_pos_encoding" in inspect.signature(module.forward).parameters]
     options = inspect.signature(model.forward).parameters.values()
     passed_on = any(option.kind is inspect.Parameter.VAR_KEYWORD for option in options)
@@ -495,14 +497,16 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _said_plainly(reference: str) -> Iterator[None]:
     """Turns what transformers and the hub raise into one SourceError with what to do next."""
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         yield
     except (SourceError, CheckpointError):
         raise
     except HFValidationError as error:
-        raise SourceError(f"{reference}: no such folder, and no name of a hub repository (ORG/NAME): {error}") from error
+        raise SourceError(
+            f"{reference}: no such folder, and no name of a hub repository (ORG/NAME): {error}"
+        ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
         said = str(error).splitlines() or [type(error).__name__]
         raise SourceError(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
 from .text import TextTower
-from .weights import mismatches, misfit, read_weights
+from .weights import misfit, mismatches, read_weights
 
 __all__ = ["OpenClipVision", "build", "load", "open_text", "token_grid"]
 
@@ -56,15 +56,18 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
     with _said_plainly(name), _quiet():
         place = _locate(name, published)
         config = copy.deepcopy(open_clip.get_model_config(place.model))
-        if image_size is not None:
-            config["vision_cfg"]["image_size"] = image_size
+        _check_size(name, config["vision_cfg"], image_size)
+        # A trunk of timm's is resized once its weights are in it.
+        forced = None if "timm_model_name" in config["vision_cfg"] else image_size
+        if forced is not None:
+            config["vision_cfg"]["image_size"] = forced
         if place.quick_gelu is not None:
             config["quick_gelu"] = place.quick_gelu
         model = open_clip.create_model(
             place.model,
             load_weights=False,
             pretrained_text=False,
-            force_image_size=image_size,
+            force_image_size=forced,
             force_preprocess_cfg=place.preprocess,
             **({} if place.quick_gelu is None else {"quick_gelu": place.quick_gelu}),
         )
@@ -73,11 +76,10 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
             has_text = _load_own(model, weights)
         elif place.weights is not None:
             open_clip.load_checkpoint(model, str(place.weights), strict=True)
-        vision = OpenClipVision(model.visual)
+        vision = OpenClipVision(model.visual, image_size)
         preprocess = _preprocess(model.visual.preprocess_cfg, model.visual.image_size)
-        source = Source(
-            f"open_clip:{name}", "open_clip", place.architecture, {"config": _vision_config(config)}, place.revision
-        )
+        args = {"config": _vision_config(config), "image_size": image_size}
+        source = Source(f"open_clip:{name}", "open_clip", place.architecture, args, place.revision)
         text = _text_tower(model, config, place.tokenizer or place.model) if has_text else None
     return Teacher(vision.eval(), source, preprocess, None, text)
 
@@ -90,7 +92,7 @@ def build(source: Source) -> nn.Module:
     with _said_plainly(source.architecture), _quiet():
         # CoCa's image tower is built as CLIP's; its class would build a text decoder too.
         model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], TINY_TEXT, config["quick_gelu"])
-    return OpenClipVision(model.visual).eval()
+    return OpenClipVision(model.visual, source.model_args["image_size"]).eval()
 
 
 # ------------------------------------------------------------------------------------------------------ the wrapper
@@ -99,10 +101,10 @@ def build(source: Source) -> nn.Module:
 class OpenClipVision(nn.Module):
     """An open_clip image tower as a function (B, 3, H, W) -> (B, D), with open_clip's own keys, `visual.*`."""
 
-    def __init__(self, visual: nn.Module) -> None:
+    def __init__(self, visual: nn.Module, image_size: int | None = None) -> None:
         super().__init__()
         self.visual = visual
-        _take_any_size(visual)
+        _take_any_size(visual, image_size)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self._run(self.visual, pictures)
@@ -128,8 +130,10 @@ class _Tokens(nn.Module):
         self.visual = visual
 
     def forward(self, pictures: Tensor) -> Tensor:
+        # The last norm of a tower with an attention pool stands behind the pool.
+        norm = getattr(self.visual, "attn_pool", None) is None
         found = self.visual.forward_intermediates(  # type: ignore[operator]
-            pictures, indices=1, normalize_intermediates=True, intermediates_only=True
+            pictures, indices=1, normalize_intermediates=norm, intermediates_only=True
         )
         return found["image_intermediates"][-1]
 
@@ -150,8 +154,11 @@ def _resized(table: Tensor, visual: Any, size: tuple[int, int]) -> Tensor:
     return state["visual.positional_embedding"]
 
 
-def _take_any_size(visual: nn.Module) -> None:
-    """Lets a timm trunk with a position table take other sizes, as timm's `dynamic_img_size` does when it is built."""
+def _take_any_size(visual: Any, image_size: int | None) -> None:
+    """Lets a timm trunk with a position table take other sizes, as timm's `dynamic_img_size` does when it is built.
+
+    Trunks that cannot are set to `image_size`, once, where timm has a way to.
+    """
     from timm.layers.format import Format
 
     trunk = getattr(visual, "trunk", None)
@@ -160,6 +167,16 @@ def _take_any_size(visual: nn.Module) -> None:
         assert trunk is not None and embed is not None
         trunk.dynamic_img_size = True
         embed.flatten, embed.output_fmt, embed.strict_img_size = False, Format.NHWC, False
+    elif image_size is not None and hasattr(trunk, "set_input_size"):
+        visual.set_input_size(image_size)
+
+
+def _check_size(name: str, vision: Mapping[str, Any], size: int | None) -> None:
+    if size is not None and isinstance(vision.get("layers"), list) and size != vision["image_size"]:
+        raise SourceError(
+            f"open_clip:{name} takes pictures of {vision['image_size']} pixels only, not {size}: its attention pool has "
+            "a position table that open_clip does not resize. Leave --image-size out."
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- opening
@@ -388,9 +405,7 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
         options = {key: value for key, value in config.items() if key in ("quick_gelu", "init_logit_bias")}
         custom = facts["record"]["class"] != "CLIP"
         if facts["record"]["class"] == "CoCa":
-            model = open_clip.CoCa(
-                config["embed_dim"], {**TINY_TEXT, "heads": 1}, text_cfg, TINY_VISION, **options
-            )
+            model = open_clip.CoCa(config["embed_dim"], {**TINY_TEXT, "heads": 1}, text_cfg, TINY_VISION, **options)
         else:
             model_class = open_clip.CustomTextCLIP if custom else open_clip.CLIP
             model = model_class(config["embed_dim"], TINY_VISION, text_cfg, **options)
@@ -414,7 +429,7 @@ def _quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def _said_plainly(name: str) -> Iterator[None]:
     """Turns what open_clip and the hub raise into one SourceError with what to do next."""
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     reached = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
     try:
@@ -431,5 +446,5 @@ def _said_plainly(name: str) -> Iterator[None]:
             "open_clip:local-dir:PATH."
         ) from error
     except FAILURES as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise SourceError(f"open_clip:{name}: open_clip cannot build it: {said[0]}") from error
+        said = " ".join(line.strip() for line in str(error).splitlines()[:3]) or type(error).__name__
+        raise SourceError(f"open_clip:{name}: open_clip cannot build it: {said}") from error

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, SourceError
 
-__all__ = ["SavedText", "Text", "TextTower", "embed_texts", "file_digest"]
+__all__ = ["SavedText", "Text", "TextTower", "embed_texts", "file_digest", "probabilities"]
 
 WEIGHTS, RECORD = "model.safetensors", "text.json"
 
@@ -171,9 +171,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def embed_texts(
-    text: Text, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch_size: int = 64
-) -> Tensor:
+def embed_texts(text: Text, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch_size: int = 64) -> Tensor:
     """(T, D) unit vectors: each text's mean over its templates of unit embeddings (CLIP's prompt ensembling).
 
     Args:
@@ -183,3 +181,9 @@ def embed_texts(
     parts = [text.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
     units = nn.functional.normalize(torch.cat(parts), dim=-1)
     return nn.functional.normalize(units.unflatten(0, (len(texts), len(templates))).mean(1), dim=-1)
+
+
+def probabilities(text: Text, cosines: Tensor) -> Tensor:
+    """What the pair was trained to say of cosines (..., T): softmax over the texts, or with a bias a sigmoid each."""
+    logits = text.logit_scale * cosines
+    return logits.softmax(-1) if text.logit_bias is None else (logits + text.logit_bias).sigmoid()

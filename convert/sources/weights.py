@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...errors import SourceError
 from ..plan import class_path
 
-__all__ = ["check_plain", "load_weights", "mismatches", "misfit", "read_weights"]
+__all__ = ["check_plain", "load_weights", "misfit", "mismatches", "read_weights"]
 
 # What `torch.compile` puts before every key of a state dict.
 COMPILED = "_orig_mod."
