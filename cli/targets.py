@@ -192,7 +192,7 @@ def _named(target: Any, outputs: Any, labels: Sequence[str] | None) -> list[list
     from ..explain.targets import ClassTarget, TopTarget
 
     if isinstance(target, TopTarget):
-        classes = target.classes(outputs).tolist()
+        classes: list[list[int]] = target.classes(outputs).tolist()
     elif isinstance(target, ClassTarget):
         classes = [list(target.indices)] * len(outputs)  # type: ignore[arg-type]
     else:
@@ -210,8 +210,8 @@ def _embedded(opened: Any, texts: list[str], templates: str | None, option: str)
 
     if opened.text is None:
         raise TargetError(
-            f"{option}: {opened.source.reference} has no text tower, so texts cannot be compared with its pictures. Use "
-            "a CLIP or SigLIP model (open_clip:ARCH/TAG, hf:ORG/NAME), or --like PICTURE, or --direction FILE."
+            f"{option}: {opened.source.reference} has no text tower, so texts cannot be compared with its pictures. "
+            "Use a CLIP or SigLIP model (open_clip:ARCH/TAG, hf:ORG/NAME), or --like PICTURE, or --direction FILE."
         )
     if not all(text.strip() for text in texts):
         raise TargetError(f"{option}: an empty text says nothing. Pass some words.")

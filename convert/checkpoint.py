@@ -1,7 +1,7 @@
 """A converted model is a folder. Saving is atomic; loading is strict, and checks that the function is still the same.
 
     model.safetensors    weights, and B and beta of every layer
-    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of all files
+    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of all
     config.json          the source architecture in its library's own words
     probe.safetensors    a small input and the output that it had when saved
     text/                the text tower of a dual encoder, unchanged; opened when the first text is embedded

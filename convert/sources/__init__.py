@@ -86,7 +86,7 @@ LIBRARIES: dict[str, Callable[[Source], nn.Module]] = {
     "open_clip": open_clip_source.build,
     "transformers": hf.build,
 }
-TEXTS: dict[str, Callable[[Path, Mapping[str, Any]], Text]] = {
+TEXTS: dict[str, Callable[[Path, Mapping[str, Any]], TextTower]] = {
     "open_clip": open_clip_source.open_text,
     "transformers": hf.open_text,
 }

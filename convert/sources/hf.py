@@ -1,8 +1,8 @@
 """transformers models: `hf:ORG/NAME[@rev]`, `hf:PATH` (also spelt `hf:hf-hub:...`, `hf:local-dir:...`).
 
-A hub repository is fetched as one snapshot (safetensors, JSON and tokenizer files only), and from there on it is a local
-folder: what is opened is what the recorded commit holds, and no later call asks the network. Code of a repository is
-never run: one that asks for it is refused.
+A hub repository is fetched as one snapshot (safetensors, JSON and tokenizer files only), and from there on it is a
+local folder: what is opened is what the recorded commit holds, and no later call asks the network. Code of a repository
+is never run: one that asks for it is refused.
 
 A transformers model takes `pixel_values` and returns a named tuple; `TransformersVision` around it takes a picture and
 returns one vector. Below its attribute `model` every key is what the library itself calls it.
@@ -135,8 +135,8 @@ class ImageTower(nn.Module):
 class NaFlexTower(nn.Module):
     """SigLIP2's native-resolution tower on a batch of pictures of one size, of any aspect that its patches divide.
 
-    The library feeds it patches that were cut before, through a linear layer. The same numbers as a convolution read the
-    picture itself, which is what a six-channel stem needs; all other keys stay as they are.
+    The library feeds it patches that were cut before, through a linear layer. The same numbers as a convolution read
+    the picture itself, which is what a six-channel stem needs; all other keys stay as they are.
     """
 
     def __init__(self, vision: Any) -> None:
@@ -338,7 +338,7 @@ def _read_config(folder: Path, reference: str) -> dict[str, Any]:
 
 
 def _config_class(values: dict[str, Any], reference: str) -> Any:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
@@ -383,14 +383,15 @@ def _model_class(values: dict[str, Any], config: Any, head: str, reference: str)
             raise SourceError(
                 f"{reference}: {values['model_type']!r} has no {head} head. Pass another --head: {', '.join(HEADS)}."
             )
-        model_class = mapping[type(config)]
-        model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+        found: Any = mapping[type(config)]
+        model_class = found[0] if isinstance(found, tuple) else found
     if _is_dual(values):
         if head != "classifier" and not hasattr(model_class, "get_text_features"):
             raise SourceError(f"{reference}: {model_class.__name__} is no pair of an image and a text encoder.")
     elif model_class.main_input_name != "pixel_values":
         raise SourceError(
-            f"{reference}: {model_class.__name__} reads {model_class.main_input_name}, not pictures. Pass a vision model."
+            f"{reference}: {model_class.__name__} reads {model_class.main_input_name}, not pictures. "
+            "Pass a vision model."
         )
     return model_class
 
@@ -540,10 +541,12 @@ def _preprocess(folder: Path, vision: TransformersVision) -> Preprocess:
         interpolation=INTERPOLATIONS[int(values.get("resample") or 2)],
         crop_pct=crop_pct,
         crop_mode=mode,
-        library="transformers",
+        library="transformers-float" if type(processor).__name__ in RESIZE_FLOATS else "transformers",
     )
 
 
+# Image processors that rescale before they resize.
+RESIZE_FLOATS = ("DINOv3ViTImageProcessor",)
 # Numbers of PIL's filters, as image processors write them.
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
@@ -589,8 +592,8 @@ def _processor(folder: Path, vision: TransformersVision) -> Any:
     if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     with contextlib.suppress(KeyError):
-        backends = IMAGE_PROCESSOR_MAPPING[type(vision.config)]
-        processor = (backends["torchvision"] if isinstance(backends, dict) else backends[-1])()
+        backends: Any = IMAGE_PROCESSOR_MAPPING[type(vision.config)]
+        processor = backends["torchvision"]()
         if "height" in processor.to_dict().get("size", {}) and not processor.to_dict().get("do_center_crop"):
             height, width = _model_size(vision.config)
             processor.size = {"height": height, "width": width}

@@ -1,8 +1,8 @@
 """open_clip models: `open_clip:ARCH/TAG`, `open_clip:hf-hub:ORG/NAME[@rev]`, `open_clip:local-dir:PATH`.
 
 The teacher is the image tower, whose output is the image embedding before it is normalised; the text tower is kept
-beside it. Weights are opened from safetensors only: of a tag whose published file is a pickle the hub's safetensors twin
-is taken, or the tag is refused.
+beside it. Weights are opened from safetensors only: of a tag whose published file is a pickle the hub's safetensors
+twin is taken, or the tag is refused.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +33,8 @@ CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".npz")
 # The half that is not wanted, as small as its constructor allows.
-TINY_TEXT = {"context_length": 4, "vocab_size": 4, "width": 8, "heads": 1, "layers": 1}
-TINY_VISION = {"image_size": 8, "patch_size": 8, "width": 8, "head_width": 8, "layers": 1}
+TINY_TEXT: dict[str, Any] = {"context_length": 4, "vocab_size": 4, "width": 8, "heads": 1, "layers": 1}
+TINY_VISION: dict[str, Any] = {"image_size": 8, "patch_size": 8, "width": 8, "head_width": 8, "layers": 1}
 FAILURES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
@@ -55,7 +55,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
     published = pretrained and weights is None
     with _said_plainly(name), _quiet():
         place = _locate(name, published)
-        config = copy.deepcopy(open_clip.get_model_config(place.model))
+        config: Any = copy.deepcopy(open_clip.get_model_config(place.model))
         _check_size(name, config["vision_cfg"], image_size)
         # A trunk of timm's is resized once its weights are in it.
         forced = None if "timm_model_name" in config["vision_cfg"] else image_size
@@ -63,13 +63,14 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
             config["vision_cfg"]["image_size"] = forced
         if place.quick_gelu is not None:
             config["quick_gelu"] = place.quick_gelu
-        model = open_clip.create_model(
+        options: dict[str, Any] = {} if place.quick_gelu is None else {"quick_gelu": place.quick_gelu}
+        model: Any = open_clip.create_model(
             place.model,
             load_weights=False,
             pretrained_text=False,
             force_image_size=forced,
             force_preprocess_cfg=place.preprocess,
-            **({} if place.quick_gelu is None else {"quick_gelu": place.quick_gelu}),
+            **options,
         )
         has_text = True
         if weights is not None:
@@ -88,10 +89,10 @@ def build(source: Source) -> nn.Module:
     """The empty skeleton of the image tower of `source`: random weights, no network."""
     import open_clip
 
-    config = source.model_args["config"]
+    config, text = source.model_args["config"], open_clip.CLIPTextCfg(**TINY_TEXT)
     with _said_plainly(source.architecture), _quiet():
         # CoCa's image tower is built as CLIP's; its class would build a text decoder too.
-        model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], TINY_TEXT, config["quick_gelu"])
+        model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, config["quick_gelu"])
     return OpenClipVision(model.visual, source.model_args["image_size"]).eval()
 
 
@@ -101,9 +102,9 @@ def build(source: Source) -> nn.Module:
 class OpenClipVision(nn.Module):
     """An open_clip image tower as a function (B, 3, H, W) -> (B, D), with open_clip's own keys, `visual.*`."""
 
-    def __init__(self, visual: nn.Module, image_size: int | None = None) -> None:
+    def __init__(self, visual: Any, image_size: int | None = None) -> None:
         super().__init__()
-        self.visual = visual
+        self.visual: Any = visual
         _take_any_size(visual, image_size)
 
     def forward(self, pictures: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class OpenClipVision(nn.Module):
     def _run(self, module: nn.Module, pictures: Tensor) -> Tensor:
         table = getattr(self.visual, "positional_embedding", None)
         if isinstance(table, Tensor) and pictures.shape[-2:] != tuple(self.visual.image_size):
-            table = _resized(table, self.visual, tuple(pictures.shape[-2:]))
+            table = _resized(table, self.visual, pictures.shape[-2:])
             name = "positional_embedding" if module is self.visual else "visual.positional_embedding"
             output = torch.func.functional_call(module, {name: table}, (pictures,))
         else:
@@ -144,7 +145,7 @@ def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
     return model.forward_tokens(pictures)
 
 
-def _resized(table: Tensor, visual: Any, size: tuple[int, int]) -> Tensor:
+def _resized(table: Tensor, visual: Any, size: Sequence[int]) -> Tensor:
     """A position table (1 + N, C) for pictures of `size`, as open_clip's `force_image_size` makes it."""
     from open_clip.model import resize_pos_embed
 
@@ -174,8 +175,8 @@ def _take_any_size(visual: Any, image_size: int | None) -> None:
 def _check_size(name: str, vision: Mapping[str, Any], size: int | None) -> None:
     if size is not None and isinstance(vision.get("layers"), list) and size != vision["image_size"]:
         raise SourceError(
-            f"open_clip:{name} takes pictures of {vision['image_size']} pixels only, not {size}: its attention pool has "
-            "a position table that open_clip does not resize. Leave --image-size out."
+            f"open_clip:{name} takes pictures of {vision['image_size']} pixels only, not {size}: its attention pool "
+            "has a position table that open_clip does not resize. Leave --image-size out."
         )
 
 
@@ -298,7 +299,7 @@ def _check_config(path: Path, name: str) -> None:
         raise SourceError(f"open_clip:{name}: {CONFIG} has no {', '.join(sorted(missing))} in its model_cfg.")
 
 
-def _load_own(model: nn.Module, path: Path) -> bool:
+def _load_own(model: Any, path: Path) -> bool:
     """Loads a state dict of the whole model, or of its image tower alone; whether it was the whole."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
@@ -363,7 +364,7 @@ def _text_tower(model: Any, config: dict[str, Any], name: str) -> TextTower:
         import open_clip
 
         with _quiet():
-            return open_clip.get_tokenizer(name)
+            return open_clip.get_tokenizer(name)  # type: ignore[return-value]
 
     def write(out: Path) -> None:
         _write_text(model, config, tokenizer, out)
@@ -383,7 +384,7 @@ def _text_tower(model: Any, config: dict[str, Any], name: str) -> TextTower:
 def _write_text(model: Any, config: dict[str, Any], tokenizer: Callable[[], Any], out: Path) -> None:
     """open_clip's own configuration, and the files of a tokenizer or text encoder that are transformers'."""
     config = copy.deepcopy(config)
-    encoder = getattr(model, "text", None)
+    encoder: Any = getattr(model, "text", None)
     if config["text_cfg"].get("hf_model_name") and hasattr(encoder, "config"):
         encoder.config.save_pretrained(out)
     if config["text_cfg"].get("hf_tokenizer_name"):
@@ -399,16 +400,18 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
 
     with _said_plainly(str(folder)), _quiet():
         config = json.loads((folder / CONFIG).read_text())["model_cfg"]
-        text_cfg = {**config["text_cfg"], "hf_model_pretrained": False}
+        # As dictionaries, which all three classes take: what they make of them is theirs.
+        text_cfg: Any = {**config["text_cfg"], "hf_model_pretrained": False}
+        vision_cfg: Any = TINY_VISION
         if text_cfg.get("hf_model_name"):
             text_cfg["hf_model_name"] = str(folder)
         options = {key: value for key, value in config.items() if key in ("quick_gelu", "init_logit_bias")}
         custom = facts["record"]["class"] != "CLIP"
         if facts["record"]["class"] == "CoCa":
-            model = open_clip.CoCa(config["embed_dim"], {**TINY_TEXT, "heads": 1}, text_cfg, TINY_VISION, **options)
+            model: Any = open_clip.CoCa(config["embed_dim"], cast(Any, TINY_TEXT), text_cfg, vision_cfg, **options)
         else:
             model_class = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-            model = model_class(config["embed_dim"], TINY_VISION, text_cfg, **options)
+            model = model_class(config["embed_dim"], vision_cfg, text_cfg, **options)
         tower = _text_tower(model, config, f"local-dir:{folder}")
     return dataclasses.replace(tower, logit_scale=facts["logit_scale"], logit_bias=facts["logit_bias"])
 

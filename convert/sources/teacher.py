@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 from PIL import Image
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class Preprocess:
 def _timm_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
     from timm.data.transforms_factory import create_transform
 
-    return create_transform(  # type: ignore[return-value]
+    transform: Any = create_transform(
         (3, *record.size),
         interpolation=record.interpolation,
         mean=record.mean,
@@ -91,6 +92,7 @@ def _timm_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
         crop_pct=record.crop_pct,
         crop_mode=record.crop_mode,
     )
+    return cast(Callable[[Image.Image], Tensor], transform)
 
 
 def _open_clip_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
@@ -107,8 +109,11 @@ def _open_clip_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
     )
 
 
-def _transformers_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
-    """What transformers' torchvision processors do: resize the bytes, crop at the lower of two middles, normalise."""
+def _transformers_transform(record: Preprocess, as_floats: bool = False) -> Callable[[Image.Image], Tensor]:
+    """What transformers' torchvision processors do: resize the bytes, crop at the lower of two middles, normalise.
+
+    DINOv3's resizes floats, which are not rounded to grey levels then.
+    """
     from torchvision.transforms import v2
 
     resized = [math.floor(side / record.crop_pct + 1e-6) for side in record.size]
@@ -122,6 +127,7 @@ def _transformers_transform(record: Preprocess) -> Callable[[Image.Image], Tenso
     return v2.Compose(
         [
             v2.PILToTensor(),
+            v2.Lambda(lambda picture: picture.float() if as_floats else picture),
             v2.Resize(size, v2.InterpolationMode(record.interpolation), antialias=True),
             crop,
             v2.Lambda(lambda picture: picture.float() / 255),
@@ -134,6 +140,7 @@ TRANSFORMS: dict[str, Callable[[Preprocess], Callable[[Image.Image], Tensor]]] =
     "timm": _timm_transform,
     "open_clip": _open_clip_transform,
     "transformers": _transformers_transform,
+    "transformers-float": partial(_transformers_transform, as_floats=True),
 }
 
 

@@ -137,7 +137,7 @@ class SavedText:
             raise CheckpointError(f"{self.folder / RECORD} cannot be read: {error}") from error
 
     @functools.cached_property
-    def _tower(self) -> Text:
+    def _tower(self) -> TextTower:
         from . import TEXTS
 
         self._check()
