@@ -38,6 +38,7 @@ WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 # What building and loading raise on a bad configuration or file.
 FAILURES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
+VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 TOKENS = ["input_ids", "attention_mask"]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -68,7 +69,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
         teacher = Teacher(
             opened.vision.eval(),
             Source(reference, "transformers", opened.architecture, opened.args, revision if published else None),
-            _preprocess(folder, opened.vision),
+            _preprocess(folder, opened.vision.config),
             _labels(opened.config) if head == "classifier" else None,
             opened.text,
         )
@@ -268,13 +269,19 @@ def _open(
 
     def make(**options: Any) -> tuple[Any, dict[str, Any]]:
         if state is not None:
-            place, extra = None, {"state_dict": state, "ignore_mismatched_sizes": True}
+            place, extra = None, {"state_dict": state}
         elif published:
             place, extra = str(folder), {"use_safetensors": True, "local_files_only": True}
         else:
             return model_class(config, **options), {}
         return model_class.from_pretrained(
-            place, config=config, dtype=torch.float32, output_loading_info=True, **extra, **options
+            place,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported with all else that does not fit
+            **extra,
+            **options,
         )
 
     options: dict[str, Any] = {}
@@ -522,18 +529,23 @@ def _said_plainly(reference: str) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ pictures and text
 
 
-def _preprocess(folder: Path, vision: TransformersVision) -> Preprocess:
-    """The record of the folder's image processor, or of the model type's own where the folder has none."""
-    processor = _processor(folder, vision)
+def _preprocess(folder: Path, config: Any) -> Preprocess:
+    """The record of the folder's image processor; of the model type's own, at the model's size, where there is none."""
+    processor = _own_processor(folder) or _usual_processor(config)
     if processor is None:
-        return Preprocess(_model_size(vision.config), *IMAGENET, library="transformers")
+        return Preprocess(_model_size(config), *IMAGENET, library="transformers")
+    record = _record(processor, config)
+    return record if _own_processor(folder) else record.at(_model_size(config))
+
+
+def _record(processor: Any, config: Any) -> Preprocess:
     values = processor.to_dict()
     # v = (pixel * factor - mean) / std with pixels in 0..255, written for pixels in 0..1.
     factor = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255.0
     normalised = values.get("do_normalize", True)
     mean = [value / factor for value in (values["image_mean"] if normalised else (0, 0, 0))]
     std = [value / factor for value in (values["image_std"] if normalised else (1, 1, 1))]
-    size, crop_pct, mode = _resizing(values, vision.config)
+    size, crop_pct, mode = _resizing(values, config)
     return Preprocess(
         size=size,
         mean=tuple(_rounded(value) for value in mean),  # type: ignore[arg-type]
@@ -585,19 +597,23 @@ def _model_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _processor(folder: Path, vision: TransformersVision) -> Any:
+def _own_processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
+
+    if not any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        return None
+    return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def _usual_processor(config: Any) -> Any:
+    """What transformers would make for this model type; None where it has no opinion."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
-    if any((folder / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        return AutoImageProcessor.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    # A tower of a pair has no entry of its own.
     with contextlib.suppress(KeyError):
-        backends: Any = IMAGE_PROCESSOR_MAPPING[type(vision.config)]
-        processor = backends["torchvision"]()
-        if "height" in processor.to_dict().get("size", {}) and not processor.to_dict().get("do_center_crop"):
-            height, width = _model_size(vision.config)
-            processor.size = {"height": height, "width": width}
-        return processor
+        backends: Any = IMAGE_PROCESSOR_MAPPING[CONFIG_MAPPING[config.model_type.removesuffix("_vision_model")]]
+        return backends["torchvision"]()
     return None
 
 
@@ -637,6 +653,9 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
 def _open_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # Without them transformers makes an empty tokenizer and says nothing: every word would be unknown.
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise FileNotFoundError(f"there is none of {', '.join(VOCABULARIES)} in {folder}")
     with _quiet():
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
 

@@ -34,7 +34,10 @@ PROCESSORS = {
     "beit": ("BeitImageProcessor", {"do_center_crop": True, "size": {"height": 256, "width": 256}}),
     "no mean": ("ViTImageProcessor", {"do_normalize": False, "resample": 1}),
     "bytes": ("ViTImageProcessor", {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3}),
-    "plus minus one": ("ViTImageProcessor", {"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [1.0] * 3}),
+    "plus minus one": (
+        "ViTImageProcessor",
+        {"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    ),
     "dinov3": ("DINOv3ViTImageProcessor", {}),
 }
 
@@ -53,8 +56,7 @@ def record_of(kind: str, folder: Path) -> tuple[Preprocess, object]:
     name, settings = PROCESSORS[kind]
     processor = getattr(transformers, name)(**settings)
     processor.save_pretrained(folder)
-    config = SimpleNamespace(image_size=32)
-    return hf._preprocess(folder, SimpleNamespace(config=config)), processor
+    return hf._preprocess(folder, SimpleNamespace(image_size=32)), processor
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -79,10 +81,11 @@ def test_a_record_goes_through_the_size_and_json(tmp_path):
 def test_without_a_processor_the_model_types_own_is_taken_at_the_models_size(tmp_path):
     for config, mean, size in (
         (transformers.ViTConfig(image_size=48), 0.5, 48),
-        (transformers.SiglipVisionConfig(image_size=64), 0.485, 64),
-        (transformers.CLIPConfig(), 0.48145466, 224),
+        (transformers.SiglipVisionConfig(image_size=64), 0.5, 64),
+        (transformers.CLIPVisionConfig(), 0.48145466, 224),
+        (transformers.DINOv3ConvNextConfig(), 0.485, 224),
     ):
-        record = hf._preprocess(tmp_path, SimpleNamespace(config=config))
+        record = hf._preprocess(tmp_path, config)
         assert record.mean[0] == pytest.approx(mean) and record.size == (size, size)
 
 
