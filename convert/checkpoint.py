@@ -58,7 +58,7 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
         with torch.no_grad(), _in_eval_mode(student.model):
             output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
-        (folder / CONFIG).write_text(json.dumps(CONFIGS[student.source.library](student), indent=2))
+        (folder / CONFIG).write_text(json.dumps(CONFIGS.get(student.source.library, _timm_config)(student), indent=2))
         record = _record(student)
         record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, CONFIG)}
         if student.text is not None:
