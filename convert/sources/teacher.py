@@ -98,7 +98,7 @@ def _timm_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
 def _open_clip_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
     from open_clip import image_transform
 
-    return image_transform(
+    transform: Any = image_transform(
         record.size,
         is_train=False,
         mean=record.mean,
@@ -107,6 +107,7 @@ def _open_clip_transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:
         resize_mode={"center": "shortest", "border": "longest", "squash": "squash"}[record.crop_mode],
         fill_color=record.fill,
     )
+    return cast(Callable[[Image.Image], Tensor], transform)
 
 
 def _transformers_transform(record: Preprocess, as_floats: bool = False) -> Callable[[Image.Image], Tensor]:
