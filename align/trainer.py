@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..convert import Student, calibrate, load, load_teacher, save, set_strength
+from ..convert import Student, calibrate, load, reload_teacher, save, set_strength
 from ..convert.files import check_free, new_file
 from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
 from ..errors import BcosifyError, CheckpointError, RecipeError
@@ -390,7 +390,7 @@ def _teacher(student: Student) -> nn.Module:
     """The frozen original: a copy of the student while it is still identical, else from its source."""
     at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
     identical = at_start and not {"calibration", "alignment"} & set(student.report)
-    model = copy.deepcopy(student.model) if identical else load_teacher(student.source.reference).model
+    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source).model
     return model.eval().requires_grad_(False)
 
 

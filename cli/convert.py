@@ -17,6 +17,7 @@ def convert(
     scale: str = "cosine",
     pretrained: bool = True,
     weights: Path | None = None,
+    head: str = "auto",
     image_size: int | None = None,
     calibrate: str | None = None,
     calibration_pictures: int = 64,
@@ -31,13 +32,15 @@ def convert(
     Example: bcosify convert timm:resnet50.a1_in1k --out runs/resnet50
 
     Args:
-        reference: the model: timm:NAME[.TAG], timm:hf-hub:ORG/NAME, timm:local-dir:PATH, dir:PATH or bundled:NAME.
+        reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
         out: folder to write; not needed with --dry-run.
         method: the target family; `bcos`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
         scale: `cosine` (in [0, 1]), or `unbounded` (B-cosification's own variant).
         pretrained: take random weights, without the network.
         weights: a .safetensors state dict of your own, in place of the published weights.
+        head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
+            `auto` is what its checkpoint was made for.
         image_size: side in pixels to use the model at, where it is not its own.
         calibrate: shards; the student is saved at --b without biases, its gains fitted on a few of these pictures.
         calibration_pictures: how many.
@@ -62,7 +65,7 @@ def convert(
             raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
         check_free(out, overwrite)
     config = find_method(method).config_class(keep=tuple(keep or ()), scale=scale)
-    teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size)
+    teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
     plan = plan_for(teacher, config)
     if dry_run:
         if not json:
@@ -92,6 +95,8 @@ def convert(
         ["step", "cosine to teacher"],
         [(r["step"], r["cosine"]) for r in costs],
     )
+    if student.text is not None:
+        console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
     console.print(f"wrote {out}")
     return {
         "reference": reference,
