@@ -53,6 +53,7 @@ class AlignConfig:
         data, val: shards (brace syntax, globs, folders); without `val`, some pictures of `data` are held out.
         out: the aligned model; `<out>.run` beside it holds recipe.yaml, metrics.jsonl and checkpoints.
         resume: go on from the newest complete checkpoint.
+        weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
     """
 
     run: Path
@@ -63,6 +64,7 @@ class AlignConfig:
     resume: bool = False
     overwrite: bool = False
     quiet: bool = False
+    weights: Path | None = None
 
     @property
     def work(self) -> Path:
@@ -84,7 +86,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     accelerator = _accelerator(recipe)
     check_free(config.out, config.overwrite)
     student = load(config.run)
-    teacher = _teacher(student)
+    teacher = _teacher(student, config.weights)
     train, val = _data(config)
     resumed = _prepare_folder(config, accelerator, train)
     run = _Run(config, accelerator, student, teacher.to(accelerator.device), train, val)
@@ -386,11 +388,11 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
 
 
-def _teacher(student: Student) -> nn.Module:
+def _teacher(student: Student, weights: Path | None) -> nn.Module:
     """The frozen original: a copy of the student while it is still identical, else from its source."""
     at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
     identical = at_start and not {"calibration", "alignment"} & set(student.report)
-    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source).model
+    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source, weights).model
     return model.eval().requires_grad_(False)
 
 

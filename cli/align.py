@@ -17,6 +17,7 @@ def align(
     pictures: int | None = None,
     val: str | None = None,
     out: Path | None = None,
+    weights: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -35,6 +36,7 @@ def align(
         pictures: stretch all phases so that together they see this many pictures.
         val: shards to measure fidelity on; without them some pictures of --data are held out.
         out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
+        weights: the teacher's state dict, where it was converted from a file and gains were calibrated since.
         resume: go on from the newest checkpoint of OUT.run.
         overwrite: replace an earlier run.
         json: print the result as JSON on stdout.
@@ -45,7 +47,7 @@ def align(
 
     resolved = load_recipe(recipe, set or ())
     resolved = resolved if pictures is None else scaled(resolved, pictures)
-    config = AlignConfig(run, data, out or run / "aligned", resolved, val, resume, overwrite)
+    config = AlignConfig(run, data, out or run / "aligned", resolved, val, resume, overwrite, weights=weights)
     result = align_model(config)
     curve = result["curve"]
     columns = [name for name in curve[-1] if name not in ("phase", "objective")]

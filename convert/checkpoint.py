@@ -26,11 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, near_miss
-from .files import new_folder
+from .files import file_digest, new_folder
 from .methods import find_method
 from .plan import plan_conversion
 from .sources import Preprocess, SavedText, Source, build
-from .sources.text import file_digest
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures, trace_forward
 

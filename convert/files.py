@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -13,7 +14,13 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 
-__all__ = ["check_free", "new_file", "new_folder"]
+__all__ = ["check_free", "file_digest", "new_file", "new_folder"]
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_free(out: Path, overwrite: bool = False) -> None:

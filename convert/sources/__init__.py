@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import SourceError, near_miss
+from ..files import file_digest
 from . import bundled, hf
 from . import open_clip as open_clip_source
 from . import timm as timm_source
@@ -130,10 +131,12 @@ def load_teacher(
         raise SourceError(f"--weights {file}: there is no such file.")
     teacher = _call(scheme, name, pretrained=pretrained, weights=file, image_size=image_size, head=head)
     check_plain(teacher.model, reference)
-    source = dataclasses.replace(teacher.source, reference=reference)
+    provenance = file_digest(file) if file else None if pretrained else RANDOM
+    source = dataclasses.replace(teacher.source, reference=reference, weights=provenance)
     return dataclasses.replace(teacher, source=source, preprocess=teacher.preprocess.at(image_size))
 
 
+RANDOM = "random"
 # Options that not every library has, and what leaves them out.
 OPTIONAL: dict[str, Any] = {"image_size": None, "head": "auto"}
 
@@ -147,16 +150,29 @@ def _call(scheme: str, name: str, **options: Any) -> Teacher:
     return SCHEMES[scheme](name, **given)
 
 
-def reload_teacher(source: Source) -> Teacher:
-    """The published teacher of `source` again, with the same head and the same commit of its weights.
+def reload_teacher(source: Source, weights: str | Path | None = None) -> Teacher:
+    """The teacher of `source` again, with the same head and the same weights.
 
-    Raises SourceError as `load_teacher`.
+    Args:
+        weights: the file that was passed to `load_teacher`, where one was.
+
+    Raises:
+        SourceError: as `load_teacher`; the weights were random, or came from a file that is not given or not the same.
     """
+    again = "Convert once more, and align before anything else: a student that is still its teacher needs no source."
+    if source.weights == RANDOM:
+        raise SourceError(f"{source.reference}: its teacher had random weights, which cannot be had again. {again}")
+    if source.weights and weights is None:
+        raise SourceError(f"{source.reference}: its teacher's weights came from a file. Pass it: --weights FILE.")
+    if weights is not None and (found := file_digest(Path(weights))) != source.weights:
+        wanted = f"a file with sha256 {source.weights[:12]}" if source.weights else "the published weights"
+        raise SourceError(f"--weights {weights}: sha256 {found[:12]}, but the teacher of this student had {wanted}.")
     reference = source.reference
     scheme = reference.partition(":")[0]
     if source.revision and "@" not in reference and (scheme == "hf" or ":hf-hub:" in reference):
         reference = f"{reference}@{source.revision}"
-    return load_teacher(reference, head=source.model_args.get("head", "auto") if scheme == "hf" else "auto")
+    head = source.model_args.get("head", "auto") if scheme == "hf" else "auto"
+    return load_teacher(reference, weights=weights, head=head)
 
 
 def build(source: Source) -> nn.Module:

@@ -8,7 +8,6 @@ be opened at all.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib.util
 import re
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...errors import SourceError, near_miss
+from ..files import file_digest
 from . import timm as timm_source
 from .teacher import Teacher
 
@@ -62,8 +62,7 @@ def _locate(name: str, bundle: Bundle) -> Path:
     path = Path(spec.submodule_search_locations[0]) / bundle.file
     if not path.is_file():
         raise SourceError(f"bundled:{name}: {path.name} is missing in {bundle.module}. Run: {bundle.install}")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = file_digest(path)
     if digest != bundle.sha256:
         raise SourceError(f"bundled:{name}: {path} is not the file that is known here (sha256 {digest[:12]}...).")
     return path

@@ -27,6 +27,7 @@ class Source:
         architecture: the library's name of the architecture.
         model_args: keyword arguments of its constructor; JSON values only.
         revision: resolved commit of the weights, where the source has one.
+        weights: None for the published ones, `random`, or the sha256 of the user's own file.
     """
 
     reference: str
@@ -34,6 +35,7 @@ class Source:
     architecture: str
     model_args: dict[str, Any] = dataclasses.field(default_factory=dict)
     revision: str | None = None
+    weights: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, SourceError
+from ..files import file_digest
 
-__all__ = ["SavedText", "Text", "TextTower", "embed_texts", "file_digest", "probabilities"]
+__all__ = ["SavedText", "Text", "TextTower", "embed_texts", "probabilities"]
 
 WEIGHTS, RECORD = "model.safetensors", "text.json"
 
@@ -163,12 +163,6 @@ class SavedText:
 
 def _is_tied(tensor: Tensor, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
     return any(tensor.data_ptr() == wanted[name].data_ptr() for name in state if name in wanted)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def embed_texts(text: Text, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch_size: int = 64) -> Tensor:

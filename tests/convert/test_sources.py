@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from bcosify.convert import Preprocess, Source, convert, load, load_teacher, save
-from bcosify.convert.sources import build, bundled
+from bcosify.convert.sources import build, bundled, reload_teacher
 from bcosify.errors import SourceError
 from PIL import Image
 from safetensors.torch import save_file
@@ -49,7 +49,10 @@ def timm_folder(tmp_path) -> Path:
     ("reference", "said"),
     [
         ("resnet50", "'resnet50' is not a model reference. Did you mean 'timm:resnet50'"),
-        ("tim:resnet50", "not a model reference. Did you mean 'timm'.*timm:NAME, open_clip:NAME, hf:NAME, bundled:NAME, dir:NAME"),
+        (
+            "tim:resnet50",
+            "not a model reference. Did you mean 'timm'.*timm:NAME, open_clip:NAME, hf:NAME, bundled:NAME, dir:NAME",
+        ),
         ("timm:", "'timm:' is not a model reference"),
         ("", "'' is not a model reference"),
         ("timm:resnet_50", "timm has no model 'resnet_50'. Did you mean .*'resnet50'"),
@@ -146,6 +149,19 @@ def test_own_weights_bring_their_number_of_classes(tmp_path, name, classes):
     assert same(teacher.model, model) and not teacher.model.training
     assert (teacher.labels is None) == (classes != 1000) and teacher.source.revision is None
     assert same(load(save(convert(teacher), tmp_path / "out")).model, convert(teacher).model)
+
+
+def test_a_teacher_from_a_file_comes_back_from_that_file_only(tmp_path):
+    path = weights_of(finetuned(), tmp_path / "own.safetensors")
+    teacher = load_teacher("timm:test_vit", weights=path)
+    assert same(reload_teacher(teacher.source, path).model, teacher.model)
+    with pytest.raises(SourceError, match="weights came from a file. Pass it: --weights FILE"):
+        reload_teacher(teacher.source)
+    other = weights_of(finetuned(classes=5), tmp_path / "other.safetensors")
+    with pytest.raises(SourceError, match="but the teacher of this student had a file with sha256"):
+        reload_teacher(teacher.source, other)
+    with pytest.raises(SourceError, match="random weights, which cannot be had again"):
+        reload_teacher(load_teacher("timm:test_vit", pretrained=False).source)
 
 
 def test_weights_of_another_architecture_are_refused_with_the_first_mismatches(tmp_path):
