@@ -12,8 +12,11 @@ import copy
 import dataclasses
 import functools
 import json
+import math
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +43,7 @@ from .taps import first_tensor
 
 __all__ = ["AlignConfig", "align"]
 
+STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 # The student that is measured and saved has statistics of so many pictures, in batches of this size.
 STATISTICS_PICTURES, STATISTICS_BATCH = 256, 32
 
@@ -96,15 +100,31 @@ def align(config: AlignConfig) -> dict[str, Any]:
     else:
         state.restore(resumed[0], student.model, None)
     first = 0
-    for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
-        if progress.step < first + steps:
-            inside = resumed is not None and progress.step > first
-            progress = run.phase(number, phase, first, steps, progress, resumed[0] if resumed and inside else None)
-            resumed = None
-        first += steps
-    result = run.finish(progress)
+    with _signals_noted() as run.signals:
+        for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
+            if progress.step < first + steps and not run.stopping:
+                inside = resumed is not None and progress.step > first
+                progress = run.phase(number, phase, first, steps, progress, resumed[0] if resumed and inside else None)
+                resumed = None
+            first += steps
+    result = run.summary(progress) if run.stopping else run.finish(progress)
     accelerator.end_training()
     return result
+
+
+@contextlib.contextmanager
+def _signals_noted() -> Iterator[list[int]]:
+    """Inside, SIGTERM and SIGUSR1 (what Slurm sends before it takes a node away) are noted, and end nothing."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted  # only the main thread may handle signals
+        return
+    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in STOP_SIGNALS}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class _Run:
@@ -127,6 +147,8 @@ class _Run:
         self.classifier = student.labels is not None
         self.seconds, self.seen = 0.0, 0
         self._teacher_outputs: Tensor | None = None
+        self.signals: list[int] = []
+        self.stopping = False
 
     # ------------------------------------------------------------------------------------------------ pictures
 
@@ -210,10 +232,25 @@ class _Run:
                 if phase.batch_statistics:
                     self._settle_statistics()
                 progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
-            if last or self._due(progress.step, self.recipe.checkpoint_every):
+            self.stopping = self._asked_to_stop(progress.step)
+            if last or self.stopping or self._due(progress.step, self.recipe.checkpoint_every):
+                log.check(progress, losses, norm)
                 self._checkpoint(optimizer, progress)
+            if self.stopping:
+                break
         log.close()
         return progress
+
+    def _asked_to_stop(self, step: int) -> bool:
+        """Whether any process was sent a stop signal; all agree, as they ask each other at the same steps."""
+        if self.accelerator.num_processes == 1:
+            return bool(self.signals)
+        if step % self.recipe.log_every:
+            return False
+        noted = torch.tensor(float(len(self.signals)), device=self.accelerator.device)
+        total = self.accelerator.reduce(noted, "sum")
+        assert isinstance(total, Tensor)
+        return bool(total > 0)
 
     def _batches(self, first: int, end: int) -> Iterator[Any]:
         """This process's batches of steps [first, end), with a progress bar over the phase."""
@@ -277,9 +314,9 @@ class _Run:
             with (self.config.work / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def finish(self, progress: state.Progress) -> dict[str, Any]:
-        """Saves the aligned student; returns the summary."""
-        result = {
+    def summary(self, progress: state.Progress) -> dict[str, Any]:
+        """What `align` returns; `stopped` where a signal ended the run, whose last step is in a checkpoint."""
+        return {
             "out": str(self.config.out),
             "pictures": progress.step * self.recipe.batch_size,
             "start": progress.curve[0] if progress.curve else None,
@@ -287,7 +324,12 @@ class _Run:
             "curve": list(progress.curve),
             "bad_pictures": len(self.bad),
             "seconds": round(self.seconds, 1),
+            "stopped": self.stopping,
         }
+
+    def finish(self, progress: state.Progress) -> dict[str, Any]:
+        """Saves the aligned student; returns the summary."""
+        result = self.summary(progress)
         if self.accelerator.is_main_process:
             summary = {**{key: result[key] for key in ("pictures", "final", "curve")}, "pressure": self.recipe.pressure}
             self.model.cpu()
@@ -330,14 +372,7 @@ class _Log:
         total = self.run.accelerator.reduce(self.total, "mean")
         assert isinstance(total, Tensor)
         mean = float(total) / self.count
-        if not torch.isfinite(torch.tensor(mean)):
-            worst = [name for name, loss in losses.items() if name != "total" and not bool(torch.isfinite(loss))]
-            where = ", ".join(worst) or "an earlier step"
-            raise BcosifyError(
-                f"the loss is {mean} at step {progress.step} (not finite in: {where}). Start again with a lower "
-                f"learning rate (--set phases.{self.number}.learning_rate=...); good checkpoints are in "
-                f"{self.run.config.work / 'checkpoints'}."
-            )
+        self.check(progress, losses, norm, mean)
         now = time.monotonic()
         elapsed, self.since = now - self.since, now
         self.run.seconds += elapsed
@@ -357,8 +392,36 @@ class _Log:
         self.bar.set_postfix_str(f"loss {mean:.4f}")
         self.total, self.count = None, 0
 
+    def check(
+        self,
+        progress: state.Progress,
+        losses: dict[str, Tensor],
+        norm: Tensor | float | None,
+        mean: float | None = None,
+    ) -> None:
+        """Raises BcosifyError where loss or gradient are no numbers any more: before a row, and before a checkpoint."""
+        loss = float(losses["total"].detach()) if mean is None else mean
+        if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
+            return
+        worst = [name for name, value in losses.items() if name != "total" and not bool(torch.isfinite(value))]
+        found = state.latest(self.run.config.work / "checkpoints")
+        kept = f"the last good checkpoint is {found[0]}" if found else "there was no checkpoint yet"
+        raise BcosifyError(
+            f"the loss is {loss} at step {progress.step}, the gradient's norm {norm if norm is None else float(norm)} "
+            f"(loss not finite in: {', '.join(worst) or 'an earlier step'}; largest gradient: "
+            f"{_largest_gradient(self.run.model)}); {kept}. Start again with a lower learning rate "
+            f"(--set phases.{self.number}.learning_rate=...)."
+        )
+
     def close(self) -> None:
         self.bar.close()
+
+
+@torch.no_grad()
+def _largest_gradient(model: nn.Module) -> str:
+    """Name of the parameter whose gradient is largest; one that is no number counts as largest."""
+    sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    return max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name], default="none")
 
 
 @torch.no_grad()

@@ -55,5 +55,8 @@ def align(
     show_table(f"held-out fidelity, {recipe}", [name.replace("_", " ") for name in columns], rows)
     if result["bad_pictures"]:
         console.print(f"{result['bad_pictures']} broken pictures: see {config.work / 'bad_samples.jsonl'}")
-    console.print(f"wrote {result['out']}")
+    if result["stopped"]:
+        console.print(f"stopped by a signal at {result['pictures']} pictures; go on with the same command and --resume")
+    else:
+        console.print(f"wrote {result['out']}")
     return result

@@ -128,7 +128,7 @@ log = trainer._Log.step
 def step(self, progress, losses, norm):
     log(self, progress, losses, norm)
     if progress.step == kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), getattr(signal, sys.argv[6]))
 trainer._Log.step = step
 run, data, out, recipe = sys.argv[1:5]
 resume = kill_at < 0
@@ -145,8 +145,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill
     run, recipe = request.getfixturevalue(model), tmp_path / "recipe.yaml"
     recipe.write_text(dump(wanted))
 
-    def call(out: str, kill: int) -> int:
-        arguments = [str(run), str(shards), str(tmp_path / out), str(recipe), str(kill)]
+    def call(out: str, kill: int, name: str = "SIGKILL") -> int:
+        arguments = [str(run), str(shards), str(tmp_path / out), str(recipe), str(kill), name]
         return subprocess.run([sys.executable, "-c", ALIGN, *arguments], timeout=200).returncode
 
     assert call("whole", 0) == 0
@@ -157,8 +157,13 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill
     (newest / "student.safetensors").write_bytes(b"half")
     assert call("parts", -1) == 0
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    # Told to stop, a run writes a checkpoint of that very step, ends with 0, and goes on from there.
+    assert call("polite", kill_at, "SIGTERM") == 0 and not (tmp_path / "polite").exists()
+    assert state.latest(tmp_path / "polite.run/checkpoints")[1].step == kill_at
+    assert call("polite", -1) == 0
+    assert rows(tmp_path / "polite") == rows(tmp_path / "whole")
+    whole, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "polite"))
+    assert all(torch.equal(whole[name], other[name]) for other in others for name in whole)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +230,11 @@ def test_broken_pictures_are_substituted_counted_and_listed(run, tmp_path, shard
 
 def test_loss_that_is_no_number_stops_the_run(run, shards, tmp_path):
     wild = (dataclasses.replace(PHASES[0], learning_rate=1e30, clip=1e30),)
-    with pytest.raises(BcosifyError, match="the loss is"):
+    with pytest.raises(BcosifyError, match="the loss is .*largest gradient: .*weight.*learning_rate"):
         aligned(run, shards, tmp_path / "nan", dataclasses.replace(RECIPE, phases=wild))
     assert not (tmp_path / "nan").exists()
+    for checkpoint in (tmp_path / "nan.run/checkpoints").glob("step-*"):
+        assert all(tensor.isfinite().all() for tensor in load_file(checkpoint / "student.safetensors").values())
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
