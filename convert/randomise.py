@@ -29,22 +29,34 @@ def randomise(model: nn.Module, pictures: Tensor, seed: int = 0) -> nn.Module:
         parent, _, leaf = name.rpartition(".")
         layer_scale = "gamma" in leaf or leaf.startswith("layer_scale") or parent.rpartition(".")[2].startswith("ls")
         if layer_scale or (leaf == "weight" and parameter.dim() == 1):
-            parameter.copy_(1 + noise(parameter, 0.1))
+            # A gain of 0 ends a residual branch: one of 1 in each would make a deep network chaotic.
+            start = 1.0 if layer_scale or parameter.any() else 0.3
+            parameter.copy_(start + noise(parameter, 0.1))
         elif parameter.dim() < 2 or not parameter.any():
             parameter.add_(noise(parameter, 0.1))
         elif parameter.std() < 1e-3:
             parameter.add_(noise(parameter, 0.02))
-    model.eval()
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 1.0
-        norm.train()
+    seen: set[nn.Module] = set()
+
+    def measure(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Statistics of what the layer really gets, once those before it have theirs."""
+        if norm in seen:
+            return
+        seen.add(norm)
+        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        values = args[0].transpose(0, 1).flatten(1)
+        mean, variance = values.mean(1), values.var(1, correction=0)
+        # The mean square in it: where all places of all pictures look alike, a variance is next to nothing, and to
+        # divide by it would blow rounding up to the size of the signal.
+        variance = variance + mean.square() + 1e-3
+        norm.running_mean.copy_(mean + noise(mean, 0.1) * variance.sqrt())
+        norm.running_var.copy_(variance * (0.75 + torch.rand(mean.shape, generator=generator).to(mean)))
+
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    model.eval()
     if norms:
         model(pictures)
-    for norm, momentum in zip(norms, momenta, strict=True):
-        assert norm.running_mean is not None and norm.running_var is not None
-        norm.running_mean.add_(noise(norm.running_mean, 0.1) * norm.running_var.sqrt())
-        norm.running_var.mul_(0.5 + torch.rand(norm.running_var.shape, generator=generator).to(norm.running_var))
-        norm.momentum = momentum
-    return model.eval()
+    for hook in hooks:
+        hook.remove()
+    return model
