@@ -1,4 +1,4 @@
-"""The house itself: what an import costs, which folder knows which, and nothing of the machine that it was written on."""
+"""The house itself: what an import costs, which folder knows which, and nothing of its author's machine."""
 
 from __future__ import annotations
 
