@@ -14,7 +14,7 @@ __all__ = ["randomise"]
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, pictures: Tensor, seed: int = 0) -> nn.Module:
+def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -> nn.Module:
     """Makes every number of `model` count, in place; returns it in eval mode.
 
     Biases, tables and tokens become noise, gains and LayerScale 1 with noise, BatchNorm's statistics those of
@@ -58,7 +58,7 @@ def randomise(model: nn.Module, pictures: Tensor, seed: int = 0) -> nn.Module:
 
     hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
     model.eval()
-    if norms:
+    if norms and pictures is not None:
         model(pictures)
     for hook in hooks:
         hook.remove()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -211,10 +211,11 @@ def _inside_gate(name: str, model: nn.Module) -> bool:
 def _fold_standardisation(module: nn.Module) -> None:
     """Replaces the weight of a `StdConv2d` or a scaled one by what its forward makes of it."""
     assert isinstance(module, nn.Conv2d)
+    settings: Any = module  # `scale` and `eps` are timm's
     gain = module._parameters.pop("gain", None)
-    scale = None if gain is None else (gain.detach() * module.scale).view(-1)
+    scale = None if gain is None else (gain.detach() * settings.scale).view(-1)
     flat = module.weight.detach().reshape(1, module.out_channels, -1)
-    folded = nn.functional.batch_norm(flat, None, None, scale, training=True, momentum=0.0, eps=module.eps)
+    folded = nn.functional.batch_norm(flat, None, None, scale, training=True, momentum=0.0, eps=settings.eps)
     module.weight = nn.Parameter(folded.reshape_as(module.weight), module.weight.requires_grad)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
+from bcosify.convert.randomise import randomise
+from bcosify.convert.trace import noise_pictures
 from PIL import Image
 from torch import Tensor, nn
 
@@ -22,21 +24,6 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fresh models have zero biases, unit gains and empty statistics: no error in those would show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.2 if parameter.dim() <= 1 else 0.02
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
-            if name.endswith("running_var"):
-                buffer.copy_(0.5 + 1.5 * torch.rand(buffer.shape, generator=generator))
-    return model
-
-
 @pytest.fixture
 def tiny() -> Callable[..., Teacher]:
     """tiny(NAME, size=...): a timm model without published weights, with random biases and statistics."""
@@ -44,7 +31,7 @@ def tiny() -> Callable[..., Teacher]:
     def make(name: str = "test_vit", size: int | None = 64) -> Teacher:
         torch.manual_seed(0)
         teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=size)
-        randomised(teacher.model)
+        randomise(teacher.model, noise_pictures(2, teacher.preprocess.size))
         return teacher
 
     return make
