@@ -50,6 +50,7 @@ class Row:
     identity: float | None = None
     ledger_teacher: float | None = None
     ledger_student: float | None = None
+    input_share: float | None = None
     finite: bool | None = None
     saved: bool | None = None
     resize: str | None = None
@@ -78,7 +79,7 @@ def measure(entry: Entry) -> Row:
         row.size = teacher.preprocess.size[0]
         row.parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
         pictures = noise_pictures(2, teacher.preprocess.size)
-        row.ledger_teacher = residual(teacher.model, pictures)
+        row.ledger_teacher, _ = ledger(teacher.model, pictures)
         started = time.monotonic()
         try:
             student = convert(teacher)
@@ -88,11 +89,11 @@ def measure(entry: Entry) -> Row:
         row.seconds = round(time.monotonic() - started, 2)
         row.swaps = student.plan.counts()
         row.identity = identity_error(student.model, teacher.model, pictures)
-        row.ledger_student = residual(student.model, pictures)
+        row.ledger_student, row.input_share = ledger(student.model, pictures)
         row.resize = resized(student, teacher, entry.step)
         row.saved = comes_back(student, pictures)
         set_strength(student.model, 1.5, 0.5)
-        row.ledger_student = max(row.ledger_student, residual(student.model, pictures))
+        row.ledger_student = max(row.ledger_student, ledger(student.model, pictures)[0])
         set_strength(student.model, 2.0, 0.0)
         with torch.no_grad():
             row.finite = bool(student.model(pictures).isfinite().all())
@@ -102,10 +103,13 @@ def measure(entry: Entry) -> Row:
     return row
 
 
-def residual(model: torch.nn.Module, pictures: torch.Tensor) -> float:
-    """Largest |score - input part - constants| over max(1, |score|), of two outputs of every picture."""
+def ledger(model: torch.nn.Module, pictures: torch.Tensor) -> tuple[float, float]:
+    """Of two outputs of every picture: the largest |score - input part - constants| over max(1, |score|), and the mean
+    share of |input part| in |input part| + |constants|, which says that both sides of the ledger are there."""
     explanation = explain(model, pictures, [0, 1], check=False)
-    return float((explanation.residual.abs() / explanation.scores.abs().clamp_min(1)).nan_to_num(torch.inf).max())
+    residual = explanation.residual.abs() / explanation.scores.abs().clamp_min(1)
+    inputs, constants = explanation.input_part.abs(), explanation.constant_part.abs()
+    return float(residual.nan_to_num(torch.inf).max()), float((inputs / (inputs + constants)).mean())
 
 
 @torch.no_grad()
@@ -234,6 +238,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "identity error": lambda row: number(row.identity),
     "ledger, student": lambda row: number(row.ledger_student),
     "ledger, original": lambda row: number(row.ledger_teacher),
+    "input's share": lambda row: "" if row.input_share is None else f"{row.input_share:.0%}",
     "save/load": lambda row: {None: "", True: "yes", False: "no"}[row.saved],
     "another size": lambda row: row.resize or "",
     "seconds": lambda row: "" if row.seconds is None else f"{row.seconds:.1f}",
@@ -257,6 +262,7 @@ def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
         "- identity error: largest difference of student (B = 1, beta = 1) and original, over the largest output",
         "- ledger: largest |score - input part - constants| over max(1, |score|); of the student the worse of "
         "B = 1, beta = 1 and B = 1.5, beta = 0.5; of the original as it is",
+        "- input's share: |input part| in |input part| + |constants|, at B = 1, beta = 1",
         "- save/load: the folder loads strictly and computes the same",
         "- another size: the student equals its original at a size that the conversion did not see",
         "",
