@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
+import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,8 @@ class Phase:
         calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
         recalibrate_every: again every so many steps while B and beta move; 0 never.
         gain: `least-squares` or `rms`.
+        batch_statistics: the student's BatchNorms use each batch's statistics while they train, and a mean over many
+            batches when they are measured and saved; else they keep the source's.
         warmup: share of the phase with rising learning rate. final_learning_rate: share of the peak at the end.
         clip: largest norm of the gradient.
     """
@@ -52,6 +55,7 @@ class Phase:
     calibrate: int = 0
     recalibrate_every: int = 0
     gain: Literal["least-squares", "rms"] = "least-squares"
+    batch_statistics: bool = False
     warmup: float = 0.05
     final_learning_rate: float = 0.05
     clip: float = 5.0
@@ -210,10 +214,19 @@ def _faults(kind: Any, value: Any, where: str) -> Iterator[str]:
     elif origin in (typing.Union, types.UnionType):
         if not any(not list(_faults(option, value, where)) for option in arguments):
             yield f"{where}: must be {kind}; got {value!r}"
+    elif kind is float and isinstance(value, str) and _is_number(value):
+        return  # YAML reads 3e-4, without a point, as text
     else:
         fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
         if not fits:
             yield f"{where}: must be {kind.__name__}; got {value!r}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _dataclass_faults(kind: Any, value: Any, where: str) -> Iterator[str]:

@@ -2,11 +2,12 @@
 
 One process or many (`accelerate launch`): every process makes its own slice of each global batch, and only the
 objective around the student is prepared by accelerate (preparing the data too would split it twice). Both models stay
-in eval mode: teacher and student are compared as functions, so no dropout and no batch statistics.
+in eval mode, as they are compared as functions: no dropout, and batch statistics only where a phase asks for them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -24,9 +25,9 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..convert import Student, calibrate, load, load_teacher, save, set_strength
+from ..convert import Student, calibrate, load, reload_teacher, save, set_strength
 from ..convert.files import check_free, new_file
-from ..convert.layers import scheduled_layers
+from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
 from ..errors import BcosifyError, CheckpointError, RecipeError
 from . import state
 from .fidelity import fidelity
@@ -38,6 +39,9 @@ from .shards import ShardIndex, expand, index_shards, split
 from .taps import first_tensor
 
 __all__ = ["AlignConfig", "align"]
+
+# The student that is measured and saved has statistics of so many pictures, in batches of this size.
+STATISTICS_PICTURES, STATISTICS_BATCH = 256, 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,15 +194,19 @@ class _Run:
                 group["lr"] = rate * group["scale"]
             with self.accelerator.autocast():
                 calls, output = observe(self.teacher, pictures, objective.taps)
-                losses = prepared(pictures, calls, output)
             optimizer.zero_grad()
-            self.accelerator.backward(losses["total"])
+            with batch_statistics(self.model) if phase.batch_statistics else contextlib.nullcontext():
+                with self.accelerator.autocast():
+                    losses = prepared(pictures, calls, output)
+                self.accelerator.backward(losses["total"])
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), phase.clip)
             optimizer.step()
             progress = dataclasses.replace(progress, step=first + k + 1, phase=number)
             log.step(progress, losses, norm)
             last = k + 1 == steps
             if last or self._due(progress.step, self.recipe.evaluate_every):
+                if phase.batch_statistics:
+                    self._settle_statistics()
                 progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
             if last or self._due(progress.step, self.recipe.checkpoint_every):
                 self._checkpoint(optimizer, progress)
@@ -221,6 +229,11 @@ class _Run:
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return iter(batches)
+
+    def _settle_statistics(self) -> None:
+        """Running statistics of the student as it is now, alike in every process."""
+        pictures = self._calibration_pictures(STATISTICS_PICTURES)
+        estimate_statistics(self.model, pictures.split(STATISTICS_BATCH))
 
     def _move(self, phase: Phase, k: int, steps: int) -> None:
         """B and beta of step `k`."""
@@ -377,7 +390,7 @@ def _teacher(student: Student) -> nn.Module:
     """The frozen original: a copy of the student while it is still identical, else from its source."""
     at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
     identical = at_start and not {"calibration", "alignment"} & set(student.report)
-    model = copy.deepcopy(student.model) if identical else load_teacher(student.source.reference).model
+    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source).model
     return model.eval().requires_grad_(False)
 
 

@@ -32,7 +32,7 @@ MODELS = {"dinov2_small": "bcos/vit", "efficientnet_lite0": "bcos/cnn"}
 def published(recipe: Recipe) -> Recipe:
     """The published way at the same length and size: end to end from an abrupt start, plain cosines, no calibration."""
     pictures = sum(phase.pictures for phase in recipe.phases)
-    phase = Phase("end-to-end", pictures, 3e-4, clip=1.0)
+    phase = Phase("end-to-end", pictures, 3e-4, relative=False, clip=1.0)
     return dataclasses.replace(recipe, pressure="B is 2 and biases are gone at once", phases=(phase,), centre=False)
 
 

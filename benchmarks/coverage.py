@@ -148,6 +148,9 @@ def serve(connection: Connection) -> None:
     """A worker: measures what it is sent, until it is sent None."""
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     while (entry := connection.recv()) is not None:
         connection.send(measure(entry))
 

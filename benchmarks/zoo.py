@@ -8,16 +8,16 @@ small configurations, both with random weights.
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bcosify.convert import Preprocess, Source, Teacher
+from bcosify.convert import Preprocess, Source, Teacher, load_teacher
 from bcosify.convert.randomise import randomise
-from bcosify.convert.sources import LIBRARIES
+from bcosify.convert.sources import build
 from bcosify.convert.sources.timm import load as load_timm
 from bcosify.convert.trace import noise_pictures
-from torch import Tensor, nn
 
 __all__ = ["Entry", "entries", "load_entry"]
 
@@ -283,71 +283,34 @@ def _load_timm(entry: Entry) -> Teacher:
     return dataclasses.replace(teacher, preprocess=teacher.preprocess.at(entry.size))
 
 
-def _load_other(entry: Entry) -> Teacher:
-    LIBRARIES.setdefault(entry.library, BUILDERS[entry.library])
-    source = Source(f"{entry.library}:{entry.architecture}", entry.library, entry.architecture, entry.args)
+def _load_open_clip(entry: Entry) -> Teacher:
+    """The image tower of a configuration of open_clip's, with the entry's changes."""
+    import open_clip
+
+    config: Any = open_clip.get_model_config(entry.architecture)
+    quick_gelu = bool(config.get("quick_gelu", False))
+    vision = {**config["vision_cfg"], **entry.args}
+    args = {
+        "config": {"embed_dim": config["embed_dim"], "vision_cfg": vision, "quick_gelu": quick_gelu},
+        "image_size": None,
+    }
+    source = Source(f"open_clip:{entry.architecture}", "open_clip", entry.architecture, args)
     assert entry.size is not None
-    return Teacher(BUILDERS[entry.library](source), source, Preprocess((entry.size, entry.size), MEAN, STD))
+    return Teacher(build(source), source, Preprocess((entry.size, entry.size), MEAN, STD))
+
+
+def _load_transformers(entry: Entry) -> Teacher:
+    """A small model that `save_pretrained` wrote, opened as any folder of a user's is."""
+    import transformers
+
+    model_class: Any = getattr(transformers, entry.architecture)
+    with tempfile.TemporaryDirectory() as folder:
+        model_class(model_class.config_class(**entry.args)).save_pretrained(folder)
+        return load_teacher(f"hf:{folder}", image_size=entry.size)
 
 
 LOADERS: dict[str, Callable[[Entry], Teacher]] = {
     "timm": _load_timm,
-    "open_clip": _load_other,
-    "transformers": _load_other,
-}
-
-
-class Pooled(nn.Module):
-    """A model that returns several tensors, reduced to its logits or pooled feature (B, D)."""
-
-    def __init__(self, model: nn.Module, naflex_patch: int | None = None) -> None:
-        super().__init__()
-        self.model = model
-        self.naflex_patch = naflex_patch
-
-    def forward(self, pictures: Tensor) -> Tensor:
-        out = self.model(pictures) if self.naflex_patch is None else self.model(**_patches(pictures, self.naflex_patch))
-        if isinstance(out, Tensor):
-            return out
-        if isinstance(out, tuple):
-            return out[0]
-        found = next(out[key] for key in ("logits", "image_embeds", "pooler_output") if out.get(key) is not None)
-        return found.flatten(1)
-
-
-def _patches(pictures: Tensor, patch: int) -> dict[str, Tensor]:
-    """What NaFlex models take, of pictures (B, C, H, W): patches (B, N, patch * patch * C), their mask and grid."""
-    b, c, h, w = pictures.shape
-    rows, columns = h // patch, w // patch
-    cut = pictures.reshape(b, c, rows, patch, columns, patch).permute(0, 2, 4, 3, 5, 1)
-    return {
-        "pixel_values": cut.reshape(b, rows * columns, -1),
-        "pixel_attention_mask": torch.ones(b, rows * columns, dtype=torch.long),
-        "spatial_shapes": torch.tensor([[rows, columns]] * b),
-    }
-
-
-def _build_open_clip(source: Source) -> nn.Module:
-    import open_clip
-    from open_clip.model import _build_vision_tower
-
-    config = open_clip.get_model_config(source.architecture)
-    assert config is not None
-    vision = {**config["vision_cfg"], **source.model_args}
-    tower = _build_vision_tower(config["embed_dim"], vision, quick_gelu="quickgelu" in source.architecture)
-    return Pooled(tower).eval()
-
-
-def _build_transformers(source: Source) -> nn.Module:
-    import transformers
-
-    model_class = getattr(transformers, source.architecture)
-    config = model_class.config_class(**source.model_args)
-    naflex = config.patch_size if source.architecture == "Siglip2VisionModel" else None
-    return Pooled(model_class(config), naflex).eval()
-
-
-BUILDERS: dict[str, Callable[[Source], nn.Module]] = {
-    "open_clip": _build_open_clip,
-    "transformers": _build_transformers,
+    "open_clip": _load_open_clip,
+    "transformers": _load_transformers,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ def convert(
     scale: str = "cosine",
     pretrained: bool = True,
     weights: Path | None = None,
+    head: str = "auto",
     image_size: int | None = None,
     calibrate: str | None = None,
     calibration_pictures: int = 64,
@@ -30,13 +32,15 @@ def convert(
     Example: bcosify convert timm:resnet50.a1_in1k --out runs/resnet50
 
     Args:
-        reference: the model: timm:NAME[.TAG], timm:hf-hub:ORG/NAME, timm:local-dir:PATH, dir:PATH or bundled:NAME.
+        reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
         out: folder to write; not needed with --dry-run.
         method: the target family; `bcos`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
         scale: `cosine` (in [0, 1]), or `unbounded` (B-cosification's own variant).
         pretrained: take random weights, without the network.
         weights: a .safetensors state dict of your own, in place of the published weights.
+        head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
+            `auto` is what its checkpoint was made for.
         image_size: side in pixels to use the model at, where it is not its own.
         calibrate: shards; the student is saved at --b without biases, its gains fitted on a few of these pictures.
         calibration_pictures: how many.
@@ -50,14 +54,18 @@ def convert(
     from ..convert.files import check_free
     from ..convert.methods import find_method
     from ..convert.trace import noise_pictures
-    from ..errors import CheckpointError
+    from ..errors import CheckpointError, PlanError
 
+    if not 1 <= b < math.inf:
+        raise PlanError(f"--b {b}: B is at least 1 (1 is the source model, 2 the usual end).")
+    if calibrate and calibration_pictures < 1:
+        raise PlanError(f"--calibration-pictures {calibration_pictures}: at least one is needed; 64 are enough.")
     if not dry_run:
         if out is None:
             raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
         check_free(out, overwrite)
     config = find_method(method).config_class(keep=tuple(keep or ()), scale=scale)
-    teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size)
+    teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
     plan = plan_for(teacher, config)
     if dry_run:
         if not json:
@@ -87,6 +95,8 @@ def convert(
         ["step", "cosine to teacher"],
         [(r["step"], r["cosine"]) for r in costs],
     )
+    if student.text is not None:
+        console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
     console.print(f"wrote {out}")
     return {
         "reference": reference,

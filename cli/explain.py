@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_module
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from .console import console, show_table
+from .targets import Question, ask
 
 
 def explain(
@@ -15,6 +17,13 @@ def explain(
     pictures: list[Path],
     out: Path = Path("maps"),
     target: list[str] | None = None,
+    text: list[str] | None = None,
+    templates: str | None = None,
+    like: list[Path] | None = None,
+    direction: Path | None = None,
+    patch: str | None = None,
+    zero_shot: Path | None = None,
+    head: str = "auto",
     image_size: int | None = None,
     batch_size: int = 8,
     overwrite: bool = False,
@@ -23,14 +32,21 @@ def explain(
     """Explains scores of pictures exactly: what every pixel and every constant adds, and that it adds up.
 
     For each picture OUT gets NAME.png (picture, signed map, explanation in the picture's own colours), NAME.npz (the
-    raw maps) and NAME.json (the ledger). Scores are logits, not probabilities.
+    raw maps) and NAME.json (the ledger). Scores are logits or cosines, not probabilities.
     Example: bcosify explain runs/resnet50/aligned cat.jpg dog.jpg --target tabby 'golden retriever' --out maps
 
     Args:
-        model: a converted folder; or any model reference (timm:NAME, bundled:NAME), explained as it is.
+        model: a converted folder; or any model reference (timm:NAME, hf:ORG/NAME, ...), explained as it is.
         pictures: picture files, or folders of them.
         out: folder for the results.
         target: what to explain: class numbers or names, `top1`, `top3`, ...; `self` for models without classes.
+        text: texts that the pictures are compared with, for CLIP and SigLIP models: the score is the cosine.
+        templates: prompts to average each text over: `imagenet` (CLIP's eighty), or a file of lines with a {}.
+        like: other pictures; the score is the cosine of both embeddings.
+        direction: a .npy or .safetensors file of one or more directions in feature space; the score is the projection.
+        patch: ROW,COLUMN of a patch: its own feature is explained, along itself or along --direction.
+        zero_shot: a file with one label a line: the best three are explained (or those of --target), all are ranked.
+        head: which output of a transformers model: `classifier`, `embedding`, `pooled`; `auto` is its checkpoint's.
         image_size: side in pixels, where it is not the model's own.
         batch_size: pictures a forward pass.
         overwrite: replace the folder if it exists.
@@ -39,24 +55,35 @@ def explain(
     from ..convert.files import check_free, new_folder
 
     check_free(out, overwrite)
-    network, preprocess, labels = _open(model)
-    preprocess = preprocess.at(image_size)
-    chosen = _target(target, labels)
+    opened = _open(model, head, image_size)
+    question = ask(
+        opened,
+        _read,
+        target=target,
+        text=text,
+        templates=templates,
+        like=like,
+        direction=direction,
+        patch=patch,
+        zero_shot=zero_shot,
+    )
     files = list(_files(pictures))
     names = _unique([file.stem for file in files])
-    opened = [_read(file) for file in files]
+    pictures_read = [_read(file) for file in files]
     rows: list[dict[str, Any]] = []
     with new_folder(out, overwrite) as folder:
         for start in range(0, len(files), batch_size):
             part = slice(start, start + batch_size)
-            rows += _explained(network, preprocess, labels, chosen, files[part], names[part], opened[part], folder)
+            rows += _explained(question, opened.preprocess, files[part], names[part], pictures_read[part], folder)
+    probable = any("probability" in row for row in rows)
     show_table(
         f"{model}: scores and where they come from",
-        ["picture", "target", "score", "input", "constants", "residual"],
+        ["picture", "target", *(["probability"] if probable else []), "score", "input", "constants", "residual"],
         [
             (
                 Path(r["image"]).name,
                 r["label"],
+                *([r["probability"]] if probable else []),
                 r["score"],
                 r["input"],
                 sum(r["constants"].values()),
@@ -69,9 +96,10 @@ def explain(
     return rows
 
 
-def _open(model: str) -> tuple[Any, Any, Any]:
-    """(module in eval mode, Preprocess, labels) of a converted folder or of a reference."""
+def _open(model: str, head: str, image_size: int | None) -> Any:
+    """The Student of a converted folder, or the Teacher of a reference, in eval mode, at `image_size`."""
     from ..convert import load, load_teacher
+    from ..convert.trace import trace_forward
     from ..errors import SourceError
 
     opened: Any
@@ -82,27 +110,12 @@ def _open(model: str) -> tuple[Any, Any, Any]:
             f"{model} is no converted folder (it holds no bcosify.json) and no reference such as timm:NAME."
         )
     else:
-        opened = load_teacher(model)
-    return opened.model.eval(), opened.preprocess, opened.labels
-
-
-def _target(words: list[str] | None, labels: tuple[str, ...] | None) -> Any:
-    from ..errors import TargetError
-    from ..explain.targets import ClassTarget, SelfTarget, TopTarget, find_class
-
-    words = words or (["top1"] if labels else ["self"])
-    single = words[0]
-    if single == "self" and len(words) == 1:
-        return SelfTarget()
-    if len(words) == 1 and single.startswith("top") and single[3:].isdecimal():
-        if labels is None:
-            raise TargetError(f"--target {single}: this model has no classes. Use --target self.")
-        return TopTarget(int(single[3:]))
-    if labels is None and not all(word.isdecimal() for word in words):
-        raise TargetError(
-            f"--target {' '.join(words)}: this model has no class names; pass numbers of outputs, or self."
-        )
-    return ClassTarget([int(word) if labels is None else find_class(labels, word) for word in words])
+        opened = load_teacher(model, head=head, image_size=image_size)
+    opened.model.eval()
+    if image_size is not None:
+        opened = dataclasses.replace(opened, preprocess=opened.preprocess.at(image_size))
+        trace_forward(opened.model, opened.preprocess.size)
+    return opened
 
 
 def _files(pictures: list[Path]) -> Iterator[Path]:
@@ -146,14 +159,7 @@ def _unique(stems: list[str]) -> list[str]:
 
 
 def _explained(
-    network: Any,
-    preprocess: Any,
-    labels: Any,
-    target: Any,
-    files: list[Path],
-    names: list[str],
-    opened: list,
-    folder: Path,
+    question: Question, preprocess: Any, files: list[Path], names: list[str], opened: list, folder: Path
 ) -> list[dict[str, Any]]:
     """Explains one batch, writes its files, returns its ledger rows."""
     import numpy as np
@@ -162,32 +168,24 @@ def _explained(
 
     from ..explain import explain as explain_scores
     from ..explain.render import panel
-    from ..explain.targets import ClassTarget, TopTarget
 
     transform = preprocess.transform()
     inputs = torch.stack([transform(picture) for picture in opened])
-    explanation = explain_scores(network, inputs, target)
-    count = explanation.scores.shape[1]
-    if isinstance(target, TopTarget):
-        classes: Any = target.classes(explanation.outputs).tolist()
-    elif isinstance(target, ClassTarget):
-        classes = [list(target.indices)] * len(files)  # type: ignore[arg-type]
-    else:
-        classes = [["self"] * count] * len(files)
+    explanation = explain_scores(question.network, inputs, question.target)
+    facts = question.names(explanation.outputs)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
     rows: list[dict[str, Any]] = []
     for i, (file, name) in enumerate(zip(files, names, strict=True)):
         ledger = [
             {
                 "image": str(file),
-                "target": classes[i][k],
-                "label": labels[classes[i][k]] if labels and classes[i][k] != "self" else str(classes[i][k]),
+                **known,
                 "score": float(explanation.scores[i, k]),
                 "input": float(explanation.input_part[i, k]),
                 "constants": {key: float(value[i, k]) for key, value in explanation.constants.items()},
                 "residual": float(explanation.residual[i, k]),
             }
-            for k in range(count)
+            for k, known in enumerate(facts[i])
         ]
         shown = to_pil_image((inputs[i] * std + mean).clamp(0, 1))
         panels = [panel(shown, explanation, row["label"], picture=i, score=k) for k, row in enumerate(ledger)]

@@ -14,7 +14,7 @@ def inspect(reference: str, pretrained: bool = True, json: bool = False) -> dict
     Example: bcosify inspect runs/resnet50
 
     Args:
-        reference: a converted folder, or a model reference (timm:NAME, dir:PATH, bundled:NAME).
+        reference: a converted folder, or a model reference (timm:NAME, open_clip:ARCH/TAG, hf:ORG/NAME, ...).
         pretrained: do not fetch the weights of a reference.
         json: print the result as JSON on stdout.
     """
@@ -56,6 +56,7 @@ def _converted(folder: Path) -> dict[str, Any]:
         },
         "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",
         "identity_error": student.report.get("identity_error"),
+        "text_tower": "none" if student.text is None else "kept, unchanged",
         "aligned_on": f"{alignment['pictures']} pictures" if alignment else "not aligned",
         "held_out_fidelity": alignment.get("final", {}),
     }
@@ -74,6 +75,7 @@ def _reference(reference: str, pretrained: bool) -> dict[str, Any]:
         "size": f"{teacher.preprocess.size[0]} x {teacher.preprocess.size[1]}",
         "mean_and_std": f"{teacher.preprocess.mean}, {teacher.preprocess.std}",
         "classes": len(teacher.labels) if teacher.labels else "unknown or none",
+        "text_tower": "none" if teacher.text is None else "kept beside the student",
         "convert_bcos": plan.counts(),
         "blocks": len(blocks),
         "taps": depth_taps(blocks),

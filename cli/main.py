@@ -105,7 +105,7 @@ def _parser(verb: str, function: Any) -> ArgumentParser:
             positional = required and parameter.kind is not inspect.Parameter.KEYWORD_ONLY
             where = (name,) if positional else (flag,)
             item = _item_type(hint)
-            several = {} if item is None else {"nargs": "+"}
+            several = {} if item is None else {"nargs": "+", **({} if positional else {"action": "extend"})}
             parser.add_argument(*where, type=item or hint, **several, **settings)
     return parser
 
@@ -126,8 +126,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "A model is named timm:NAME[.TAG], timm:hf-hub:ORG/NAME, timm:local-dir:PATH, dir:PATH or bundled:NAME;",
-            "a converted model is a folder.",
+            "A model is named timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME;",
+            "inside timm: and open_clip: also hf-hub:ORG/NAME and local-dir:PATH. A converted model is a folder.",
         ]
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,4 @@ def shards(
         print(f"{len(written.skipped)} could not be read (all in {written.out}/skipped.jsonl):", file=sys.stderr)
     for item in written.skipped[:SHOWN]:
         print(f"  {item.path}: {item.reason}", file=sys.stderr)
-    if json:
-        print(dumps(result))
     return result

@@ -7,7 +7,17 @@ from .checkpoint import load, save
 from .layers import set_strength
 from .methods.bcos import BcosConfig
 from .plan import Plan
-from .sources import Preprocess, Source, Teacher, load_teacher
+from .sources import (
+    Preprocess,
+    Source,
+    Teacher,
+    Text,
+    embed_texts,
+    load_teacher,
+    probabilities,
+    reload_teacher,
+    token_grid,
+)
 from .student import Student, convert, identity_error, lossy_steps, plan_for
 
 __all__ = [
@@ -17,13 +27,18 @@ __all__ = [
     "Source",
     "Student",
     "Teacher",
+    "Text",
     "calibrate",
     "convert",
+    "embed_texts",
     "identity_error",
     "load",
     "load_teacher",
     "lossy_steps",
     "plan_for",
+    "probabilities",
+    "reload_teacher",
     "save",
     "set_strength",
+    "token_grid",
 ]

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .layers.batch_norm import UncentredBatchNorm
 from .layers.bcos import _Bcos
-from .layers.scheduled import BiasScheduled, UncentredBatchNorm, scheduled_layers
+from .layers.scheduled import BiasScheduled, scheduled_layers
 
 __all__ = ["Gain", "calibrate"]
 

@@ -1,9 +1,10 @@
 """A converted model is a folder. Saving is atomic; loading is strict, and checks that the function is still the same.
 
     model.safetensors    weights, and B and beta of every layer
-    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of every
-    file config.json          the source architecture in timm's own words
+    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of all
+    config.json          the source architecture in its library's own words
     probe.safetensors    a small input and the output that it had when saved
+    text/                the text tower of a dual encoder, unchanged; opened when the first text is embedded
 
 Nothing here can run code: safetensors and JSON only; a pickle is refused by name.
 """
@@ -15,7 +16,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from ..errors import CheckpointError, near_miss
 from .files import new_folder
 from .methods import find_method
 from .plan import plan_conversion
-from .sources import Preprocess, Source, build
+from .sources import Preprocess, SavedText, Source, build
+from .sources.text import file_digest
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures, trace_forward
 
@@ -36,7 +38,9 @@ __all__ = ["load", "read_record", "save"]
 
 SCHEMA = 1
 WEIGHTS, RECORD, PROBE, CONFIG = "model.safetensors", "bcosify.json", "probe.safetensors", "config.json"
+TEXT = "text"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
+VERSIONED = ("bcosify", "torch", "timm", "open_clip_torch", "transformers")
 # The probe was computed by the same code on the same weights: only another machine's kernels may differ.
 PROBE_TOLERANCE = 1e-3
 
@@ -54,9 +58,13 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
         with torch.no_grad(), _in_eval_mode(student.model):
             output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
-        (folder / CONFIG).write_text(json.dumps(_timm_config(student), indent=2))
+        (folder / CONFIG).write_text(json.dumps(CONFIGS.get(student.source.library, _timm_config)(student), indent=2))
         record = _record(student)
-        record["files"] = {name: _sha256(folder / name) for name in (WEIGHTS, PROBE, CONFIG)}
+        record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, CONFIG)}
+        if student.text is not None:
+            (folder / TEXT).mkdir()
+            student.text.save(folder / TEXT)
+            record["text"] = {path.name: file_digest(path) for path in sorted((folder / TEXT).iterdir())}
         record["digest"] = _digest(record)
         (folder / RECORD).write_text(json.dumps(record, indent=2))
     return out
@@ -91,7 +99,10 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
     apply_plan(model, plan, preprocess, config)
     _load_weights(model, folder)
     labels = None if record["labels"] is None else tuple(record["labels"])
-    student = Student(model, source, preprocess, labels, method.name, config, plan, record["report"])
+    # Folders written before text towers were kept have no such entry.
+    files = record.get("text")
+    text = None if files is None else SavedText(folder / TEXT, files if check else None)
+    student = Student(model, source, preprocess, labels, method.name, config, plan, record["report"], text)
     if check:
         _check_files(folder, record)
         _check_probe(folder, model)
@@ -128,6 +139,17 @@ def _record(student: Student) -> dict[str, Any]:
     }
 
 
+def _own_config(student: Student) -> dict[str, Any]:
+    """A model type of our own around the library's words: opened as an ordinary model, it would be another function."""
+    return {
+        "model_type": "bcosify",
+        "bcosify": {"method": student.method, "schema": SCHEMA, "library": student.source.library},
+        "architectures": [student.source.architecture],
+        "source_config": student.source.model_args["config"],
+        "id2label": dict(enumerate(student.labels)) if student.labels else None,
+    }
+
+
 def _timm_config(student: Student) -> dict[str, Any]:
     """timm's own words for the source; no `num_classes` in `model_args`, as transformers' wrapper passes it too."""
     preprocess = student.preprocess
@@ -148,6 +170,13 @@ def _timm_config(student: Student) -> dict[str, Any]:
             "num_classes": num_classes,
         },
     }
+
+
+CONFIGS: dict[str, Callable[[Student], dict[str, Any]]] = {
+    "timm": _timm_config,
+    "open_clip": _own_config,
+    "transformers": _own_config,
+}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -211,10 +240,13 @@ def _check_files(folder: Path, record: dict[str, Any]) -> None:
     for name, digest in record["files"].items():
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing.")
-        if _sha256(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise CheckpointError(
                 f"{folder / name} was changed after it was written: its sha256 does not match {RECORD}."
             )
+    for name in record.get("text") or ():  # read, and hashed, when it is opened: a text tower may be large
+        if not (folder / TEXT / name).is_file():
+            raise CheckpointError(f"{folder / TEXT / name} is missing.")
 
 
 def _check_probe(folder: Path, model: nn.Module) -> None:
@@ -255,7 +287,7 @@ def _config_from_json(config_class: type, values: dict[str, Any]) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("bcosify", "torch", "timm")}
+    return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
 def _versions_text(versions: dict[str, str]) -> str:
@@ -265,8 +297,3 @@ def _versions_text(versions: dict[str, str]) -> str:
 def _digest(record: dict[str, Any]) -> str:
     rest = {key: value for key, value in record.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

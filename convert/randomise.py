@@ -18,7 +18,7 @@ def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -
     """Makes every number of `model` count, in place; returns it in eval mode.
 
     Biases, tables and tokens become noise, gains and LayerScale 1 with noise, BatchNorm's statistics those of
-    `pictures` (B, 3, H, W), B > 1, off, so that the signal neither fades nor explodes with depth.
+    `pictures` (B, 3, H, W), B > 1, off, so that the signal neither fades nor explodes with depth; noise without them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -58,7 +58,12 @@ def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -
 
     hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
     model.eval()
-    if norms and pictures is not None:
+    if pictures is None:
+        for norm in norms:
+            assert norm.running_mean is not None and norm.running_var is not None
+            norm.running_mean.copy_(noise(norm.running_mean, 0.3))
+            norm.running_var.copy_(0.5 + 1.5 * torch.rand(norm.running_var.shape, generator=generator))
+    elif norms:
         model(pictures)
     for hook in hooks:
         hook.remove()

@@ -15,7 +15,7 @@ from .layers import set_strength
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
-from .sources import Preprocess, Source, Teacher, load_teacher
+from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .trace import fitted, noise_pictures, trace_forward
 
 __all__ = ["Student", "convert", "identity_error", "lossy_steps", "output_of"]
@@ -32,6 +32,7 @@ class Student:
         model: takes what the teacher's model takes: a normalised picture (B, 3, H, W).
         method, config, plan: how it was converted.
         report: measured facts (identity error, calibration, alignment), JSON values only.
+        text: the teacher's text tower, unchanged, where it has one.
     """
 
     model: nn.Module
@@ -42,6 +43,7 @@ class Student:
     config: Any
     plan: Plan
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    text: Text | None = None
 
     def with_report(self, **facts: Any) -> Student:
         """The same student with more facts in its report."""
@@ -64,12 +66,15 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
         LedgerError: the student differs from the teacher by more than rounding.
     """
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
+    check_plain(teacher.model, teacher.source.reference)
     config = BcosConfig() if config is None else config
     plan = plan or plan_for(teacher, config)
     original = _in_single_precision(teacher.model)
     model = copy.deepcopy(original)
     apply_plan(model, plan, teacher.preprocess, config)
-    student = Student(model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan)
+    student = Student(
+        model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan, text=teacher.text
+    )
     if any(parameter.is_meta for parameter in model.parameters()):
         return student  # without memory there is nothing to compare
     error = identity_error(model, original, fitted(noise_pictures(2, teacher.preprocess.size), original))

@@ -3,17 +3,29 @@
 from .attribution import Explanation, attribute, explain
 from .linearise import Linearised, gated, input_colours, input_encoding
 from .render import overlay, panel, rgba, signed_map
-from .targets import ClassTarget, DirectionTarget, SelfTarget, SimilarityTarget, Target, TopTarget, find_class
+from .targets import (
+    ClassTarget,
+    DirectionTarget,
+    PatchFeature,
+    SelfTarget,
+    SimilarityTarget,
+    Target,
+    TopTarget,
+    ZeroShotTarget,
+    find_class,
+)
 
 __all__ = [
     "ClassTarget",
     "DirectionTarget",
     "Explanation",
     "Linearised",
+    "PatchFeature",
     "SelfTarget",
     "SimilarityTarget",
     "Target",
     "TopTarget",
+    "ZeroShotTarget",
     "attribute",
     "explain",
     "find_class",

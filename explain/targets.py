@@ -7,22 +7,24 @@ cosine would be homogeneous of degree 0 in y, and all contributions would sum to
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import TargetError, near_miss
 
 __all__ = [
     "ClassTarget",
     "DirectionTarget",
+    "PatchFeature",
     "SelfTarget",
     "SimilarityTarget",
     "Target",
     "TopTarget",
+    "ZeroShotTarget",
     "find_class",
 ]
 
@@ -115,6 +117,24 @@ class SimilarityTarget(DirectionTarget):
         return DirectionTarget(_unit(self.directions)).scores(output / _norm(output.detach()))
 
 
+@dataclass(frozen=True, eq=False)
+class ZeroShotTarget(_ForAll):
+    """Some of the cosines with N label embeddings (N, D), as if these were a classifier's N outputs.
+
+    `then` chooses among them (`TopTarget(3)`, `ClassTarget([0, 7])`), all from one forward pass.
+    """
+
+    embeddings: Tensor
+    then: TopTarget | ClassTarget = TopTarget(1)
+
+    def scores(self, output: Tensor) -> Tensor:
+        return self.then.scores(self.similarities(output))
+
+    def similarities(self, output: Tensor) -> Tensor:
+        """All cosines (B, N) of a model's output (B, D)."""
+        return SimilarityTarget(self.embeddings).scores(output)
+
+
 @dataclass(frozen=True)
 class SelfTarget(_ForAll):
     """The output along its own direction, which is its norm: what made these features, for models without a head."""
@@ -122,6 +142,34 @@ class SelfTarget(_ForAll):
     def scores(self, output: Tensor) -> Tensor:
         _shape(output)
         return (output * _unit(output.detach())).sum(1, keepdim=True)
+
+
+class PatchFeature(nn.Module):
+    """A model whose output is the feature of one patch, (B, 3, H, W) -> (B, C): a dense explanation's start.
+
+    `tokens(model, images)` returns the features of all patches (B, C, rows, columns). With `SelfTarget` it is explained
+    what made this patch's feature; with `DirectionTarget` or `SimilarityTarget`, what turned it towards a direction.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], row: int, column: int) -> None:
+        super().__init__()
+        self.model = model
+        self.tokens = tokens
+        self.row, self.column = row, column
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = self.tokens(self.model, images)
+        rows, columns = grid.shape[-2:]
+        if not (0 <= self.row < rows and 0 <= self.column < columns):
+            raise TargetError(
+                f"There is no patch {self.row},{self.column}: a picture of {images.shape[-2]}x{images.shape[-1]} has "
+                f"{rows} rows and {columns} columns of patches here, numbered from 0."
+            )
+        return grid[:, :, self.row, self.column]
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        # The ledger should call constants what they are called in the model itself.
+        return self.model.named_modules(*args, **kwargs)
 
 
 def find_class(labels: Sequence[str], text: str) -> int:

@@ -4,9 +4,6 @@ A layer is converted in place: its class becomes a subclass of the class it had,
 device and ties, and the library's own forward runs unchanged. The forward reads `self.bias`, which is now the property
 beta * bias; nothing else is needed, for any layer that adds a bias. Constants of other names (`q_bias` of BEiT) fade
 the same way.
-
-BatchNorm in eval mode is (x - mean) * weight / sigma + bias. Scaling its running mean and its bias by beta gives
-x * weight / sigma + beta * (bias - weight * mean / sigma): the uncentred BatchNorm, equal to the source at beta = 1.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasScheduled", "UncentredBatchNorm", "adopt", "join", "scheduled_layers", "set_strength"]
+__all__ = ["BiasScheduled", "adopt", "faded", "join", "scheduled_layers", "set_strength"]
 
 
 class BiasScheduled(nn.Module):
@@ -56,7 +53,7 @@ class BiasScheduled(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's bias."""
-        return _faded(self._parameters.get("bias"), self._beta)
+        return faded(self._parameters.get("bias"), self._beta)
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
         super()._apply(fn, recurse)
@@ -78,23 +75,8 @@ class BiasScheduled(nn.Module):
         return ", ".join(part for part in (super().extra_repr(), values) if part)
 
 
-class UncentredBatchNorm(BiasScheduled):
-    """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma), with frozen statistics.
-
-    Stays in eval mode: batch statistics would centre the input again (and tie the pictures of a batch together).
-    """
-
-    @property
-    def running_mean(self) -> Tensor | None:
-        """(C,): beta times the source's running mean; zeros, never None, at beta = 0, as `batch_norm` needs one."""
-        mean = self._buffers.get("running_mean")
-        return mean if mean is None or self._beta == 1 else mean * self._beta
-
-    def train(self, mode: bool = True) -> UncentredBatchNorm:  # noqa: ARG002 - statistics stay frozen
-        return super().train(False)
-
-
-def _faded(bias: Tensor | None, beta: float) -> Tensor | None:
+def faded(bias: Tensor | None, beta: float) -> Tensor | None:
+    """beta times `bias`; None where nothing is left of it."""
     if bias is None or beta == 0:
         return None
     return bias if beta == 1 else bias * beta
@@ -116,25 +98,25 @@ LayerT = TypeVar("LayerT", bound=BiasScheduled)
 
 
 @functools.cache
-def _joined(mixin: type[nn.Module], source: type[nn.Module], faded: tuple[str, ...]) -> type[nn.Module]:
+def _joined(mixin: type[nn.Module], source: type[nn.Module], fading: tuple[str, ...]) -> type[nn.Module]:
     name = mixin.__name__ if mixin.__name__.endswith(source.__name__) else mixin.__name__ + source.__name__
     body: dict[str, object] = {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
-    return type(name, (mixin, source), body | {constant: _fading(constant) for constant in faded})
+    return type(name, (mixin, source), body | {constant: _fading(constant) for constant in fading})
 
 
-def join(module: nn.Module, mixin: type[MixinT], faded: tuple[str, ...] = ()) -> MixinT:
-    """Turns `module` in place into `mixin` over the class it had, with properties for `faded`. Returns the module."""
-    module.__class__ = _joined(mixin, type(module), faded)
+def join(module: nn.Module, mixin: type[MixinT], fading: tuple[str, ...] = ()) -> MixinT:
+    """Turns `module` in place into `mixin` over the class it had, with properties for `fading`. Returns the module."""
+    module.__class__ = _joined(mixin, type(module), fading)
     assert isinstance(module, mixin)
     return module
 
 
-def adopt(module: nn.Module, mixin: type[LayerT], faded: tuple[str, ...] = ()) -> LayerT:
+def adopt(module: nn.Module, mixin: type[LayerT], fading: tuple[str, ...] = ()) -> LayerT:
     """As `join`, and starts the schedule at the source's own function.
 
-    `faded` names parameters or buffers, beside `bias`, that the source's forward reads and that count beta times.
+    `fading` names parameters or buffers, beside `bias`, that the source's forward reads and that count beta times.
     """
-    layer = join(module, mixin, faded)
+    layer = join(module, mixin, fading)
     layer.start_schedule()
     return layer
 

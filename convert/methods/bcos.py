@@ -1,7 +1,7 @@
 """B-cos conversion: which layer becomes what (the rules of B-cosification, arXiv 2411.00715, with an exact start).
 
 B-cos: stem, convolutions, MLP layers, attention's output projection, head. Plain with a fading bias: query, key,
-value (the softmax over them is a frozen gate in an explanation) and all norms. BatchNorm: uncentred, statistics frozen.
+value (the softmax over them is a frozen gate in an explanation) and all norms. BatchNorm: uncentred.
 Everything else (activations, pools, LayerScale, position tables, class and register tokens) stays, and what it adds
 is named in the ledger.
 
@@ -138,7 +138,7 @@ def _norm(place: _Place) -> Decision:
 def _batch_norm(place: _Place) -> Decision:
     if getattr(place.module, "running_mean", None) is None:
         raise PlanError("keeps no running statistics, so it is a different function for every batch")
-    return Decision("UncentredBatchNorm", "uncentred, frozen statistics; bias and mean fade")
+    return Decision("UncentredBatchNorm", "uncentred; bias and mean fade")
 
 
 def _attention(place: _Place) -> Decision:

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ...errors import SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
+from .weights import load_weights
 
-__all__ = ["build", "load", "preprocess_of"]
+__all__ = ["build", "load", "preprocess_of", "token_grid"]
 
 # Lets a transformer take any size that its patches divide; constructors that do not know it are called without.
 OPTIONAL_ARGS = {"dynamic_img_size": True}
@@ -78,30 +78,12 @@ def preprocess_of(model: nn.Module) -> Preprocess:
     )
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads a safetensors state dict strictly; raises SourceError that names the first keys that do not fit."""
-    if path.suffix != ".safetensors":
-        raise SourceError(
-            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it "
-            f"once, where you trust it: "
-            'safetensors.torch.save_file(torch.load(FILE, weights_only=True), "weights.safetensors")'
-        )
-    try:
-        state = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"--weights {path}: cannot be read as safetensors: {error}") from error
-    wanted = model.state_dict()
-    faults = [f"missing {key}" for key in wanted if key not in state]
-    faults += [f"unknown {key}" for key in state if key not in wanted]
-    faults += [
-        f"{key} is {tuple(state[key].shape)}, should be {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise SourceError(f"--weights {path} does not fit {type(model).__name__}: {shown}.")
-    model.load_state_dict(state)
+def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
+    """(B, C, rows, columns): the last features of every patch, in front of pooling, from pictures (B, 3, H, W)."""
+    intermediates = getattr(model, "forward_intermediates", None)
+    if intermediates is None:
+        raise SourceError(f"timm's {type(model).__name__} does not show the features of its patches.")
+    return intermediates(pictures, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[-1]
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any] | str | None, dict[str, Any]]:

@@ -64,6 +64,19 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted tiny CNN with random weights and BatchNorm."""
+    torch.manual_seed(0)
+    out = tmp_path_factory.mktemp("run") / "cnn"
+    save(convert(load_teacher("timm:test_resnet", pretrained=False, image_size=64)), out)
+    return out
+
+
+CNN_PHASES = (Phase("end-to-end", 80, 5e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.5, batch_statistics=True),)
+CNN_RECIPE = dataclasses.replace(RECIPE, phases=CNN_PHASES)
+
+
 def aligned(run: Path, shards: Path, out: Path, recipe: Recipe = RECIPE, **options) -> list[dict]:
     align(AlignConfig(run, str(shards), out, recipe, quiet=True, **options))
     return rows(out)
@@ -86,6 +99,15 @@ def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
     student = load(tmp_path / "a")
     assert student.report["alignment"]["pictures"] == 80
     assert student.report["alignment"]["curve"][0]["raw_cosine"] == pytest.approx(1, abs=1e-4)
+
+
+def test_batch_statistics_are_learned_from_the_batches_and_saved(cnn, shards, tmp_path):
+    aligned(cnn, shards, tmp_path / "out", CNN_RECIPE)
+    before, after = (load_file(path / "model.safetensors") for path in (cnn, tmp_path / "out"))
+    moved = [key for key in before if key.endswith("running_var") and not torch.equal(before[key], after[key])]
+    assert len(moved) == sum(key.endswith("running_var") for key in before) > 0
+    student = load(tmp_path / "out")
+    assert not any(module.training for module in student.model.modules())
 
 
 def test_workers_do_not_change_the_run(run, shards, tmp_path):
@@ -114,10 +136,14 @@ trainer.align(trainer.AlignConfig(Path(run), data, Path(out), load_recipe(recipe
 """
 
 
-@pytest.mark.parametrize("kill_at", [7, 12])  # five steps a checkpoint, ten steps a phase
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, shards, tmp_path, kill_at):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(dump(RECIPE))
+@pytest.mark.parametrize(
+    ("model", "wanted", "kill_at"),
+    [("run", RECIPE, 7), ("run", RECIPE, 12), ("cnn", CNN_RECIPE, 12)],
+    ids=["vit-first-phase", "vit-second-phase", "cnn"],
+)  # five steps a checkpoint, ten steps a phase
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill_at, shards, tmp_path, request):
+    run, recipe = request.getfixturevalue(model), tmp_path / "recipe.yaml"
+    recipe.write_text(dump(wanted))
 
     def call(out: str, kill: int) -> int:
         arguments = [str(run), str(shards), str(tmp_path / out), str(recipe), str(kill)]
@@ -135,9 +161,14 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(run, shards, tmp_pa
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
-def test_two_processes_see_the_same_batches(run, shards, tmp_path):
-    """`accelerate launch` on two CPU processes: the same global batches, so nearly the same losses."""
-    recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(PHASES[1], calibrate=8),))
+@pytest.mark.parametrize(
+    ("model", "phases"),
+    [("run", (dataclasses.replace(PHASES[1], calibrate=8),)), ("cnn", CNN_PHASES)],
+    ids=["vit", "cnn"],
+)
+def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, request):
+    """`accelerate launch` on two CPU processes: the same global batches (and statistics), so nearly the same losses."""
+    run, recipe = request.getfixturevalue(model), dataclasses.replace(RECIPE, phases=phases)
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     command = ["-m", "bcosify.cli", "align", str(run), "--data", str(shards), "--recipe", str(tmp_path / "recipe.yaml")]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
@@ -262,3 +293,4 @@ def test_recipes_round_trip_and_name_every_fault():
     with pytest.raises(RecipeError, match="no place"):
         load_recipe("smoke", ["phases.7.pictures=1"])
     assert load_recipe("smoke", ["phases.0.pictures=8"]).phases[0].pictures == 8
+    assert load_recipe("smoke", ["phases.0.learning_rate=3e-4"]).phases[0].learning_rate == 3e-4

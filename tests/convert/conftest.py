@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -79,3 +80,86 @@ def photographs() -> Callable[..., Tensor]:
         return torch.stack([transform(Image.open(folder / name)) for name in PHOTOGRAPHS[:count]])
 
     return read
+
+
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+WORDS = {
+    **{key: VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
+    "vocab_size": 32,
+    "max_position_embeddings": 12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def write_tokenizer(folder: Path, vocabulary: str = "a red bus photo of the cat dog on grass") -> None:
+    """A word tokenizer in transformers' own files, with the special tokens of `WORDS`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = {word: i for i, word in enumerate([*special, *vocabulary.split()])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+
+
+@pytest.fixture
+def hf_folder(tmp_path) -> Callable[..., Path]:
+    """hf_folder(MODEL CLASS, CONFIG CLASS, SETTINGS...): a folder that save_pretrained wrote, of randomised weights."""
+
+    def make(model: str, config: str, folder: str = "hf", **settings) -> Path:
+        import transformers
+
+        torch.manual_seed(0)
+        made = getattr(transformers, model)(getattr(transformers, config)(**settings))
+        randomise(made).save_pretrained(tmp_path / folder)
+        return tmp_path / folder
+
+    return make
+
+
+@pytest.fixture
+def hf_clip(hf_folder) -> Path:
+    """A CLIP with image processor and tokenizer."""
+    from transformers import CLIPImageProcessor
+
+    folder = hf_folder("CLIPModel", "CLIPConfig", text_config=WORDS, vision_config=VISION, projection_dim=24)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def open_clip_folder(tmp_path) -> Callable[..., Path]:
+    """open_clip_folder(VISION SETTINGS...): a folder as open_clip writes it, of randomised weights."""
+
+    def make(folder: str = "open_clip", model: dict | None = None, text: dict | None = None, **vision) -> Path:
+        import open_clip
+        from safetensors.torch import save_file
+
+        place = tmp_path / folder
+        place.mkdir()
+        words = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, **(text or {})}
+        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": words, **(model or {})}
+        prepared = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
+        (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": prepared}))
+        torch.manual_seed(0)
+        made = randomise(open_clip.create_model(f"local-dir:{place}", load_weights=False))
+        state = {key: value.contiguous() for key, value in made.state_dict().items()}
+        save_file(state, place / "open_clip_model.safetensors")
+        return place
+
+    return make

@@ -15,7 +15,9 @@ from bcosify.convert.layers import (
     BiasScheduled,
     UncentredBatchNorm,
     adopt,
+    batch_statistics,
     bcos_scale,
+    estimate_statistics,
     scheduled_layers,
     set_strength,
 )
@@ -278,13 +280,42 @@ def test_batch_norm_is_uncentred_and_keeps_its_activation(kind, after, beta):
     torch.testing.assert_close(adopted(source, UncentredBatchNorm, beta=beta)(x), wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
-def test_batch_norm_statistics_stay_frozen_in_training(kind):
-    layer, x = adopted(batch_norm(kind), UncentredBatchNorm, beta=0.5), torch.randn(2, 5, 3, 3, dtype=torch.float64)
-    wanted, state = layer(x), copy.deepcopy(layer.state_dict())
-    model = nn.Sequential(layer).train()
-    assert torch.equal(model(x), wanted)
-    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+@pytest.mark.parametrize("beta", [1.0, 0.3, 0.0])
+@pytest.mark.parametrize(
+    ("kind", "after"), [(nn.BatchNorm2d, lambda y: y), (BatchNormAct2d, F.relu)], ids=["plain", "act"]
+)
+def test_batch_norm_in_training_is_uncentred_over_the_batch(kind, after, beta):
+    layer, x = adopted(batch_norm(kind, momentum=0.2), UncentredBatchNorm, beta=beta), torch.randn(4, 5, 3, 3).double()
+    x.requires_grad_()
+    before = {name: layer._buffers[name].clone() for name in ("running_mean", "running_var")}
+    mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
+    gain = layer.weight / (variance + layer.eps).sqrt()
+    shift = beta * (layer._parameters["bias"] - gain * mean)
+    wanted = after(x * gain.view(-1, 1, 1) + shift.view(-1, 1, 1))
+    ours = layer.train()(x)
+    torch.testing.assert_close(ours, wanted, rtol=1e-10, atol=1e-10)
+    pull = torch.randn_like(ours)
+    inputs = (x, layer._parameters["weight"])
+    for got, expected in zip(*(torch.autograd.grad((y * pull).sum(), inputs) for y in (ours, wanted)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+    assert layer.training and layer.weight is layer._parameters["weight"]
+    for name, value in (("running_mean", mean), ("running_var", variance)):
+        torch.testing.assert_close(layer._buffers[name], 0.8 * before[name] + 0.2 * value.detach())
+
+
+def test_statistics_are_the_mean_over_batches_and_nothing_else_changes_mode():
+    torch.manual_seed(0)
+    norm = adopted(nn.BatchNorm2d(3), UncentredBatchNorm, beta=0.0)
+    model = nn.Sequential(norm, nn.Dropout(0.5)).eval()
+    batches = [torch.randn(4, 3, 5, 5) * scale for scale in (1.0, 2.0, 3.0)]
+    estimate_statistics(model, batches)
+    wanted = torch.stack([batch.var((0, 2, 3), unbiased=False) for batch in batches]).mean(0)
+    torch.testing.assert_close(norm._buffers["running_var"], wanted)
+    assert norm.momentum == 0.1 and not any(module.training for module in model.modules())
+    with pytest.raises(ZeroDivisionError), batch_statistics(model):
+        assert norm.training and not model[1].training
+        1 / 0  # noqa: B018
+    assert not norm.training
 
 
 BIASED = {

@@ -49,7 +49,10 @@ def timm_folder(tmp_path) -> Path:
     ("reference", "said"),
     [
         ("resnet50", "'resnet50' is not a model reference. Did you mean 'timm:resnet50'"),
-        ("tim:resnet50", "not a model reference. Did you mean 'timm'.*timm:NAME, bundled:NAME, dir:NAME"),
+        (
+            "tim:resnet50",
+            "not a model reference. Did you mean 'timm'.*timm:NAME, open_clip:NAME, hf:NAME, bundled:NAME, dir:NAME",
+        ),
         ("timm:", "'timm:' is not a model reference"),
         ("", "'' is not a model reference"),
         ("timm:resnet_50", "timm has no model 'resnet_50'. Did you mean .*'resnet50'"),

@@ -9,9 +9,12 @@ from bcosify.explain import (
     ClassTarget,
     DirectionTarget,
     Linearised,
+    PatchFeature,
     SelfTarget,
     SimilarityTarget,
     TopTarget,
+    ZeroShotTarget,
+    explain,
     find_class,
 )
 from hypothesis import given
@@ -151,3 +154,40 @@ def test_synonyms_shared_by_two_classes_are_ambiguous_and_long_lists_are_cut():
 def test_output_that_moves_to_another_type_is_followed():
     output: Tensor = OUTPUT.double()
     assert DirectionTarget(DIRECTIONS).scores(output).dtype == torch.float64
+
+
+# --------------------------------------------------------------------------------------------- zero-shot and patches
+
+
+def test_zero_shot_is_a_choice_among_cosines():
+    embeddings = torch.randn(4, 5, generator=torch.Generator().manual_seed(3))
+    cosines = SimilarityTarget(embeddings).scores(OUTPUT)
+    target = ZeroShotTarget(embeddings, TopTarget(2))
+    torch.testing.assert_close(target.similarities(OUTPUT), cosines)
+    torch.testing.assert_close(target.scores(OUTPUT), cosines.topk(2, dim=1).values)
+    torch.testing.assert_close(ZeroShotTarget(embeddings, ClassTarget([3, 0])).scores(OUTPUT), cosines[:, [3, 0]])
+    assert target.rows(slice(0, 1)) is target
+    with pytest.raises(TargetError, match="no top 5 of 4 outputs"):
+        ZeroShotTarget(embeddings, TopTarget(5)).scores(OUTPUT)
+    with pytest.raises(TargetError, match="Directions have 6 entries"):
+        ZeroShotTarget(torch.ones(4, 6)).scores(OUTPUT)
+
+
+def test_a_patchs_feature_is_a_model_of_its_own_with_the_models_names():
+    model = torch.nn.Conv2d(3, 5, 2, stride=2)
+    images = torch.randn(2, 3, 6, 8, generator=torch.Generator().manual_seed(4))
+    patch = PatchFeature(model, lambda model, images: model(images), row=1, column=3)
+    torch.testing.assert_close(patch(images), model(images)[:, :, 1, 3])
+    explanation = explain(patch, images, SelfTarget())
+    assert explanation.balanced(1e-5).all() and set(explanation.constants) == {"bias"}
+    # No pixel outside of the patch has a share.
+    outside = explanation.contributions.clone()
+    outside[..., 2:4, 6:8] = 0
+    assert explanation.contributions.any() and not outside.any()
+
+
+@pytest.mark.parametrize(("row", "column"), [(3, 0), (0, 4), (-1, 0)])
+def test_a_patch_outside_of_the_grid_is_refused_with_its_size(row, column):
+    patch = PatchFeature(torch.nn.Conv2d(3, 5, 2, stride=2), lambda model, images: model(images), row, column)
+    with pytest.raises(TargetError, match=f"no patch {row},{column}: a picture of 6x8 has 3 rows and 4 columns"):
+        patch(torch.zeros(1, 3, 6, 8))

@@ -1,0 +1,133 @@
+"""BatchNorm without centring, and the two ways to come by its statistics.
+
+In eval mode BatchNorm is (x - mean) * weight / sigma + bias. Scaling its running mean and its bias by beta gives
+
+    x * weight / sigma + beta * (bias - weight * mean / sigma)
+
+the uncentred BatchNorm, equal to the source at beta = 1 and linear at beta = 0 (B-cos v2, sec. 3.2). In training mode
+mean and sigma are those of the batch, over all processes, and the gradient flows through them: at every B they keep the
+features' sizes as they were, which is what lets a CNN follow B to 2 (with the source's old statistics it dies on the
+way). The library's own forward runs unchanged either way: it reads weight, bias and statistics, which are properties.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from .scheduled import BiasScheduled, faded
+
+__all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
+
+
+class UncentredBatchNorm(BiasScheduled):
+    """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma)."""
+
+    eps: float
+    momentum: float | None
+    # (mean, variance) of the batch, each (C,), while it runs in training mode.
+    _moments: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """(C,) or None; in training mode with the batch's 1 / sigma in it."""
+        weight = self._parameters.get("weight")
+        if self._moments is None:
+            return weight
+        inverse = torch.rsqrt(self._moments[1] + self.eps)
+        return inverse if weight is None else weight * inverse
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(C,) or None: beta times the source's; in training mode with the batch's mean in it."""
+        bias = faded(self._parameters.get("bias"), self._beta)
+        if self._moments is None or self._beta == 0:
+            return bias
+        shift = self._beta * self.weight * self._moments[0]
+        return -shift if bias is None else bias - shift
+
+    @property
+    def running_mean(self) -> Tensor | None:
+        """(C,): beta times the buffer; zeros, never None, at beta = 0, as `batch_norm` needs one."""
+        mean = self._buffers.get("running_mean")
+        if mean is None or (self._beta == 1 and self._moments is None):
+            return mean
+        return torch.zeros_like(mean) if self._moments else mean * self._beta
+
+    @property
+    def running_var(self) -> Tensor | None:
+        """(C,): the buffer; in training mode what makes sigma one, as `weight` has it already."""
+        variance = self._buffers.get("running_var")
+        return torch.full_like(variance, 1 - self.eps) if self._moments and variance is not None else variance
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        self._moments = _moments(x)
+        self.training = False
+        try:
+            return super().forward(x)
+        finally:
+            self.training = True
+            self._track(*self._moments)
+            self._moments = None
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        """Moves the buffers as `nn.BatchNorm2d` does: by `momentum`, or to the mean over all batches if it is None."""
+        count = self._buffers["num_batches_tracked"]
+        assert count is not None
+        count.add_(1)
+        share = 1 / float(count) if self.momentum is None else self.momentum
+        for name, value in (("running_mean", mean), ("running_var", variance)):
+            buffer = self._buffers[name]
+            assert buffer is not None
+            buffer.lerp_(value.to(buffer.dtype), share)
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of every channel of (B, C, ...), over the batches of all processes."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    others = [dim for dim in range(x.dim()) if dim != 1]
+    mean, square = x.mean(others), x.square().mean(others)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        count = torch.distributed.get_world_size()
+        mean, square = all_reduce(torch.stack([mean, square])) / count
+    return mean, (square - mean.square()).clamp_min(0)
+
+
+@contextlib.contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Inside, every UncentredBatchNorm of `model` is in training mode; dropout and all others stay as they are."""
+    norms = [(module, module.training) for module in model.modules() if isinstance(module, UncentredBatchNorm)]
+    try:
+        for norm, _ in norms:
+            norm.training = True
+        yield
+    finally:
+        for norm, training in norms:
+            norm.training = training
+
+
+@torch.no_grad()
+def estimate_statistics(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Sets the statistics of every UncentredBatchNorm of `model` to their mean over `batches`, each (B, 3, H, W)."""
+    norms = [module for module in model.modules() if isinstance(module, UncentredBatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum = None
+            norm._buffers["num_batches_tracked"].zero_()  # type: ignore[union-attr]
+        with batch_statistics(model):
+            for batch in batches:
+                model(batch)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

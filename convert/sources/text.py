@@ -1,0 +1,189 @@
+"""The text half of a dual encoder (CLIP, SigLIP): kept as it is, beside the student, so that zero-shot goes on working.
+
+    text/model.safetensors    its weights, unchanged, with the library's own keys
+    text/text.json            library, what builds it, logit scale and bias
+    text/...                  its configuration and tokenizer in the library's own files
+
+A saved tower is opened when the first text is embedded, not before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, SourceError
+
+__all__ = ["SavedText", "Text", "TextTower", "embed_texts", "file_digest", "probabilities"]
+
+WEIGHTS, RECORD = "model.safetensors", "text.json"
+
+
+class Text(Protocol):
+    """What embeds texts, in memory or in a folder."""
+
+    @property
+    def logit_scale(self) -> float:
+        """What cosines are multiplied with before softmax or sigmoid."""
+        ...
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added then: SigLIP's, whose probabilities are sigmoids. None for CLIP's softmax."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """(T, D), not normalised. Raises SourceError where the tokenizer cannot be had."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes all that opens it again into `folder`, which exists."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextTower:
+    """A text tower in memory.
+
+    Attributes:
+        library: who built it; key of `sources.TEXTS`.
+        model: the text half, in eval mode.
+        record: what builds it again, JSON values only.
+        encode: (model, tokens) -> (T, D).
+        tokenizer: opens the tokenizer, texts -> tokens; raises where its files cannot be had.
+        write: writes configuration and tokenizer into a folder, as the library does.
+    """
+
+    library: str
+    model: nn.Module
+    record: dict[str, Any]
+    logit_scale: float
+    logit_bias: float | None
+    encode: Callable[[nn.Module, Any], Tensor]
+    tokenizer: Callable[[], Callable[[Sequence[str]], Any]]
+    write: Callable[[Path], None]
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return self.encode(self.model, self._tokenizer(list(texts))).float()
+
+    @functools.cached_property
+    def _tokenizer(self) -> Callable[[Sequence[str]], Any]:
+        try:
+            return self.tokenizer()
+        except Exception as error:  # libraries raise anything here, from ImportError to TypeError
+            said = str(error).splitlines() or [type(error).__name__]
+            raise SourceError(
+                f"the tokenizer of this {self.library} text tower cannot be had ({said[0]}). Convert the model again "
+                "where its tokenizer files can be reached: they are then kept in the student's folder."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        # A tied tensor is written once, under its first name: safetensors refuses shared memory.
+        seen: dict[int, str] = {}
+        state = {
+            name: tensor.detach().contiguous()
+            for name, tensor in self.model.state_dict().items()
+            if seen.setdefault(tensor.data_ptr(), name) == name
+        }
+        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        self.write(folder)
+        record = {"library": self.library, "logit_scale": self.logit_scale, "logit_bias": self.logit_bias}
+        (folder / RECORD).write_text(json.dumps({**record, "record": self.record}, indent=2))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SavedText:
+    """A text tower in a student's folder.
+
+    Attributes:
+        folder: where it lies.
+        files: name -> sha256 of every file, as recorded; checked when it is opened. None skips the check.
+    """
+
+    folder: Path
+    files: Mapping[str, str] | None
+
+    @property
+    def logit_scale(self) -> float:
+        return self._facts["logit_scale"]
+
+    @property
+    def logit_bias(self) -> float | None:
+        return self._facts["logit_bias"]
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        return self._tower.embed(texts)
+
+    def save(self, folder: Path) -> None:
+        self._check()
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / RECORD).read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.folder / RECORD} cannot be read: {error}") from error
+
+    @functools.cached_property
+    def _tower(self) -> TextTower:
+        from . import TEXTS
+
+        self._check()
+        library = self._facts["library"]
+        if library not in TEXTS:
+            raise CheckpointError(f"{self.folder}: this version has no text towers of {library!r}. Update bcosify.")
+        tower = TEXTS[library](self.folder, self._facts)
+        state, wanted = load_file(self.folder / WEIGHTS), tower.model.state_dict()
+        tied = {name for name, tensor in wanted.items() if name not in state and _is_tied(tensor, wanted, state)}
+        if set(state) != set(wanted) - tied:
+            odd = sorted(set(state) ^ (set(wanted) - tied))
+            raise CheckpointError(f"{self.folder / WEIGHTS} does not fit the text tower: {', '.join(odd[:5])}.")
+        tower.model.load_state_dict({**{name: wanted[name] for name in tied}, **state})
+        return tower
+
+    def _check(self) -> None:
+        for name, digest in (self.files or {}).items():
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name} is missing.")
+            if file_digest(self.folder / name) != digest:
+                raise CheckpointError(f"{self.folder / name} was changed after it was written: its sha256 differs.")
+
+
+def _is_tied(tensor: Tensor, wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
+    return any(tensor.data_ptr() == wanted[name].data_ptr() for name in state if name in wanted)
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def embed_texts(text: Text, texts: Sequence[str], templates: Sequence[str] = ("{}",), batch_size: int = 64) -> Tensor:
+    """(T, D) unit vectors: each text's mean over its templates of unit embeddings (CLIP's prompt ensembling).
+
+    Args:
+        templates: texts with one `{}` for the text.
+    """
+    prompts = [template.replace("{}", one) for one in texts for template in templates]
+    parts = [text.embed(prompts[start : start + batch_size]) for start in range(0, len(prompts), batch_size)]
+    units = nn.functional.normalize(torch.cat(parts), dim=-1)
+    return nn.functional.normalize(units.unflatten(0, (len(texts), len(templates))).mean(1), dim=-1)
+
+
+def probabilities(text: Text, cosines: Tensor) -> Tensor:
+    """What the pair was trained to say of cosines (..., T): softmax over the texts, or with a bias a sigmoid each."""
+    logits = text.logit_scale * cosines
+    return logits.softmax(-1) if text.logit_bias is None else (logits + text.logit_bias).sigmoid()

@@ -1,0 +1,88 @@
+"""State dicts of one's own: safetensors only, and they fit or they are refused with the first mismatches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ...errors import SourceError
+from ..plan import class_path
+
+__all__ = ["check_plain", "load_weights", "misfit", "mismatches", "read_weights"]
+
+# What `torch.compile` puts before every key of a state dict.
+COMPILED = "_orig_mod."
+# Where classes of quantised layers live: their weights are no numbers that a conversion could read.
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao.", "bitsandbytes.", "auto_gptq.", "awq.")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors in a safetensors file; raises SourceError for a pickle (unread), a broken file, a compiled model."""
+    if path.suffix != ".safetensors":
+        raise SourceError(
+            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it "
+            f"once, where you trust it: "
+            'safetensors.torch.save_file(torch.load(FILE, weights_only=True), "weights.safetensors")'
+        )
+    try:
+        state = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"--weights {path}: cannot be read as safetensors: {error}") from error
+    if any(key.startswith(COMPILED) for key in state):
+        raise SourceError(
+            f"--weights {path}: the keys begin with {COMPILED!r}, so this is what torch.compile made of a model. "
+            "Save the model inside instead: save_file(model._orig_mod.state_dict(), FILE)."
+        )
+    return state
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads a safetensors state dict strictly; raises SourceError that names the first keys that do not fit."""
+    state = read_weights(path)
+    faults = mismatches(model.state_dict(), state)
+    if faults:
+        raise misfit(path, type(model).__name__, faults)
+    model.load_state_dict(state)
+
+
+def mismatches(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the tensors `found` from being those `wanted`, one line each: missing, unknown, of another shape."""
+    faults = [f"missing {key}" for key in wanted if key not in found]
+    faults += [f"unknown {key}" for key in found if key not in wanted]
+    faults += [
+        f"{key} is {tuple(found[key].shape)}, should be {tuple(wanted[key].shape)}"
+        for key in wanted
+        if key in found and found[key].shape != wanted[key].shape
+    ]
+    return faults
+
+
+def misfit(path: Path, model: str, faults: Sequence[str]) -> SourceError:
+    """The error that says why the state dict in `path` is not one of `model`."""
+    shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+    return SourceError(f"--weights {path} does not fit {model}: {shown}.")
+
+
+def check_plain(model: nn.Module, name: str) -> None:
+    """Raises SourceError for a model whose layers cannot be read: compiled, scripted, or quantised."""
+    for path, module in model.named_modules():
+        where = f" at {path}" if path else ""
+        if isinstance(module, torch.jit.ScriptModule):
+            raise SourceError(f"{name}{where} is TorchScript, which hides its layers. Pass the Python model.")
+        if class_path(module) == "torch._dynamo.eval_frame.OptimizedModule":
+            raise SourceError(f"{name}{where} is compiled. Pass the model inside it: model._orig_mod.")
+        if class_path(module).startswith(QUANTISED):
+            raise SourceError(
+                f"{name}{where} is quantised ({class_path(module)}). Pass the model in float32, float16 or bfloat16."
+            )
+    for path, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or type(parameter.data) is not Tensor:
+            kind = parameter.dtype if type(parameter.data) is Tensor else type(parameter.data).__name__
+            raise SourceError(
+                f"{name} holds {path} as {kind}: it is quantised. Pass the model in float32, float16 or bfloat16."
+            )

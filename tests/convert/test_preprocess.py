@@ -1,0 +1,111 @@
+"""Pictures are prepared as the source library prepares them, on photographs of all shapes."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from bcosify.convert import Preprocess
+from bcosify.convert.sources import hf
+from bcosify.errors import SourceError
+from PIL import Image
+
+PROCESSORS = {
+    "vit": ("ViTImageProcessor", {}),
+    "vit small": ("ViTImageProcessor", {"size": {"height": 96, "width": 64}, "resample": 3}),
+    "clip": ("CLIPImageProcessor", {}),
+    "clip odd": ("CLIPImageProcessor", {"size": {"shortest_edge": 65}, "crop_size": {"height": 64, "width": 64}}),
+    "dinov2": (
+        "BitImageProcessor",
+        {
+            "size": {"shortest_edge": 256},
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+        },
+    ),
+    "siglip": ("SiglipImageProcessor", {}),
+    "convnext": ("ConvNextImageProcessor", {"size": {"shortest_edge": 224}}),
+    "convnext large": ("ConvNextImageProcessor", {"size": {"shortest_edge": 384}}),
+    "deit": ("DeiTImageProcessor", {}),
+    "beit": ("BeitImageProcessor", {"do_center_crop": True, "size": {"height": 256, "width": 256}}),
+    "no mean": ("ViTImageProcessor", {"do_normalize": False, "resample": 1}),
+    "bytes": ("ViTImageProcessor", {"do_rescale": False, "image_mean": [127.5] * 3, "image_std": [127.5] * 3}),
+    "plus minus one": (
+        "ViTImageProcessor",
+        {"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    ),
+    "dinov3": ("DINOv3ViTImageProcessor", {}),
+}
+
+
+def photograph(name: str) -> Image.Image:
+    spec = find_spec("skimage")
+    assert spec is not None and spec.submodule_search_locations
+    return Image.open(Path(spec.submodule_search_locations[0]) / "data" / name).convert("RGB")
+
+
+def upright(name: str) -> Image.Image:
+    return photograph(name).crop((10, 0, 242, 299))
+
+
+def record_of(kind: str, folder: Path) -> tuple[Preprocess, object]:
+    name, settings = PROCESSORS[kind]
+    processor = getattr(transformers, name)(**settings)
+    processor.save_pretrained(folder)
+    return hf._preprocess(folder, SimpleNamespace(image_size=32)), processor
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+@pytest.mark.parametrize("read", [photograph, upright], ids=["wide", "upright"])
+def test_a_picture_becomes_what_transformers_own_processor_makes_of_it(tmp_path, kind, read):
+    record, processor = record_of(kind, tmp_path)
+    picture = read("chelsea.png")
+    ours = record.transform()(picture)
+    theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+    assert ours.shape == theirs.shape == (3, *record.size)
+    # One grey level, in the processor's own units.
+    level = 1 / 255 / min(record.std)
+    assert (ours - theirs).abs().max() <= 1e-5 + 0.01 * level
+
+
+def test_a_record_goes_through_the_size_and_json(tmp_path):
+    record, _ = record_of("dinov2", tmp_path)
+    assert record.crop_pct == 224 / 256 and record.at(112).transform()(photograph("coffee.png")).shape == (3, 112, 112)
+    assert record.library == "transformers" and record.mean == (0.485, 0.456, 0.406)
+
+
+def test_without_a_processor_the_model_types_own_is_taken_at_the_models_size(tmp_path):
+    for config, mean, size in (
+        (transformers.ViTConfig(image_size=48), 0.5, 48),
+        (transformers.SiglipVisionConfig(image_size=64), 0.5, 64),
+        (transformers.CLIPVisionConfig(), 0.48145466, 224),
+        (transformers.DINOv3ConvNextConfig(), 0.485, 224),
+    ):
+        record = hf._preprocess(tmp_path, config)
+        assert record.mean[0] == pytest.approx(mean) and record.size == (size, size)
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [64, (48, 80)])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_picture_becomes_what_open_clips_own_transform_makes_of_it(mode, size, interpolation):
+    import open_clip
+    from bcosify.convert.sources.open_clip import _preprocess
+
+    values = {"mean": [0.5] * 3, "std": 0.25, "interpolation": interpolation, "resize_mode": mode, "fill_color": 7}
+    record = _preprocess(values, size)
+    theirs = open_clip.image_transform(
+        size, False, (0.5,) * 3, (0.25,) * 3, resize_mode=mode, interpolation=interpolation, fill_color=7
+    )
+    for read in (photograph, upright):
+        picture = read("chelsea.png")
+        assert torch.equal(record.transform()(picture), theirs(picture))
+
+
+def test_an_unknown_librarys_arithmetic_is_refused():
+    with pytest.raises(SourceError, match="cannot prepare pictures as 'caffe' does"):
+        Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3, library="caffe").transform()
