@@ -23,7 +23,7 @@ class Trace:
 
     Attributes:
         called: modules with own parameters whose forward ran, in the order of their first call.
-        readers: those of them whose first argument is the picture itself.
+        readers: the innermost of them whose first argument is the picture itself.
         elsewhere: whether the picture also gets into the model any other way.
     """
 
@@ -76,6 +76,7 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
     try:
         with torch.no_grad(), _hooked((module, watch(name)) for name, module in _own_parameters(model)):
             model(picture)
+        readers = _innermost(readers)
         # What still moves with the picture once its readers do not let it through came in another way.
         with _hooked((model.get_submodule(name), cut) for name in readers), Linearised(model) as mode:
             leaves = _leaves(model(mode.follow(picture)))
@@ -87,6 +88,11 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
             "that the model takes."
         ) from error
     return Trace(tuple(called), frozenset(readers), elsewhere=moves)
+
+
+def _innermost(names: set[str]) -> set[str]:
+    """Those below which no other lies: a container that holds a class token only hands the picture on."""
+    return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 
 def _leaves(output: object) -> list[object]:
