@@ -69,7 +69,7 @@ def convert(
     plan = plan_for(teacher, config)
     if dry_run:
         if not json:
-            rows = [(step.name, step.found, step.becomes or "-", step.reason) for step in plan.steps]
+            rows = [(step.name or "(whole model)", step.found, step.becomes or "-", step.reason) for step in plan.steps]
             show_table(f"{reference}: plan for {method}", ["layer", "is", "becomes", "why"], rows)
         return {
             "reference": reference,

@@ -86,8 +86,6 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace)
     kept = _matching(config.keep, names)
     steps, refused = [], []
     for name, module in model.named_modules():
-        if not name:
-            continue
         found = type(module).__name__
         if name in kept:
             steps.append(Step(name, found, None, "kept as asked"))
@@ -108,7 +106,7 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace)
             + "\nTo leave a layer as it is, pass --keep NAME (or --keep 're:PATTERN')."
         )
     plan = Plan(method.name, tuple(steps))
-    if not plan.swaps:
+    if not any(step.name for step in plan.swaps):
         kinds = ", ".join(sorted({step.found for step in steps})) or "no layers"
         raise PlanError(f"nothing in {type(model).__name__} matches --method {method.name}. It has: {kinds}.")
     return plan

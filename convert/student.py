@@ -58,6 +58,9 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
         config: settings of the method; its class chooses the method. Default `BcosConfig()`.
         plan: a plan made before by `plan_for`, to spare making it again.
 
+    A teacher in half precision is converted and compared in float32, then rounded back. One on the meta device is
+    converted without the comparison.
+
     Raises:
         SourceError, PlanError: before anything is changed.
         LedgerError: the student differs from the teacher by more than rounding.
@@ -66,12 +69,17 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     check_plain(teacher.model, teacher.source.reference)
     config = BcosConfig() if config is None else config
     plan = plan or plan_for(teacher, config)
-    model = copy.deepcopy(teacher.model)
+    original = _in_single_precision(teacher.model)
+    model = copy.deepcopy(original)
     apply_plan(model, plan, teacher.preprocess, config)
     student = Student(
         model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan, text=teacher.text
     )
-    error = identity_error(model, teacher.model, fitted(noise_pictures(2, teacher.preprocess.size), teacher.model))
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return student  # without memory there is nothing to compare
+    error = identity_error(model, original, fitted(noise_pictures(2, teacher.preprocess.size), original))
+    if original is not teacher.model:
+        _take_precision(model, teacher.model)
     if not error <= IDENTITY_LIMIT:
         raise LedgerError(
             f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at B=1, beta=1 (limit "
@@ -79,6 +87,27 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
             "See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
     return student.with_report(identity_error=error)
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """`model` itself, or a float32 copy of one in half precision, whose rounding would hide a difference."""
+    if not any(parameter.dtype in HALF for parameter in model.parameters()):
+        return model
+    return copy.deepcopy(model).float()
+
+
+def _take_precision(model: nn.Module, source: nn.Module) -> None:
+    """Gives every parameter and buffer the precision that it has in `source`, new ones that of the first weight."""
+    named = {name: tensor.dtype for name, tensor in [*source.named_parameters(), *source.named_buffers()]}
+    common = next(parameter.dtype for parameter in source.parameters() if parameter.dtype in HALF)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(named.get(name, common))
+    for name, buffer in model.named_buffers():
+        if name in named:
+            buffer.data = buffer.data.to(named[name])
 
 
 def plan_for(teacher: Teacher, config: Any) -> Plan:

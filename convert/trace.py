@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..explain.linearise import Linearised
 
 __all__ = ["Trace", "fitted", "noise_pictures", "trace_forward"]
 
@@ -19,11 +23,13 @@ class Trace:
 
     Attributes:
         called: modules with own parameters whose forward ran, in the order of their first call.
-        readers: those of them whose first argument is the picture itself.
+        readers: the innermost of them whose first argument is the picture itself.
+        elsewhere: whether the picture also gets into the model any other way.
     """
 
     called: tuple[str, ...]
     readers: frozenset[str]
+    elsewhere: bool
 
 
 def noise_pictures(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
@@ -50,32 +56,69 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
         raise PlanError(
             f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}. Pass another --image-size."
         )
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        model = _with_memory(model)
     picture = fitted(noise_pictures(1, size), model)
     called: dict[str, None] = {}
     readers: set[str] = set()
 
     def watch(name: str):  # noqa: ANN202 - a hook
-        def hook(module: nn.Module, args: tuple) -> None:
+        def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
             called[name] = None
             if any(_is_picture(arg, picture) for arg in args[:1]):
                 readers.add(name)
 
         return hook
 
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in _own_parameters(model)]
+    def cut(module: nn.Module, args: tuple) -> tuple:  # noqa: ARG001 - a hook
+        return (args[0].detach(), *args[1:])
+
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _hooked((module, watch(name)) for name, module in _own_parameters(model)):
             model(picture)
+        readers = _innermost(readers)
+        # What still moves with the picture once its readers do not let it through came in another way.
+        with _hooked((model.get_submodule(name), cut) for name in readers), Linearised(model) as mode:
+            leaves = _leaves(model(mode.follow(picture)))
+        moves = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
     except Exception as error:
         raise PlanError(
             f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}: {error}. "
             f"Pass --image-size with a size "
             "that the model takes."
         ) from error
+    return Trace(tuple(called), frozenset(readers), elsewhere=moves)
+
+
+def _innermost(names: set[str]) -> set[str]:
+    """Those below which no other lies: a container that holds a class token only hands the picture on."""
+    return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
+
+
+def _leaves(output: object) -> list[object]:
+    """What is in a model's output, whatever holds it."""
+    if isinstance(output, Mapping):
+        return [leaf for value in output.values() for leaf in _leaves(value)]
+    return [leaf for value in output for leaf in _leaves(value)] if isinstance(output, list | tuple) else [output]
+
+
+def _with_memory(model: nn.Module) -> nn.Module:
+    """A copy of a model on the meta device, full of zeros: enough to see which layers run."""
+    copied = copy.deepcopy(model).to_empty(device="cpu")
+    for tensor in [*copied.parameters(), *copied.buffers()]:
+        tensor.detach().zero_()
+    return copied
+
+
+@contextlib.contextmanager
+def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """Forward pre-hooks that are gone afterwards, also after an exception."""
+    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
+    try:
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
-    return Trace(tuple(called), frozenset(readers))
+        for handle in handles:
+            handle.remove()
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -1,7 +1,7 @@
 """Explain what a model computed: contributions of the input, named constants, and a proof that they add up."""
 
 from .attribution import Explanation, attribute, explain
-from .linearise import Linearised, gated, input_encoding
+from .linearise import Linearised, gated, input_colours, input_encoding
 from .render import overlay, panel, rgba, signed_map
 from .targets import (
     ClassTarget,
@@ -30,6 +30,7 @@ __all__ = [
     "explain",
     "find_class",
     "gated",
+    "input_colours",
     "input_encoding",
     "overlay",
     "panel",

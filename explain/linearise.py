@@ -12,8 +12,9 @@ is put back when the mode ends, also after an exception.
     (gradient,), constants = mode.pull(output[:, 0].sum())
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
-Layers take part by what they call, not by what they are. Two decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate) and `input_encoding` (picture to channels that are explained).
+Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
+which torch does not know: `gated` (x times a gate), `input_encoding` (picture to channels that are explained), and
+`input_colours` (the picture as it is, explained by its colours).
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -33,9 +34,9 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torch.utils._pytree import tree_leaves
 
 from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, encoding, gate, resolve
+from .rules import OPERATIONS, Operation, Rule, colours, encoding, gate, resolve
 
-__all__ = ["Linearised", "gated", "input_encoding"]
+__all__ = ["Linearised", "gated", "input_colours", "input_encoding"]
 
 P = ParamSpec("P")
 
@@ -140,6 +141,14 @@ def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     in place of x, and the border that padding adds is a constant called "padding".
     """
     return _declared(function, encoding)
+
+
+def input_colours(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares a function (x, mean, std) that returns x (B, 3, H, W), a picture normalised by mean and std.
+
+    In explanation mode the colours and their complements [r, 1 - r] (B, 6, H, W) get explained in place of x.
+    """
+    return _declared(function, colours)
 
 
 def _declared(function: Callable[P, Tensor], rule: Rule) -> Callable[P, Tensor]:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "encoding", "gate", "resolve"]
+__all__ = ["OPERATIONS", "Operation", "Rule", "colours", "encoding", "gate", "resolve"]
 
 Run = Callable[..., Any]
 
@@ -416,6 +416,18 @@ def encoding(
     inside = F.pad(torch.ones_like(leaf, dtype=torch.bool), padding)
     ledger.enter(out, value.masked_fill(inside, 0), "padding")
     return out
+
+
+def colours(ledger: Ledger, run: Run, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """The normalised picture as a linear function of [r, 1 - r], which is explained; r + (1 - r) = 1 spares a constant.
+
+    z = (r - mean) / std = r (1/(2 std) + k) + (1 - r) (-1/(2 std) + k),  k = (1 - 2 mean) / (2 std).
+    """
+    x, mean, std = frozen((x, mean.view(-1, 1, 1), std.view(-1, 1, 1)))
+    r = x * std + mean
+    leaf = ledger.encode(torch.cat([r, 1 - r], 1))
+    half, k = 1 / (2 * std), (1 - 2 * mean) / (2 * std)
+    return graft(run(x, mean, std).clone(), leaf[:, :3] * (k + half) + leaf[:, 3:] * (k - half))
 
 
 # ------------------------------------------------------------------------------------------------------------ the table

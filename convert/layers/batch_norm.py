@@ -48,7 +48,9 @@ class UncentredBatchNorm(BiasScheduled):
         bias = faded(self._parameters.get("bias"), self._beta)
         if self._moments is None or self._beta == 0:
             return bias
-        shift = self._beta * self.weight * self._moments[0]
+        weight = self.weight
+        assert weight is not None  # in training mode it holds the batch's 1 / sigma
+        shift = self._beta * weight * self._moments[0]
         return -shift if bias is None else bias - shift
 
     @property

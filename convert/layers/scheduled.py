@@ -2,7 +2,8 @@
 
 A layer is converted in place: its class becomes a subclass of the class it had, so that parameters keep name, dtype,
 device and ties, and the library's own forward runs unchanged. The forward reads `self.bias`, which is now the property
-beta * bias; nothing else is needed, for any layer that adds a bias.
+beta * bias; nothing else is needed, for any layer that adds a bias. Constants of other names (`q_bias` of BEiT) fade
+the same way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasScheduled", "adopt", "faded", "scheduled_layers", "set_strength"]
+__all__ = ["BiasScheduled", "adopt", "faded", "join", "scheduled_layers", "set_strength"]
 
 
 class BiasScheduled(nn.Module):
@@ -81,21 +82,43 @@ def faded(bias: Tensor | None, beta: float) -> Tensor | None:
     return bias if beta == 1 else bias * beta
 
 
+def _fading(name: str) -> property:
+    """The property beta * parameter (or buffer); at beta = 0 zeros, not None: the source asks for None at other times
+    to choose what to compute."""
+
+    def read(layer: BiasScheduled) -> Tensor | None:
+        constant = layer._parameters.get(name, layer._buffers.get(name))
+        return constant if constant is None or layer._beta == 1 else constant * layer._beta
+
+    return property(read, doc=f"beta times the source's {name}")
+
+
+MixinT = TypeVar("MixinT", bound=nn.Module)
 LayerT = TypeVar("LayerT", bound=BiasScheduled)
 
 
 @functools.cache
-def _joined(mixin: type[BiasScheduled], source: type[nn.Module]) -> type[nn.Module]:
+def _joined(mixin: type[nn.Module], source: type[nn.Module], fading: tuple[str, ...]) -> type[nn.Module]:
     name = mixin.__name__ if mixin.__name__.endswith(source.__name__) else mixin.__name__ + source.__name__
-    return type(name, (mixin, source), {"__module__": mixin.__module__, "__doc__": mixin.__doc__})
+    body: dict[str, object] = {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    return type(name, (mixin, source), body | {constant: _fading(constant) for constant in fading})
 
 
-def adopt(module: nn.Module, mixin: type[LayerT]) -> LayerT:
-    """Turns `module` in place into `mixin` over the class it had, at the source's own function. Returns the module."""
-    module.__class__ = _joined(mixin, type(module))
+def join(module: nn.Module, mixin: type[MixinT], fading: tuple[str, ...] = ()) -> MixinT:
+    """Turns `module` in place into `mixin` over the class it had, with properties for `fading`. Returns the module."""
+    module.__class__ = _joined(mixin, type(module), fading)
     assert isinstance(module, mixin)
-    module.start_schedule()
     return module
+
+
+def adopt(module: nn.Module, mixin: type[LayerT], fading: tuple[str, ...] = ()) -> LayerT:
+    """As `join`, and starts the schedule at the source's own function.
+
+    `fading` names parameters or buffers, beside `bias`, that the source's forward reads and that count beta times.
+    """
+    layer = join(module, mixin, fading)
+    layer.start_schedule()
+    return layer
 
 
 def scheduled_layers(model: nn.Module) -> Iterator[tuple[str, BiasScheduled]]:

@@ -9,18 +9,34 @@ complement, so
 gives W6.[r, 1-r] = W.z + bias exactly: normalisation and bias live in the weights. Zeros that a convolution pads after
 normalisation are the colour `mean`, so the stem pads before it encodes, and the border is right to the last bit too.
 (Ours.)
+
+A picture that gets into the model any other way (cut into patches for a linear layer, folded into more channels,
+resized for a second branch, normalised again) is encoded at the entrance instead: the model goes on seeing z, and in
+explanation mode z is the linear function
+
+    z = r (1/(2 std) + k) + (1-r) (-1/(2 std) + k),   k = (1 - 2 mean) / (2 std)
+
+of the six channels, without a constant, again because r + (1-r) = 1.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...explain.linearise import input_encoding
+from ...explain.linearise import input_colours, input_encoding
 from .bcos import BcosConv2d, BcosConv2dSame
 
-__all__ = ["SixChannelBcosConv2d", "SixChannelBcosConv2dSame", "six_channels"]
+__all__ = [
+    "SixChannelBcosConv2d",
+    "SixChannelBcosConv2dSame",
+    "SixChannelInput",
+    "from_six_channels",
+    "six_channels",
+]
 
 
 @input_encoding
@@ -34,6 +50,35 @@ def six_channels(x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, 
     return torch.cat([r, 1 - r], dim=1)
 
 
+@input_colours
+def from_six_channels(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:  # noqa: ARG001 - read by explanation mode
+    """Normalised x (B, 3, H, W), itself; in explanation mode as a linear function of [r, 1-r] (B, 6, H, W)."""
+    return x
+
+
+def _constants(mean: tuple[float, ...], std: tuple[float, ...], like: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Both as (3,) tensors where `like` is; on the CPU where that has no memory, since they are in no checkpoint."""
+    device = None if like is None or like.is_meta else like.device
+    return torch.tensor(mean, device=device), torch.tensor(std, device=device)
+
+
+class SixChannelInput(nn.Module):
+    """Mixin over a whole model: its first argument, the normalised picture, is explained as [r, 1-r]."""
+
+    mean_colour: Tensor
+    std_colour: Tensor
+
+    def encode_with(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Keeps the normalisation; nothing that the model computes changes."""
+        constants = _constants(mean, std, next(self.parameters(), None))
+        for name, constant in zip(("mean_colour", "std_colour"), constants, strict=True):
+            self.register_buffer(name, constant, persistent=False)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        mean, std = self.mean_colour.to(x.dtype), self.std_colour.to(x.dtype)
+        return super().forward(from_six_channels(x, mean, std), *args, **kwargs)  # type: ignore[misc]
+
+
 class _SixChannel(BcosConv2d):
     """Mixin over a B-cos convolution: encodes the picture first."""
 
@@ -45,10 +90,11 @@ class _SixChannel(BcosConv2d):
         weight, bias = self._parameters["weight"], self._parameters["bias"]
         if weight is None or weight.shape[1] != 3 or self.padding_mode != "zeros":
             raise ValueError("the first convolution must read three channels, ungrouped, with zero padding")
-        self.register_buffer("mean", torch.tensor(mean, device=weight.device), persistent=False)
-        self.register_buffer("std", torch.tensor(std, device=weight.device), persistent=False)
+        for name, constant in zip(("mean", "std"), _constants(mean, std, weight), strict=True):
+            self.register_buffer(name, constant, persistent=False)
         # float64: the folded constant is a sum over the whole patch. From the buffers: it must undo what forward does.
-        w, mu, sigma = weight.detach().double(), self.mean.double().view(-1, 1, 1), self.std.double().view(-1, 1, 1)
+        w = weight.detach().double()
+        mu, sigma = (constant.to(w).view(-1, 1, 1) for constant in (self.mean, self.std))
         constant = (w / (2 * sigma) - w * mu / sigma).sum((1, 2, 3))
         if bias is not None:
             constant = constant + bias.detach().double()

@@ -223,7 +223,7 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
         (("timm:test_resnt", "--out", "{tmp}"), "Did you mean 'test_resnet'"),
         (("resnet50", "--out", "{tmp}"), "Did you mean 'timm:resnet50'"),
         (("timm:test_resnet", "--out", "{tmp}"), "--no-pretrained"),
-        (("timm:test_nfnet", "--no-pretrained", "--out", "{tmp}"), "--keep NAME"),
+        (("timm:sequencer2d_s", "--no-pretrained", "--out", "{tmp}"), "--keep NAME"),
         ((*TINY, "--out", "{tmp}", "--method", "bcoss"), "Did you mean 'bcos'"),
         ((*TINY, "--out", "{tmp}", "--scale", "cosin"), "Did you mean 'cosine'"),
         ((*TINY, "--out", "{tmp}", "--keep", "fcc"), "--keep fcc names no module of the model. Did you mean 'fc'"),

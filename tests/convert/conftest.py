@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
+from bcosify.convert.randomise import randomise
+from bcosify.convert.trace import noise_pictures
 from PIL import Image
 from torch import Tensor, nn
 
@@ -23,21 +25,6 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Fresh models have zero biases, unit gains and empty statistics: no error in those would show."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.2 if parameter.dim() <= 1 else 0.02
-            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
-            if name.endswith("running_var"):
-                buffer.copy_(0.5 + 1.5 * torch.rand(buffer.shape, generator=generator))
-    return model
-
-
 @pytest.fixture
 def tiny() -> Callable[..., Teacher]:
     """tiny(NAME, size=...): a timm model without published weights, with random biases and statistics."""
@@ -45,7 +32,7 @@ def tiny() -> Callable[..., Teacher]:
     def make(name: str = "test_vit", size: int | None = 64) -> Teacher:
         torch.manual_seed(0)
         teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=size)
-        randomised(teacher.model)
+        randomise(teacher.model, noise_pictures(2, teacher.preprocess.size))
         return teacher
 
     return make
@@ -138,7 +125,7 @@ def hf_folder(tmp_path) -> Callable[..., Path]:
 
         torch.manual_seed(0)
         made = getattr(transformers, model)(getattr(transformers, config)(**settings))
-        randomised(made).save_pretrained(tmp_path / folder)
+        randomise(made).save_pretrained(tmp_path / folder)
         return tmp_path / folder
 
     return make
@@ -170,7 +157,7 @@ def open_clip_folder(tmp_path) -> Callable[..., Path]:
         prepared = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
         (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": prepared}))
         torch.manual_seed(0)
-        made = randomised(open_clip.create_model(f"local-dir:{place}", load_weights=False))
+        made = randomise(open_clip.create_model(f"local-dir:{place}", load_weights=False))
         state = {key: value.contiguous() for key, value in made.state_dict().items()}
         save_file(state, place / "open_clip_model.safetensors")
         return place

@@ -11,7 +11,7 @@ from bcosify.convert import BcosConfig, convert, plan_for
 from bcosify.convert.methods import find_method
 from bcosify.convert.trace import noise_pictures, trace_forward
 from bcosify.errors import PlanError
-from timm.layers import StdConv2d
+from bcosify.explain import explain
 from torch import nn
 
 CONFIG = BcosConfig()
@@ -32,6 +32,15 @@ class Net(nn.Module):
 
 class MyConv(nn.Conv2d):
     """A subclass: who knows what its forward does."""
+
+
+class Scan(nn.LSTM):
+    """Over the pixels, row by row."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, batch_first=True)
+        self.__class__ = nn.LSTM  # the class that libraries use, run over pixels by the forward below
+        self.forward = lambda x: nn.LSTM.forward(self, x.flatten(2).mT)[0].mT.unflatten(2, x.shape[2:])
 
 
 def becomes(plan) -> dict[str, str | None]:
@@ -107,8 +116,7 @@ def test_layers_that_never_run_and_norms_without_a_bias_stay(teach):
 
 REFUSED = {
     "subclass": (lambda: MyConv(4, 4, 3, padding=1), "MyConv"),
-    "standardised": (lambda: StdConv2d(4, 4, 3, padding=1), "StdConv2d"),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 4, 3), "ConvTranspose2d"),
+    "recurrent": (lambda: Scan(4), "LSTM"),
     "instance norm": (lambda: nn.InstanceNorm2d(4, track_running_stats=True), "InstanceNorm2d"),
     "no statistics": (lambda: nn.BatchNorm2d(4, track_running_stats=False), "BatchNorm2d"),
     "parametrised": (lambda: nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1)), "ParametrizedConv2d"),
@@ -133,19 +141,42 @@ def test_all_refused_layers_are_listed_up_to_ten(teach):
         plan_for(teach(model), CONFIG)
 
 
-@pytest.mark.parametrize(
-    "stem", [nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], ids=str
-)
-def test_stems_that_cannot_be_encoded_are_refused(teach, stem):
-    model = nn.Sequential(stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(stem.out_channels, 2))
-    with pytest.raises(PlanError, match=r"0 \(torch\.nn\.modules\.conv\.Conv2d\): reads the picture, but is not"):
-        plan_for(teach(model), CONFIG)
+class Twice(nn.Module):
+    """The picture for one stem, a smaller one for another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large, self.small = Net(), Net()
+
+    def forward(self, x):
+        return self.large(x) + self.small(nn.functional.interpolate(x, scale_factor=0.5))
 
 
-@pytest.mark.parametrize("first", [nn.BatchNorm2d(3), nn.GroupNorm(1, 3)], ids=str)
-def test_a_norm_before_the_stem_is_refused(teach, first):
-    with pytest.raises(PlanError, match="normalises the picture before the stem"):
-        plan_for(teach(nn.Sequential(first, Net())), CONFIG)
+OTHER_WAYS = {
+    "grouped": lambda: nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "reflected": lambda: nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ),
+    "batch norm": lambda: nn.Sequential(nn.BatchNorm2d(3), Net()),
+    "group norm": lambda: nn.Sequential(nn.GroupNorm(1, 3), Net()),
+    "patches": lambda: nn.Sequential(nn.PixelUnshuffle(4), nn.Flatten(2), nn.Linear(16, 5), nn.Flatten()),
+    "folded": lambda: nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(12, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "twice": Twice,
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WAYS)
+def test_a_picture_that_no_stem_can_encode_is_encoded_at_the_entrance(teach, way):
+    torch.manual_seed(0)
+    teacher = teach(OTHER_WAYS[way]())
+    plan = {step.name: step.becomes for step in plan_for(teacher, CONFIG).swaps}
+    assert plan[""] == "SixChannelInput" and not any(str(kind).startswith("SixChannelBcos") for kind in plan.values())
+    student = convert(teacher)
+    assert student.report["identity_error"] <= 1e-6
+    explanation = explain(student.model, noise_pictures(2, (16, 16)), [0, 1])
+    assert explanation.encoded_inputs.shape == (2, 6, 16, 16)
+    torch.testing.assert_close(explanation.encoded_inputs.unflatten(1, (2, 3)).sum(1), torch.ones(2, 3, 16, 16))
+    assert "literal" not in explanation.constants
 
 
 @pytest.mark.parametrize(

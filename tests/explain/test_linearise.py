@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.errors import LedgerError
-from bcosify.explain import Linearised, gated, input_encoding
+from bcosify.explain import Linearised, gated, input_colours, input_encoding
 from bcosify.explain.linearise import _modes
 from bcosify.explain.rules import OPERATIONS, Operation, linear
 from hypothesis import given, settings
@@ -865,3 +865,23 @@ def test_convolutions_are_exact(batch, groups, kernel, stride, padding, dilation
     torch.testing.assert_close(gradient, torch.autograd.grad((conv(leaf) * direction).sum(), leaf)[0])
     torch.testing.assert_close(constants["bias"], (direction.sum((2, 3)) * conv.bias).sum(1).detach())
     assert missing.abs().max() < 1e-10
+
+
+@input_colours
+def as_it_is(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    return x
+
+
+def test_colours_are_explained_where_the_model_goes_on_seeing_the_normalised_picture():
+    mean, std = torch.tensor([0.4, 0.5, 0.6], dtype=torch.float64), torch.tensor([0.2, 0.3, 0.25], dtype=torch.float64)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    with Linearised() as mode:
+        z = as_it_is(mode.follow(x), mean, std)
+        score = (z * torch.arange(3.0).view(3, 1, 1)).relu().sum()
+    assert torch.equal(z.detach(), x)
+    (leaf,), ((gradient,), constants) = mode.inputs, mode.pull(score)
+    r = x * std.view(3, 1, 1) + mean.view(3, 1, 1)
+    torch.testing.assert_close(leaf.detach(), torch.cat([r, 1 - r], 1))
+    torch.testing.assert_close((leaf * gradient).sum(), score)
+    assert not constants
+    assert as_it_is(x, mean, std) is x
