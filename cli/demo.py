@@ -92,9 +92,9 @@ def demo(
     show_table(
         f"{REFERENCE}: teacher, start (B={facts['b'][0]:g}) and end (B={facts['b'][1]:g}, biases "
         f"x {facts['beta'][1]:g})",
-        ["picture", "model", "decides", "score", "input", "constants", "residual"],
+        ["picture", "model", "decides", "ahead of", "by", "score", "input", "constants", "residual"],
         [
-            (r["picture"], r["model"], r["label"], r["score"], r["input"], r["constants"], f"{r['residual']:.0e}")
+            (*(r[key] for key in "picture model label second ahead score input constants".split()), f"{r['residual']:.0e}")
             for r in rows
         ],
     )
@@ -160,16 +160,19 @@ def _explain(
     for kind, model in models.items():
         explanation = explain(model, inputs, ClassTarget(decisions))
         for i, name in enumerate(shown):
-            own = int(explanation.outputs[i].argmax())
+            best, second = explanation.outputs[i].topk(2).indices.tolist()
+            ahead = float(explanation.outputs[i, best] - explanation.outputs[i, second])
             rows.append(
                 {
                     "picture": name,
                     "model": kind,
                     "target": int(decisions[i]),
                     "target_label": student.labels[int(decisions[i])],
-                    "decides": own,
-                    "label": student.labels[own],
-                    "agrees": own == int(decisions[i]),
+                    "decides": best,
+                    "label": student.labels[best],
+                    "second": student.labels[second],
+                    "ahead": ahead,
+                    "agrees": best == int(decisions[i]),
                     "score": float(explanation.scores[i, 0]),
                     "input": float(explanation.input_part[i, 0]),
                     "constants": float(explanation.constant_part[i, 0]),
