@@ -69,6 +69,9 @@ class Recipe:
         pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to
         learn. image_size: side of the training views in pixels.
         batch_size: pictures a step, over all processes.
+        accumulate: each process takes its share of a batch in so many parts, for less memory; the gradient is the same,
+            but for BatchNorm's batch statistics.
+        gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
         taps: modules compared end to end; empty means a third, two thirds and all of the depth.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
         output_weight: weight of the output's loss beside one for every tap.
@@ -83,6 +86,8 @@ class Recipe:
     image_size: int
     batch_size: int
     phases: tuple[Phase, ...]
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
     seed: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -170,7 +175,7 @@ def _shipped() -> dict[str, Any]:
 
     def collect(folder: Any, prefix: str) -> None:
         for entry in folder.iterdir():
-            if entry.is_dir() and not entry.name.startswith("_"):
+            if entry.is_dir() and entry.name not in ("__pycache__", "accelerate"):
                 collect(entry, f"{prefix}{entry.name}/")
             elif entry.name.endswith(".yaml"):
                 found[prefix + entry.name.removesuffix(".yaml")] = entry

@@ -58,6 +58,7 @@ __all__ = [
     "expand",
     "index_shards",
     "order",
+    "overlap",
     "read_at",
     "reason",
     "split",
@@ -70,6 +71,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "g
 BLOCK = 512  # a tar is made of blocks of this many bytes; two zero ones end it
 SCHEMA = 1  # of the cached index; a new number makes the old files unused
 OPEN_FILES = 128  # per process; below the usual limit of 256 on macOS and 1024 on Linux
+COMPARED = 100_000  # pictures that are read to find out whether train and val overlap
 FEW = 8  # no progress bar for fewer shards
 AGAIN = "Download or write the shard again."
 COMPRESSED = {
@@ -230,6 +232,13 @@ class ShardIndex:
         if self.ids is not None:
             whole.update(self.ids.astype("<i8").tobytes())
         return whole.hexdigest()
+
+    @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """(N,) bytes of every picture."""
+        every = [shard.lengths[shard.picture] for shard in self.shards]
+        sizes = np.concatenate(every) if every else np.zeros(0, np.int64)
+        return sizes if self.ids is None else sizes[self.ids]
 
     def key(self, i: int) -> str:
         shard, row = self._find(i)
@@ -566,6 +575,17 @@ def split(index: ShardIndex, held_out: float | int, seed: int = 0) -> tuple[Shar
             "Use a fraction between 0 and 1, or a count below that of the pictures."
         )
     return ShardIndex(index.shards, numbers[~chosen]), ShardIndex(index.shards, numbers[chosen])
+
+
+def overlap(train: ShardIndex, val: ShardIndex) -> list[tuple[str, str]]:
+    """(key in train, key in val) of pictures that are the same bytes.
+
+    Only training pictures as long as one of `val`'s are read, and of these at most COMPARED.
+    """
+    held_out = {hashlib.sha256(val.read(i)).digest(): val.key(i) for i in range(len(val))}
+    alike = np.flatnonzero(np.isin(train.sizes, val.sizes))[:COMPARED]
+    found = ((train.key(i), held_out.get(hashlib.sha256(train.read(i)).digest())) for i in map(int, alike))
+    return [(ours, theirs) for ours, theirs in found if theirs is not None]
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

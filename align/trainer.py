@@ -31,14 +31,14 @@ from tqdm.auto import tqdm
 from ..convert import Student, calibrate, load, reload_teacher, save, set_strength
 from ..convert.files import check_free, new_file
 from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
-from ..errors import BcosifyError, CheckpointError, RecipeError
+from ..errors import BcosifyError, CheckpointError, DataError, RecipeError
 from . import state
 from .fidelity import fidelity
 from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
-from .objectives import OBJECTIVES, observe
+from .objectives import OBJECTIVES, Objective, observe
 from .recipe import Phase, Recipe, difference, dump, load_recipe
 from .schedule import learning_rate, ramp
-from .shards import ShardIndex, expand, index_shards, split
+from .shards import ShardIndex, expand, index_shards, overlap, split
 from .taps import first_tensor
 
 __all__ = ["AlignConfig", "align"]
@@ -57,6 +57,7 @@ class AlignConfig:
         data, val: shards (brace syntax, globs, folders); without `val`, some pictures of `data` are held out.
         out: the aligned model; `<out>.run` beside it holds recipe.yaml, metrics.jsonl and checkpoints.
         resume: go on from the newest complete checkpoint.
+        init_from: another student of the same conversion, whose weights the run starts from.
         weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
     """
 
@@ -69,6 +70,7 @@ class AlignConfig:
     overwrite: bool = False
     quiet: bool = False
     weights: Path | None = None
+    init_from: Path | None = None
 
     @property
     def work(self) -> Path:
@@ -91,11 +93,15 @@ def align(config: AlignConfig) -> dict[str, Any]:
     check_free(config.out, config.overwrite)
     student = load(config.run)
     teacher = _teacher(student, config.weights)
+    _start_from(student, config.init_from)
+    if recipe.gradient_checkpointing:
+        _checkpoint_gradients(student.model)
     train, val = _data(config)
     resumed = _prepare_folder(config, accelerator, train)
     run = _Run(config, accelerator, student, teacher.to(accelerator.device), train, val)
     progress = resumed[1] if resumed else state.Progress(0, 0, train.digest)
     if resumed is None:
+        run.write_row({"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}})
         progress = run.evaluated(progress, {"phase": "start"})
     else:
         state.restore(resumed[0], student.model, None)
@@ -212,17 +218,11 @@ class _Run:
             if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps:
                 gains()
             self.bad.add(batch.bad)
-            pictures = self._normalised(batch.pictures)
             for group in optimizer.param_groups:
                 rate = learning_rate(k, steps, phase.learning_rate, phase.warmup, phase.final_learning_rate)
                 group["lr"] = rate * group["scale"]
-            with self.accelerator.autocast():
-                calls, output = observe(self.teacher, pictures, objective.taps)
             optimizer.zero_grad()
-            with batch_statistics(self.model) if phase.batch_statistics else contextlib.nullcontext():
-                with self.accelerator.autocast():
-                    losses = prepared(pictures, calls, output)
-                self.accelerator.backward(losses["total"])
+            losses = self._backward(phase, objective, prepared, self._normalised(batch.pictures))
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), phase.clip)
             optimizer.step()
             progress = dataclasses.replace(progress, step=first + k + 1, phase=number)
@@ -240,6 +240,24 @@ class _Run:
                 break
         log.close()
         return progress
+
+    def _backward(self, phase: Phase, objective: Objective, prepared: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+        """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
+        parts = pictures.chunk(self.recipe.accumulate)
+        sums: dict[str, Tensor] = {}
+        statistics = batch_statistics(self.model) if phase.batch_statistics else contextlib.nullcontext()
+        with statistics:
+            for i, part in enumerate(parts):
+                share = len(part) / len(pictures)
+                last = i + 1 == len(parts)
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared):
+                    with self.accelerator.autocast():
+                        calls, output = observe(self.teacher, part, objective.taps)
+                        losses = prepared(part, calls, output)
+                    self.accelerator.backward(losses["total"] * share)
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss.detach() * share
+        return sums
 
     def _asked_to_stop(self, step: int) -> bool:
         """Whether any process was sent a stop signal; all agree, as they ask each other at the same steps."""
@@ -459,10 +477,43 @@ def _teacher(student: Student, weights: Path | None) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def _start_from(student: Student, folder: Path | None) -> None:
+    """Takes the weights of another student of the same source and plan."""
+    if folder is None:
+        return
+    other = load(folder)
+    ours, theirs = ((s.source.architecture, s.plan.digest) for s in (student, other))
+    if ours != theirs:
+        raise CheckpointError(
+            f"--init-from {folder}: a student of {other.source.reference} by another plan than that of "
+            f"{student.source.reference}. Convert both with the same options."
+        )
+    student.model.load_state_dict(other.model.state_dict())
+
+
+def _checkpoint_gradients(model: nn.Module) -> None:
+    """Turns on the source library's own gradient checkpointing."""
+    for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+        for module in model.modules():
+            if hasattr(module, name):
+                getattr(module, name)()
+                return
+    raise RecipeError(
+        f"gradient_checkpointing: {type(model).__name__} does not know it. Take it out, and use accumulate."
+    )
+
+
 def _data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
     train = index_shards(expand(config.data), progress=not config.quiet)
     if config.val is not None:
-        return train, index_shards(expand(config.val), progress=not config.quiet)
+        val = index_shards(expand(config.val), progress=not config.quiet)
+        if same := overlap(train, val):
+            shown = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
+            raise DataError(
+                f"--val is no measure: {len(same)} of its pictures are in --data too ({shown}). Take them out "
+                "of one of the two, or leave --val out, and some pictures of --data are held out."
+            )
+        return train, val
     return split(train, config.recipe.held_out, config.recipe.seed)
 
 

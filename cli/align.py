@@ -18,14 +18,15 @@ def align(
     val: str | None = None,
     out: Path | None = None,
     weights: Path | None = None,
+    init_from: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     json: bool = False,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Trains a converted student towards its frozen teacher, on pictures without labels.
 
     The held-out fidelity is measured before, during and after. Works alone or under accelerate:
-    accelerate launch --num_processes 2 -m bcosify.cli align RUN --data 'shards/{00000..00099}.tar'
+    accelerate launch --multi_gpu --num_processes 2 -m bcosify.cli align RUN --data 'shards/{00000..00099}.tar'
     Example: bcosify align runs/dino-s --data 'shards/*.tar' --recipe bcos/vit
 
     Args:
@@ -37,18 +38,25 @@ def align(
         val: shards to measure fidelity on; without them some pictures of --data are held out.
         out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
         weights: the teacher's state dict, where it was converted from a file and gains were calibrated since.
+        init_from: another student of the same conversion, whose weights a new run starts from.
         resume: go on from the newest checkpoint of OUT.run.
         overwrite: replace an earlier run.
         json: print the result as JSON on stdout.
     """
+    from accelerate import PartialState
+
     from ..align.recipe import load_recipe, scaled
     from ..align.trainer import AlignConfig
     from ..align.trainer import align as align_model
 
     resolved = load_recipe(recipe, set or ())
     resolved = resolved if pictures is None else scaled(resolved, pictures)
-    config = AlignConfig(run, data, out or run / "aligned", resolved, val, resume, overwrite, weights=weights)
+    config = AlignConfig(
+        run, data, out or run / "aligned", resolved, val, resume, overwrite, weights=weights, init_from=init_from
+    )
     result = align_model(config)
+    if not PartialState().is_main_process:
+        return None  # one of several processes speaks
     curve = result["curve"]
     columns = [name for name in curve[-1] if name not in ("phase", "objective")]
     rows = [[point.get(name, "") for name in columns] for point in curve]

@@ -79,12 +79,11 @@ def convert(
         }
     assert out is not None
     student = convert_model(teacher, config, plan=plan)
+    del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    costs = lossy_steps(
-        student, teacher.model, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, b
-    )
+    costs = lossy_steps(student, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, b)
     if pictures is not None:
-        student = _calibrated(student, teacher, pictures, b)
+        student = _calibrated(student, pictures, b)
     save(student.with_report(lossy_steps=costs), out, overwrite)
     swapped = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
     console.print(f"{reference}: {swapped}")
@@ -122,9 +121,12 @@ def _pictures(shards: str, count: int, student: Any) -> Any:
     return to_model_input(torch.cat([batch.pictures for batch in batches]), preprocess.mean, preprocess.std)
 
 
-def _calibrated(student: Any, teacher: Any, pictures: Any, b: float) -> Any:
+def _calibrated(student: Any, pictures: Any, b: float) -> Any:
+    import copy
+
     from ..convert import calibrate, set_strength
 
+    original = copy.deepcopy(student.model)
     set_strength(student.model, b, 0.0)
-    gains = calibrate(student.model, teacher.model, pictures)
+    gains = calibrate(student.model, original, pictures)
     return student.with_report(calibration={"pictures": len(pictures), "b": b, "layers": len(gains)})

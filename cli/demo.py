@@ -23,7 +23,7 @@ REFERENCE = "bundled:efficientnet_lite0"
 # Two minutes on twelve photographs do not carry a CNN to B = 2 without biases (recipe bcos/cnn and far more pictures do
 # better). So the early stages and the classifier stay plain, biases stay, and the ledger shows what they add.
 KEPT = (*(f"blocks.{stage}" for stage in range(5)), "classifier")
-WHY = "the first five stages and the classifier stay plain and biases stay, as two minutes of training are too few for more"
+WHY = "the first five stages and the classifier stay plain and biases stay: two minutes of training do not carry more"
 
 
 def demo(
@@ -89,14 +89,12 @@ def demo(
     }
     with new_file(out / "report.html") as scratch:
         scratch.write_text(_page(facts, pictures))
+    shown = "picture model label second ahead score input constants".split()
     show_table(
         f"{REFERENCE}: teacher, start (B={facts['b'][0]:g}) and end (B={facts['b'][1]:g}, biases "
         f"x {facts['beta'][1]:g})",
         ["picture", "model", "decides", "ahead of", "by", "score", "input", "constants", "residual"],
-        [
-            (*(r[key] for key in "picture model label second ahead score input constants".split()), f"{r['residual']:.0e}")
-            for r in rows
-        ],
+        [(*(row[key] for key in shown), f"{row['residual']:.0e}") for row in rows],
     )
     console.print(f"wrote {out / 'report.html'} in {facts['seconds']} s")
     return facts

@@ -73,7 +73,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         )
         return 2
     result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
-    if options["json"]:
+    if options["json"] and result is not None:
         print(json.dumps(result, indent=2, default=str))
     return 0
 

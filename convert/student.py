@@ -144,25 +144,33 @@ def identity_error(student: nn.Module, teacher: nn.Module, pictures: Tensor) -> 
 
 @torch.no_grad()
 def lossy_steps(
-    student: Student, teacher: nn.Module, pictures: Tensor, b: float = 2.0, gain: Gain = "least-squares"
+    student: Student, pictures: Tensor, b: float = 2.0, gain: Gain = "least-squares"
 ) -> list[dict[str, Any]]:
     """What each step away from identity costs: mean cosine of outputs to the teacher's on pictures (N, 3, H, W).
 
-    Works on copies; the student stays as it is.
+    Args:
+        student: at B = 1 and beta = 1, so that it is its teacher; comes back as it was.
     """
-    theirs = output_of(teacher, pictures)
+    model = student.model
+    theirs = output_of(model, pictures)
+
+    def row(what: str, changed: nn.Module, strength: tuple[float, float]) -> dict[str, Any]:
+        cosine = nn.functional.cosine_similarity(output_of(changed, pictures), theirs, dim=-1).mean()
+        return {"step": what, "b": strength[0], "beta": strength[1], "cosine": round(float(cosine), 4)}
+
     rows = []
-    for what, strength, calibrated in (
-        ("identity", (1.0, 1.0), False),
-        ("biases removed", (1.0, 0.0), False),
-        (f"B={b:g}, biases kept", (b, 1.0), False),
-        (f"B={b:g}, biases removed", (b, 0.0), False),
-        (f"B={b:g}, biases removed, gains calibrated", (b, 0.0), True),
-    ):
-        model = copy.deepcopy(student.model)
-        set_strength(model, *strength)
-        if calibrated:
-            calibrate(model, teacher, pictures, gain)
-        cosine = nn.functional.cosine_similarity(output_of(model, pictures), theirs, dim=-1).mean()
-        rows.append({"step": what, "b": strength[0], "beta": strength[1], "cosine": round(float(cosine), 4)})
-    return rows
+    try:
+        for what, strength in (
+            ("identity", (1.0, 1.0)),
+            ("biases removed", (1.0, 0.0)),
+            (f"B={b:g}, biases kept", (b, 1.0)),
+            (f"B={b:g}, biases removed", (b, 0.0)),
+        ):
+            set_strength(model, *strength)
+            rows.append(row(what, model, strength))
+    finally:
+        set_strength(model, 1.0, 1.0)
+    scaled = copy.deepcopy(model)
+    set_strength(scaled, b, 0.0)
+    calibrate(scaled, model, pictures, gain)
+    return [*rows, row(f"B={b:g}, biases removed, gains calibrated", scaled, (b, 0.0))]

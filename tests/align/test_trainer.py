@@ -176,8 +176,8 @@ def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, req
     run, recipe = request.getfixturevalue(model), dataclasses.replace(RECIPE, phases=phases)
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     command = ["-m", "bcosify.cli", "align", str(run), "--data", str(shards), "--recipe", str(tmp_path / "recipe.yaml")]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    config = Path(__file__).resolve().parents[2] / "recipes/accelerate/cpu.yaml"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(config)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, *launch, *command, "--out", str(tmp_path / "two")],
@@ -185,6 +185,7 @@ def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, req
     )  # fmt: skip
     one = aligned(run, shards, tmp_path / "one", recipe)
     two = rows(tmp_path / "two")
+    assert [rows_[0]["run"]["processes"] for rows_ in (one, two)] == [1, 2]
     assert [row.get("step") for row in one] == [row.get("step") for row in two]
     for ours, theirs in zip(one, two, strict=True):
         if "loss" in ours:
@@ -207,6 +208,42 @@ def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
         )
 
 
+def test_a_batch_in_parts_has_the_same_gradient(run, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(PHASES[1], pictures=12),))
+    whole, parts = (aligned(run, shards, tmp_path / str(n), dataclasses.replace(recipe, accumulate=n)) for n in (1, 2))
+    for ours, theirs in zip(whole, parts, strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+            assert theirs["gradient_norm"] == pytest.approx(ours["gradient_norm"], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_memory_alone(run, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(PHASES[1], pictures=12),))
+    plain, checkpointed = (
+        aligned(run, shards, tmp_path / str(on), dataclasses.replace(recipe, gradient_checkpointing=on))
+        for on in (False, True)
+    )
+    for ours, theirs in zip(plain, checkpointed, strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+def test_a_new_run_starts_from_another_students_weights(run, cnn, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(PHASES[1], pictures=20),))
+    first = aligned(run, shards, tmp_path / "first", recipe)
+    again = aligned(run, shards, tmp_path / "again", recipe, init_from=tmp_path / "first")
+    losses = [[row["loss"] for row in rows_ if "loss" in row] for rows_ in (first, again)]
+    assert losses[1][0] < losses[0][0]
+    with pytest.raises(CheckpointError, match="another plan"):
+        aligned(cnn, shards, tmp_path / "other", CNN_RECIPE, init_from=tmp_path / "first")
+
+
+def test_val_pictures_must_not_be_trained_on(run, shards, tmp_path):
+    with pytest.raises(DataError, match="48 of its pictures are in --data too"):
+        aligned(run, shards, tmp_path / "x", val=str(shards))
+    assert not (tmp_path / "x.run").exists()
+
+
 def test_broken_pictures_are_substituted_counted_and_listed(run, tmp_path, shards):
     import io
     import tarfile
@@ -219,12 +256,12 @@ def test_broken_pictures_are_substituted_counted_and_listed(run, tmp_path, shard
             member.size = len(data)
             out.addfile(member, io.BytesIO(data))
     recipe = dataclasses.replace(RECIPE, phases=PHASES[:1], held_out=4, max_bad=0.2)
-    result = align(AlignConfig(run, str(broken), tmp_path / "few", recipe, val=str(shards), quiet=True))
+    result = align(AlignConfig(run, str(broken), tmp_path / "few", recipe, quiet=True))
     assert result["bad_pictures"] == 1
     assert len((tmp_path / "few.run/bad_samples.jsonl").read_text().splitlines()) == 1
     with pytest.raises(DataError):
         strict = dataclasses.replace(recipe, max_bad=0.01)
-        align(AlignConfig(run, str(broken), tmp_path / "many", strict, val=str(shards), quiet=True))
+        align(AlignConfig(run, str(broken), tmp_path / "many", strict, quiet=True))
     assert not (tmp_path / "many").exists()
 
 

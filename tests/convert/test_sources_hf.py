@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from bcosify.convert import BcosConfig, Source, Teacher, convert, load, load_teacher, save, token_grid
+from bcosify.convert import Source, Teacher, convert, load, load_teacher, save, token_grid
 from bcosify.convert.sources import build as build_skeleton
 from bcosify.convert.sources import bundled, reload_teacher
 from bcosify.errors import PlanError, SourceError
@@ -84,7 +84,6 @@ FAMILIES = [
     ("ResNetForImageClassification", "ResNetConfig", {**STAGES, "embedding_size": 8, "num_labels": 5}, "classifier", 5),
 ]
 # Attention pools are another part's business: these tests hold with and without a rule for them.
-KEEP = BcosConfig(keep=(r"re:.*\.head\.attention(\..*)?",))
 
 
 def library_output(folder: Path, pictures: Tensor, head: str) -> Tensor:
@@ -122,7 +121,7 @@ def test_a_folder_opens_converts_and_comes_back(hf_folder, tmp_path, model, conf
     assert teacher.source.model_args["head"] == head and teacher.labels is None
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (teacher.model, build_skeleton(teacher.source))]
     assert shapes[0] == shapes[1]
-    student = convert(teacher, KEEP if "iglip" in model else None)
+    student = convert(teacher)
     assert student.report["identity_error"] <= 1e-5
     shutil.rmtree(folder)
     opened = load(save(student, tmp_path / "out"))
@@ -133,7 +132,7 @@ def test_a_folder_opens_converts_and_comes_back(hf_folder, tmp_path, model, conf
 @pytest.mark.parametrize(("model", "config", "settings", "head", "features"), FAMILIES)
 def test_a_student_takes_every_size_that_its_teacher_takes(hf_folder, model, config, settings, head, features):
     teacher = load_teacher(f"hf:{hf_folder(model, config, **settings)}", image_size=64)
-    student = convert(teacher, KEEP if "iglip" in model else None)
+    student = convert(teacher)
     for height, width in ((64, 96), (96, 64)):
         pictures = torch.randn(1, 3, height, width)
         with torch.no_grad():
@@ -333,8 +332,7 @@ def test_the_same_weights_through_timm_and_transformers_are_the_same_students(hf
     timm_model.load_state_dict(state)
     theirs = load_teacher(f"hf:{folder}")
     ours = Teacher(timm_model.eval(), Source("timm:own", "timm", "own"), theirs.preprocess)
-    keep = BcosConfig(keep=(r"re:.*head\.attention(\..*)?|attn_pool(\..*)?",)) if kind == "siglip" else None
-    students = [convert(teacher, keep) for teacher in (ours, theirs)]
+    students = [convert(teacher) for teacher in (ours, theirs)]
     pictures = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         a, b = (student.model(pictures) for student in students)

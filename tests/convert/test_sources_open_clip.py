@@ -10,7 +10,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from bcosify.convert import BcosConfig, convert, load, load_teacher, save, token_grid
+from bcosify.convert import convert, load, load_teacher, save, token_grid
 from bcosify.convert.sources import build
 from bcosify.convert.sources import open_clip as source
 from bcosify.errors import PlanError, SourceError
@@ -42,12 +42,6 @@ TOWERS = {
         True,
     ),
 }
-# Packed attention is another part's business: these tests hold with and without a rule for it.
-KEEP = BcosConfig(keep=(r"re:.*(\.attn|attn_pool|attnpool)(\..*)?",))
-
-
-def kept(kind: str) -> BcosConfig | None:
-    return None if kind.startswith("timm") else KEEP
 
 
 @pytest.fixture(params=TOWERS)
@@ -68,7 +62,7 @@ def test_a_folder_opens_converts_and_comes_back(tower, tmp_path):
     keys = {key for key in whole.state_dict() if key.startswith("visual.")}
     assert set(teacher.model.state_dict()) == set(build(teacher.source).state_dict()) == keys
     assert teacher.preprocess.std == (0.25,) * 3 and teacher.preprocess.interpolation == "bilinear"
-    student = convert(teacher, kept(kind))
+    student = convert(teacher)
     assert student.report["identity_error"] <= 1e-4
     shutil.rmtree(folder)
     opened = load(save(student, tmp_path / "out"))
@@ -84,7 +78,7 @@ def test_a_student_takes_every_size_that_open_clip_can_build(tower):
             load_teacher(reference, image_size=96)
         return
     whole = open_clip.create_model(f"local-dir:{folder}", force_image_size=96).eval()
-    student, resized = (convert(load_teacher(reference, image_size=size), kept(kind)) for size in (None, 96))
+    student, resized = (convert(load_teacher(reference, image_size=size)) for size in (None, 96))
     assert resized.preprocess.size == (96, 96)
     pictures = torch.randn(1, 3, 96, 96)
     with torch.no_grad():
