@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from ..convert.files import new_folder
 
-__all__ = ["Progress", "latest", "restore", "write"]
+__all__ = ["CHECKPOINTS", "Progress", "latest", "restore", "write"]
 
+CHECKPOINTS = "checkpoints"  # folder inside a run's
 STUDENT, OPTIMIZER, PROGRESS, MARK = "student.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
 
 

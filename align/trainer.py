@@ -8,37 +8,40 @@ in eval mode, as they are compared as functions: no dropout, and batch statistic
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
-import json
-import math
-import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..convert import Student, calibrate, load, reload_teacher, save, set_strength
-from ..convert.files import check_free, new_file
-from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
-from ..errors import BcosifyError, CheckpointError, DataError, RecipeError
+from ..convert import Student, calibrate, load, save, set_strength
+from ..convert.files import check_free
+from ..convert.layers import batch_statistics, estimate_statistics
 from . import state
 from .fidelity import fidelity
 from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
+from .log import PhaseLog, write_row
 from .objectives import OBJECTIVES, Objective, observe
-from .recipe import Phase, Recipe, difference, dump, load_recipe
+from .prepare import (
+    AlignConfig,
+    checkpoint_gradients,
+    find_data,
+    make_accelerator,
+    prepare_folder,
+    start_from,
+    teacher_of,
+)
+from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
-from .shards import ShardIndex, expand, index_shards, overlap, split
+from .shards import ShardIndex
 from .taps import first_tensor
 
 __all__ = ["AlignConfig", "align"]
@@ -46,35 +49,6 @@ __all__ = ["AlignConfig", "align"]
 STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 # The student that is measured and saved has statistics of so many pictures, in batches of this size.
 STATISTICS_PICTURES, STATISTICS_BATCH = 256, 32
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignConfig:
-    """Where a run reads and writes.
-
-    Attributes:
-        run: folder of a converted model.
-        data, val: shards (brace syntax, globs, folders); without `val`, some pictures of `data` are held out.
-        out: the aligned model; `<out>.run` beside it holds recipe.yaml, metrics.jsonl and checkpoints.
-        resume: go on from the newest complete checkpoint.
-        init_from: another student of the same conversion, whose weights the run starts from.
-        weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
-    """
-
-    run: Path
-    data: str
-    out: Path
-    recipe: Recipe
-    val: str | None = None
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
-    weights: Path | None = None
-    init_from: Path | None = None
-
-    @property
-    def work(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.run")
 
 
 def align(config: AlignConfig) -> dict[str, Any]:
@@ -89,19 +63,23 @@ def align(config: AlignConfig) -> dict[str, Any]:
             and a loss that is no number any more (BcosifyError).
     """
     recipe = config.recipe
-    accelerator = _accelerator(recipe)
+    accelerator = make_accelerator(recipe)
     check_free(config.out, config.overwrite)
     student = load(config.run)
-    teacher = _teacher(student, config.weights)
-    _start_from(student, config.init_from)
+    teacher = teacher_of(student, config.weights)
+    start_from(student, config.init_from)
     if recipe.gradient_checkpointing:
-        _checkpoint_gradients(student.model)
-    train, val = _data(config)
-    resumed = _prepare_folder(config, accelerator, train)
+        checkpoint_gradients(student.model)
+    train, val = find_data(config)
+    resumed = prepare_folder(config, accelerator, train)
     run = _Run(config, accelerator, student, teacher.to(accelerator.device), train, val)
     progress = resumed[1] if resumed else state.Progress(0, 0, train.digest)
     if resumed is None:
-        run.write_row({"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}})
+        write_row(
+            config.work,
+            {"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}},
+            accelerator,
+        )
         progress = run.evaluated(progress, {"phase": "start"})
     else:
         state.restore(resumed[0], student.model, None)
@@ -151,7 +129,7 @@ class _Run:
         self.train, self.val = train, val
         self.bad = BadSamples(train, config.work / "bad_samples.jsonl", config.recipe.max_bad)
         self.classifier = student.labels is not None
-        self.seconds, self.seen = 0.0, 0
+        self.seconds = 0.0
         self._teacher_outputs: Tensor | None = None
         self.signals: list[int] = []
         self.stopping = False
@@ -212,7 +190,9 @@ class _Run:
         if checkpoint is not None:
             state.restore(checkpoint, self.model, optimizer)
         prepared, optimizer = self.accelerator.prepare(objective, optimizer)
-        log = _Log(self, number, phase, optimizer)
+        log = PhaseLog(
+            self.recipe, number, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
+        )
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
             self._move(phase, k, steps)
             if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps:
@@ -239,6 +219,7 @@ class _Run:
             if self.stopping:
                 break
         log.close()
+        self.seconds += log.seconds
         return progress
 
     def _backward(self, phase: Phase, objective: Objective, prepared: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
@@ -303,7 +284,7 @@ class _Run:
     def _checkpoint(self, optimizer: torch.optim.Optimizer, progress: state.Progress) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state.write(self.config.work / "checkpoints", self.model, optimizer, progress)
+            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress)
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------------ measuring
@@ -320,17 +301,11 @@ class _Run:
             theirs = self._teacher_outputs = torch.cat([first_tensor(self.teacher(batch)) for batch in pictures])
         ours = torch.cat([first_tensor(self.model(batch)) for batch in pictures])
         point = {"pictures": progress.step * self.recipe.batch_size, **where, **fidelity(ours, theirs, self.classifier)}
-        self.write_row({"held_out": point})
+        write_row(self.config.work, {"held_out": point}, self.accelerator)
         if not self.config.quiet:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in point.items() if isinstance(value, float))
             tqdm.write(f"{point['pictures']:>8} pictures: {shown}", file=sys.stderr)
         return dataclasses.replace(progress, curve=(*progress.curve, point))
-
-    def write_row(self, row: dict[str, Any]) -> None:
-        """Appends to metrics.jsonl (main process)."""
-        if self.accelerator.is_main_process:
-            with (self.config.work / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
 
     def summary(self, progress: state.Progress) -> dict[str, Any]:
         """What `align` returns; `stopped` where a signal ended the run, whose last step is in a checkpoint."""
@@ -356,92 +331,6 @@ class _Run:
         return result
 
 
-class _Log:
-    """Losses since the last row, read from the device once a row; the progress bar; the guard against NaN."""
-
-    def __init__(self, run: _Run, number: int, phase: Phase, optimizer: torch.optim.Optimizer) -> None:
-        self.run, self.number, self.phase, self.optimizer = run, number, phase, optimizer
-        self.total: Tensor | None = None
-        self.count, self.since = 0, time.monotonic()
-        steps = run.recipe.steps[number]
-        self.bar = tqdm(
-            total=steps * run.recipe.batch_size,
-            unit="img",
-            desc=f"phase {number + 1}/{len(run.recipe.phases)} {phase.objective}",
-            disable=True if run.config.quiet or not run.accelerator.is_main_process else None,
-        )
-
-    def step(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
-        batch = self.run.recipe.batch_size
-        if self.count == 0 and self.bar.n == 0:
-            first = sum(self.run.recipe.steps[: self.number])
-            self.bar.update((progress.step - first - 1) * batch)
-        self.bar.update(batch)
-        loss = losses["total"].detach()
-        self.total = loss if self.total is None else self.total + loss
-        self.count += 1
-        if progress.step % self.run.recipe.log_every == 0 or progress.step == sum(
-            self.run.recipe.steps[: self.number + 1]
-        ):
-            self._row(progress, losses, norm)
-
-    def _row(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
-        assert self.total is not None
-        total = self.run.accelerator.reduce(self.total, "mean")
-        assert isinstance(total, Tensor)
-        mean = float(total) / self.count
-        self.check(progress, losses, norm, mean)
-        now = time.monotonic()
-        elapsed, self.since = now - self.since, now
-        self.run.seconds += elapsed
-        rate = self.count * self.run.recipe.batch_size / max(elapsed, 1e-9)
-        row = {
-            "step": progress.step,
-            "pictures": progress.step * self.run.recipe.batch_size,
-            "phase": self.number,
-            "objective": self.phase.objective,
-            "loss": mean,
-            "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["scale"],
-            "gradient_norm": None if norm is None else float(norm),
-            **_strengths(self.run.model),
-            "pictures_per_second": round(rate, 2),
-        }
-        self.run.write_row(row)
-        self.bar.set_postfix_str(f"loss {mean:.4f}")
-        self.total, self.count = None, 0
-
-    def check(
-        self,
-        progress: state.Progress,
-        losses: dict[str, Tensor],
-        norm: Tensor | float | None,
-        mean: float | None = None,
-    ) -> None:
-        """Raises BcosifyError where loss or gradient are no numbers any more: before a row, and before a checkpoint."""
-        loss = float(losses["total"].detach()) if mean is None else mean
-        if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
-            return
-        worst = [name for name, value in losses.items() if name != "total" and not bool(torch.isfinite(value))]
-        found = state.latest(self.run.config.work / "checkpoints")
-        kept = f"the last good checkpoint is {found[0]}" if found else "there was no checkpoint yet"
-        raise BcosifyError(
-            f"the loss is {loss} at step {progress.step}, the gradient's norm {norm if norm is None else float(norm)} "
-            f"(loss not finite in: {', '.join(worst) or 'an earlier step'}; largest gradient: "
-            f"{_largest_gradient(self.run.model)}); {kept}. Start again with a lower learning rate "
-            f"(--set phases.{self.number}.learning_rate=...)."
-        )
-
-    def close(self) -> None:
-        self.bar.close()
-
-
-@torch.no_grad()
-def _largest_gradient(model: nn.Module) -> str:
-    """Name of the parameter whose gradient is largest; one that is no number counts as largest."""
-    sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
-    return max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name], default="none")
-
-
 @torch.no_grad()
 def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
     """Root mean square of every parameter, or ones; never so small that a parameter could not leave zero."""
@@ -450,116 +339,3 @@ def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:
     return bool(phase.calibrate or recipe.centre)
-
-
-def _strengths(model: nn.Module) -> dict[str, float]:
-    """B and beta as they stand; the largest where layers differ."""
-    values: dict[str, float] = {}
-    for _, layer in scheduled_layers(model):
-        for name, value in layer.strengths().items():
-            values[name] = max(value, values.get(name, value))
-    return values
-
-
-def _accelerator(recipe: Recipe) -> Accelerator:
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if bf16 else "no") if recipe.precision == "auto" else recipe.precision
-    # Units that a phase does not touch have no gradient; buffers are set alike in every process.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
-
-
-def _teacher(student: Student, weights: Path | None) -> nn.Module:
-    """The frozen original: a copy of the student while it is still identical, else from its source."""
-    at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
-    identical = at_start and not {"calibration", "alignment"} & set(student.report)
-    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source, weights).model
-    return model.eval().requires_grad_(False)
-
-
-def _start_from(student: Student, folder: Path | None) -> None:
-    """Takes the weights of another student of the same source and plan."""
-    if folder is None:
-        return
-    other = load(folder)
-    ours, theirs = ((s.source.architecture, s.plan.digest) for s in (student, other))
-    if ours != theirs:
-        raise CheckpointError(
-            f"--init-from {folder}: a student of {other.source.reference} by another plan than that of "
-            f"{student.source.reference}. Convert both with the same options."
-        )
-    student.model.load_state_dict(other.model.state_dict())
-
-
-def _checkpoint_gradients(model: nn.Module) -> None:
-    """Turns on the source library's own gradient checkpointing."""
-    for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
-        for module in model.modules():
-            if hasattr(module, name):
-                getattr(module, name)()
-                return
-    raise RecipeError(
-        f"gradient_checkpointing: {type(model).__name__} does not know it. Take it out, and use accumulate."
-    )
-
-
-def _data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
-    train = index_shards(expand(config.data), progress=not config.quiet)
-    if config.val is not None:
-        val = index_shards(expand(config.val), progress=not config.quiet)
-        if same := overlap(train, val):
-            shown = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
-            raise DataError(
-                f"--val is no measure: {len(same)} of its pictures are in --data too ({shown}). Take them out "
-                "of one of the two, or leave --val out, and some pictures of --data are held out."
-            )
-        return train, val
-    return split(train, config.recipe.held_out, config.recipe.seed)
-
-
-def _prepare_folder(
-    config: AlignConfig, accelerator: Accelerator, train: ShardIndex
-) -> tuple[Path, state.Progress] | None:
-    """Makes `work`, or checks that it belongs to the same run; returns the checkpoint to go on from."""
-    written = config.work / "recipe.yaml"
-    if config.resume and written.is_file():
-        changed = difference(load_recipe(written), config.recipe)
-        if changed:
-            raise RecipeError(
-                f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"
-            )
-        found = state.latest(config.work / "checkpoints")
-        if found and found[1].data != train.digest:
-            raise RecipeError(
-                f"--resume: {config.data} is not the data that the run was started with (its index differs)."
-            )
-        if found:
-            _cut_metrics(config.work / "metrics.jsonl", found[1].step, config.recipe.batch_size, accelerator)
-            return found
-    elif config.resume:
-        raise CheckpointError(f"--resume: there is no run in {config.work}. Leave --resume out to start one.")
-    elif written.is_file() and not config.overwrite:
-        raise CheckpointError(
-            f"{config.work} holds an earlier run. Pass --resume to go on, --overwrite, or another --out."
-        )
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        config.work.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "bad_samples.jsonl"):
-            (config.work / name).unlink(missing_ok=True)
-        shutil.rmtree(config.work / "checkpoints", ignore_errors=True)
-        with new_file(written) as scratch:
-            scratch.write_text(dump(config.recipe))
-    accelerator.wait_for_everyone()
-    return None
-
-
-def _cut_metrics(path: Path, step: int, batch_size: int, accelerator: Accelerator) -> None:
-    """Drops rows from after the checkpoint: the resumed run writes them again."""
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [r for r in rows if r.get("pictures", r.get("held_out", {}).get("pictures", 0)) <= step * batch_size]
-        with new_file(path) as scratch:
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    accelerator.wait_for_everyone()

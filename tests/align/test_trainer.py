@@ -121,15 +121,15 @@ import os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from bcosify.align import trainer
+from bcosify.align import log, trainer
 from bcosify.align.recipe import load_recipe
 kill_at = int(sys.argv[5])
-log = trainer._Log.step
+plain = log.PhaseLog.step
 def step(self, progress, losses, norm):
-    log(self, progress, losses, norm)
+    plain(self, progress, losses, norm)
     if progress.step == kill_at:
         os.kill(os.getpid(), getattr(signal, sys.argv[6]))
-trainer._Log.step = step
+log.PhaseLog.step = step
 run, data, out, recipe = sys.argv[1:5]
 resume = kill_at < 0
 trainer.align(trainer.AlignConfig(Path(run), data, Path(out), load_recipe(recipe), quiet=True, resume=resume))

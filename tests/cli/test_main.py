@@ -350,7 +350,7 @@ def test_shards_prints_its_json_once(run, pictures, tmp_path):
 
 
 def test_align_refuses_before_any_work(run, student, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("bcosify.align.trainer.reload_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
+    monkeypatch.setattr("bcosify.align.prepare.reload_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
     for words, said in (
         ((student, "--data", shards, "--recipe", "smok"), "Did you mean 'smoke'"),
         ((student, "--data", tmp_path / "none.tar", "--recipe", "smoke"), "none.tar"),

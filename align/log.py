@@ -1,0 +1,134 @@
+"""What a run says while it goes: rows of metrics.jsonl, the progress bar, and the guard against NaN."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..convert.layers import scheduled_layers
+from ..errors import BcosifyError
+from . import state
+from .recipe import Recipe
+
+__all__ = ["METRICS", "PhaseLog", "strengths", "write_row"]
+
+METRICS = "metrics.jsonl"
+
+
+def write_row(work: Path, row: dict[str, Any], accelerator: Accelerator) -> None:
+    """Appends one row to metrics.jsonl (main process)."""
+    if accelerator.is_main_process:
+        with (work / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+class PhaseLog:
+    """Losses since the last row, read from the device once a row; the progress bar; the guard against NaN."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        number: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        work: Path,
+        quiet: bool = False,
+    ) -> None:
+        """Args: number: which phase of `recipe` this is. work: the run's folder."""
+        self.recipe, self.number, self.phase = recipe, number, recipe.phases[number]
+        self.model, self.optimizer, self.accelerator, self.work = model, optimizer, accelerator, work
+        self.first = sum(recipe.steps[:number])
+        self.end = self.first + recipe.steps[number]
+        self.total: Tensor | None = None
+        self.count, self.since, self.seconds = 0, time.monotonic(), 0.0
+        self.bar = tqdm(
+            total=recipe.steps[number] * recipe.batch_size,
+            unit="img",
+            desc=f"phase {number + 1}/{len(recipe.phases)} {self.phase.objective}",
+            disable=True if quiet or not accelerator.is_main_process else None,
+        )
+
+    def step(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
+        batch = self.recipe.batch_size
+        if self.count == 0 and self.bar.n == 0:
+            self.bar.update((progress.step - self.first - 1) * batch)
+        self.bar.update(batch)
+        loss = losses["total"].detach()
+        self.total = loss if self.total is None else self.total + loss
+        self.count += 1
+        if progress.step % self.recipe.log_every == 0 or progress.step == self.end:
+            self._row(progress, losses, norm)
+
+    def _row(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
+        assert self.total is not None
+        total = self.accelerator.reduce(self.total, "mean")
+        assert isinstance(total, Tensor)
+        mean = float(total) / self.count
+        self.check(progress, losses, norm, mean)
+        now = time.monotonic()
+        elapsed, self.since = now - self.since, now
+        self.seconds += elapsed
+        rate = self.count * self.recipe.batch_size / max(elapsed, 1e-9)
+        row = {
+            "step": progress.step,
+            "pictures": progress.step * self.recipe.batch_size,
+            "phase": self.number,
+            "objective": self.phase.objective,
+            "loss": mean,
+            "learning_rate": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["scale"],
+            "gradient_norm": None if norm is None else float(norm),
+            **strengths(self.model),
+            "pictures_per_second": round(rate, 2),
+        }
+        write_row(self.work, row, self.accelerator)
+        self.bar.set_postfix_str(f"loss {mean:.4f}")
+        self.total, self.count = None, 0
+
+    def check(
+        self,
+        progress: state.Progress,
+        losses: dict[str, Tensor],
+        norm: Tensor | float | None,
+        mean: float | None = None,
+    ) -> None:
+        """Raises BcosifyError where loss or gradient are no numbers any more: before a row, and before a checkpoint."""
+        loss = float(losses["total"].detach()) if mean is None else mean
+        if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
+            return
+        worst = [name for name, value in losses.items() if name != "total" and not bool(torch.isfinite(value))]
+        found = state.latest(self.work / state.CHECKPOINTS)
+        kept = f"the last good checkpoint is {found[0]}" if found else "there was no checkpoint yet"
+        raise BcosifyError(
+            f"the loss is {loss} at step {progress.step}, the gradient's norm {norm if norm is None else float(norm)} "
+            f"(loss not finite in: {', '.join(worst) or 'an earlier step'}; largest gradient: "
+            f"{_largest_gradient(self.model)}); {kept}. Start again with a lower learning rate "
+            f"(--set phases.{self.number}.learning_rate=...)."
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+@torch.no_grad()
+def _largest_gradient(model: nn.Module) -> str:
+    """Name of the parameter whose gradient is largest; one that is no number counts as largest."""
+    sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    return max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name], default="none")
+
+
+def strengths(model: nn.Module) -> dict[str, float]:
+    """B and beta as they stand; the largest where layers differ."""
+    values: dict[str, float] = {}
+    for _, layer in scheduled_layers(model):
+        for name, value in layer.strengths().items():
+            values[name] = max(value, values.get(name, value))
+    return values

@@ -1,0 +1,166 @@
+"""What a run needs before its first step: all checks, the teacher, the shards, the run's folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from ..convert import Student, load, reload_teacher
+from ..convert.files import new_file
+from ..convert.layers import scheduled_layers
+from ..errors import CheckpointError, DataError, RecipeError
+from . import state
+from .log import METRICS
+from .recipe import Recipe, difference, dump, load_recipe
+from .shards import ShardIndex, expand, index_shards, overlap, split
+
+__all__ = [
+    "AlignConfig",
+    "checkpoint_gradients",
+    "find_data",
+    "make_accelerator",
+    "prepare_folder",
+    "start_from",
+    "teacher_of",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class AlignConfig:
+    """Where a run reads and writes.
+
+    Attributes:
+        run: folder of a converted model.
+        data, val: shards (brace syntax, globs, folders); without `val`, some pictures of `data` are held out.
+        out: the aligned model; `<out>.run` beside it holds recipe.yaml, metrics.jsonl and checkpoints.
+        resume: go on from the newest complete checkpoint.
+        init_from: another student of the same conversion, whose weights the run starts from.
+        weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
+    """
+
+    run: Path
+    data: str
+    out: Path
+    recipe: Recipe
+    val: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+    quiet: bool = False
+    weights: Path | None = None
+    init_from: Path | None = None
+
+    @property
+    def work(self) -> Path:
+        return self.out.with_name(f"{self.out.name}.run")
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = ("bf16" if bf16 else "no") if recipe.precision == "auto" else recipe.precision
+    # Units that a phase does not touch have no gradient; buffers are set alike in every process.
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
+    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+
+
+def teacher_of(student: Student, weights: Path | None) -> nn.Module:
+    """The frozen original: a copy of the student while it is still identical, else from its source."""
+    at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
+    identical = at_start and not {"calibration", "alignment"} & set(student.report)
+    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source, weights).model
+    return model.eval().requires_grad_(False)
+
+
+def start_from(student: Student, folder: Path | None) -> None:
+    """Takes the weights of another student of the same source and plan."""
+    if folder is None:
+        return
+    other = load(folder)
+    ours, theirs = ((s.source.architecture, s.plan.digest) for s in (student, other))
+    if ours != theirs:
+        raise CheckpointError(
+            f"--init-from {folder}: a student of {other.source.reference} by another plan than that of "
+            f"{student.source.reference}. Convert both with the same options."
+        )
+    student.model.load_state_dict(other.model.state_dict())
+
+
+def checkpoint_gradients(model: nn.Module) -> None:
+    """Turns on the source library's own gradient checkpointing."""
+    for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+        for module in model.modules():
+            if hasattr(module, name):
+                getattr(module, name)()
+                return
+    raise RecipeError(
+        f"gradient_checkpointing: {type(model).__name__} does not know it. Take it out, and use accumulate."
+    )
+
+
+def find_data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
+    train = index_shards(expand(config.data), progress=not config.quiet)
+    if config.val is not None:
+        val = index_shards(expand(config.val), progress=not config.quiet)
+        if same := overlap(train, val):
+            shown = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
+            raise DataError(
+                f"--val is no measure: {len(same)} of its pictures are in --data too ({shown}). Take them out "
+                "of one of the two, or leave --val out, and some pictures of --data are held out."
+            )
+        return train, val
+    return split(train, config.recipe.held_out, config.recipe.seed)
+
+
+def prepare_folder(
+    config: AlignConfig, accelerator: Accelerator, train: ShardIndex
+) -> tuple[Path, state.Progress] | None:
+    """Makes `work`, or checks that it belongs to the same run; returns the checkpoint to go on from."""
+    written = config.work / "recipe.yaml"
+    if config.resume and written.is_file():
+        changed = difference(load_recipe(written), config.recipe)
+        if changed:
+            raise RecipeError(
+                f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"
+            )
+        found = state.latest(config.work / state.CHECKPOINTS)
+        if found and found[1].data != train.digest:
+            raise RecipeError(
+                f"--resume: {config.data} is not the data that the run was started with (its index differs)."
+            )
+        if found:
+            _cut_metrics(config.work / METRICS, found[1].step, config.recipe.batch_size, accelerator)
+            return found
+    elif config.resume:
+        raise CheckpointError(f"--resume: there is no run in {config.work}. Leave --resume out to start one.")
+    elif written.is_file() and not config.overwrite:
+        raise CheckpointError(
+            f"{config.work} holds an earlier run. Pass --resume to go on, --overwrite, or another --out."
+        )
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        config.work.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS, "bad_samples.jsonl"):
+            (config.work / name).unlink(missing_ok=True)
+        shutil.rmtree(config.work / state.CHECKPOINTS, ignore_errors=True)
+        with new_file(written) as scratch:
+            scratch.write_text(dump(config.recipe))
+    accelerator.wait_for_everyone()
+    return None
+
+
+def _cut_metrics(path: Path, step: int, batch_size: int, accelerator: Accelerator) -> None:
+    """Drops rows from after the checkpoint: the resumed run writes them again."""
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process and path.is_file():
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        kept = [r for r in rows if r.get("pictures", r.get("held_out", {}).get("pictures", 0)) <= step * batch_size]
+        with new_file(path) as scratch:
+            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    accelerator.wait_for_everyone()
