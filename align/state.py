@@ -34,6 +34,7 @@ class Progress:
         data: digest of the shards' index.
         scales: one number a parameter that its learning rate is multiplied by in this phase.
         curve: held-out fidelity so far.
+        versions: of the libraries that the run was last started with.
     """
 
     step: int
@@ -41,6 +42,7 @@ class Progress:
     data: str
     scales: tuple[float, ...] = ()
     curve: tuple[dict[str, Any], ...] = ()
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def write(

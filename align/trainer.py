@@ -13,6 +13,7 @@ import functools
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..convert import Student, calibrate, load, save, set_strength
+from ..convert.checkpoint import versions
 from ..convert.files import check_free
 from ..convert.layers import batch_statistics, estimate_statistics
 from . import state
@@ -73,7 +75,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     train, val = find_data(config)
     resumed = prepare_folder(config, accelerator, train)
     run = _Run(config, accelerator, student, teacher.to(accelerator.device), train, val)
-    progress = resumed[1] if resumed else state.Progress(0, 0, train.digest)
+    progress = _with_versions(resumed[1]) if resumed else state.Progress(0, 0, train.digest, versions=versions())
     if resumed is None:
         write_row(
             config.work,
@@ -94,6 +96,15 @@ def align(config: AlignConfig) -> dict[str, Any]:
     result = run.summary(progress) if run.stopping else run.finish(progress)
     accelerator.end_training()
     return result
+
+
+def _with_versions(progress: state.Progress) -> state.Progress:
+    """`progress` of a resumed run under the libraries of now, after a word about those that differ."""
+    now = versions()
+    changed = [f"{name} {old} -> {now[name]}" for name, old in progress.versions.items() if now.get(name) != old]
+    if changed:
+        warnings.warn(f"resumed with other versions, so no longer bit for bit: {', '.join(changed)}", stacklevel=3)
+    return dataclasses.replace(progress, versions=now)
 
 
 @contextlib.contextmanager

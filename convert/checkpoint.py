@@ -33,7 +33,7 @@ from .sources import Preprocess, SavedText, Source, build
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures, trace_forward
 
-__all__ = ["load", "read_record", "save"]
+__all__ = ["load", "read_record", "save", "versions"]
 
 SCHEMA = 1
 WEIGHTS, RECORD, PROBE, CONFIG = "model.safetensors", "bcosify.json", "probe.safetensors", "config.json"
@@ -93,7 +93,7 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
         raise CheckpointError(
             f"{folder}: the plan made now differs from the one that it was saved with, so the "
             f"layers would not match. It was "
-            f"written with {_versions_text(record['versions'])}; here are {_versions_text(_versions())}."
+            f"written with {_versions_text(record['versions'])}; here are {_versions_text(versions())}."
         )
     apply_plan(model, plan, preprocess, config)
     _load_weights(model, folder)
@@ -133,7 +133,7 @@ def _record(student: Student) -> dict[str, Any]:
         "plan": student.plan.digest,
         "preprocess": dataclasses.asdict(student.preprocess),
         "labels": student.labels,
-        "versions": _versions(),
+        "versions": versions(),
         "report": student.report,
     }
 
@@ -261,7 +261,7 @@ def _check_probe(folder: Path, model: nn.Module) -> None:
         raise CheckpointError(
             f"{folder}: the model does not compute what it computed when it was saved (probe "
             f"differs by {error:.1e}). Written "
-            f"with {_versions_text(read_record(folder)['versions'])}; here are {_versions_text(_versions())}."
+            f"with {_versions_text(read_record(folder)['versions'])}; here are {_versions_text(versions())}."
         )
 
 
@@ -285,12 +285,13 @@ def _config_from_json(config_class: type, values: dict[str, Any]) -> Any:
     return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Name -> installed version of every library whose code decides what a model computes."""
     return {name: importlib.metadata.version(name) for name in VERSIONED}
 
 
-def _versions_text(versions: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def _versions_text(found: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +207,16 @@ def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
         aligned(
             run, one_shard, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]), resume=True, overwrite=True
         )
+
+
+def test_resuming_with_other_libraries_is_said(run, shards, tmp_path):
+    aligned(run, shards, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]))
+    shutil.rmtree(tmp_path / "x")
+    for path in (tmp_path / "x.run/checkpoints").glob("step-*/state.json"):
+        record = json.loads(path.read_text())
+        path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.0"}}))
+    with pytest.warns(UserWarning, match=r"no longer bit for bit: torch 1.0 -> "):
+        aligned(run, shards, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]), resume=True)
 
 
 def test_a_batch_in_parts_has_the_same_gradient(run, shards, tmp_path):
