@@ -226,7 +226,7 @@ def _resumed_or_started(bench: Bench, fault: str, happened: str, name: str) -> R
     absent = not (bench.folder / name).exists()
     started = (bench.folder / f"{name}.run" / "recipe.yaml").is_file()
     ended = bench.align(name, *(["--resume"] if started else []))
-    good = ended.returncode == 0 and (bench.same(name) if absent else True)
+    good = absent and ended.returncode == 0 and bench.same(name)
     kept = "resumed" if started else "started again"
     return Row(fault, happened, f"{kept}: bit for bit the undisturbed run" if good else _last(ended.stderr), good)
 

@@ -81,7 +81,7 @@ class UncentredBatchNorm(BiasScheduled):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Moves the buffers as `nn.BatchNorm2d` does: by `momentum`, or to the mean over all batches if it is None."""
+        """Moves the buffers by `momentum`, or to the mean over all batches where it is None (as torch does)."""
         count = self._buffers["num_batches_tracked"]
         assert count is not None
         count.add_(1)

@@ -56,22 +56,22 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def converted(name: str, folder: Path) -> Path:
+    """The folder of a converted tiny timm model with random weights."""
+    torch.manual_seed(0)
+    return save(convert(load_teacher(f"timm:{name}", pretrained=False, image_size=64)), folder / name)
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted tiny ViT with random weights."""
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("run") / "vit"
-    save(convert(load_teacher("timm:test_vit", pretrained=False, image_size=64)), out)
-    return out
+    """A ViT."""
+    return converted("test_vit", tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="session")
 def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A converted tiny CNN with random weights and BatchNorm."""
-    torch.manual_seed(0)
-    out = tmp_path_factory.mktemp("run") / "cnn"
-    save(convert(load_teacher("timm:test_resnet", pretrained=False, image_size=64)), out)
-    return out
+    """A CNN with BatchNorm."""
+    return converted("test_resnet", tmp_path_factory.mktemp("run"))
 
 
 CNN_PHASES = (Phase("end-to-end", 80, 5e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.5, batch_statistics=True),)

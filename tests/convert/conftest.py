@@ -13,6 +13,7 @@ import torch
 from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
+from configs import VISION, WORDS
 from PIL import Image
 from torch import Tensor, nn
 
@@ -80,24 +81,6 @@ def photographs() -> Callable[..., Tensor]:
         return torch.stack([transform(Image.open(folder / name)) for name in PHOTOGRAPHS[:count]])
 
     return read
-
-
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-WORDS = {
-    **{key: VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
-    "vocab_size": 32,
-    "max_position_embeddings": 12,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 
 def write_tokenizer(folder: Path, vocabulary: str = "a red bus photo of the cat dog on grass") -> None:

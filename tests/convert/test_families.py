@@ -17,6 +17,7 @@ from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import PlanError
 from bcosify.explain import explain
+from configs import VISION
 from torch import nn
 
 # name: (size, what is special)
@@ -79,20 +80,12 @@ class Pooled(nn.Module):
         return self.model(pictures).pooler_output.flatten(1)
 
 
-SMALL = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
 STAGES = {"hidden_sizes": [8, 12, 16, 24], "depths": [1, 1, 1, 1]}
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("Siglip", SMALL), ("CLIP", SMALL), ("Dinov2", SMALL), ("DINOv3ViT", SMALL), ("ConvNextV2", STAGES)],
+    [("Siglip", VISION), ("CLIP", VISION), ("Dinov2", VISION), ("DINOv3ViT", VISION), ("ConvNextV2", STAGES)],
 )
 def test_transformers_models(name, config):
     import transformers

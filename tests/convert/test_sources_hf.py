@@ -16,26 +16,15 @@ from bcosify.convert import Source, Teacher, convert, load, load_teacher, save, 
 from bcosify.convert.sources import build as build_skeleton
 from bcosify.convert.sources import bundled, reload_teacher
 from bcosify.errors import PlanError, SourceError
+from configs import VISION, WORDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-VISION = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 32,
-    "patch_size": 8,
-}
-WORDS = {
-    **{key: VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},
-    **{"vocab_size": 32, "max_position_embeddings": 12, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
-}
 NAFLEX = {key: value for key, value in VISION.items() if key != "image_size"} | {"num_patches": 16}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}
 STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 DUAL = {"text_config": WORDS, "vision_config": VISION}
-# Model, configuration, settings, head, its features, whether every layer has a rule.
+# Model, configuration, settings, head, its features.
 FAMILIES = [
     ("SiglipModel", "SiglipConfig", DUAL, "embedding", 32),
     ("SiglipVisionModel", "SiglipVisionConfig", VISION, "pooled", 32),
