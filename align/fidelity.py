@@ -19,6 +19,7 @@ def fidelity(student: Tensor, teacher: Tensor, classifier: bool = False) -> dict
 
     Returns:
         raw_cosine, centred_cosine: means over pictures.
+        cka: linear centred kernel alignment (Kornblith et al. 2019, arXiv 1905.00414), of both as sets of pictures.
         neighbour_agreement: share of pictures whose nearest other picture (centred cosine) is the teacher's.
         top1_agreement: share of pictures with the teacher's largest logit; only for a classifier.
     """
@@ -27,11 +28,18 @@ def fidelity(student: Tensor, teacher: Tensor, classifier: bool = False) -> dict
     result = {
         "raw_cosine": F.cosine_similarity(student, teacher).mean(),
         "centred_cosine": F.cosine_similarity(centred, target).mean(),
+        "cka": _cka(centred, target),
         "neighbour_agreement": (_nearest(centred) == _nearest(target)).float().mean(),
     }
     if classifier:
         result["top1_agreement"] = (student.argmax(1) == teacher.argmax(1)).float().mean()
     return {name: round(float(value), 4) for name, value in result.items()}
+
+
+def _cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Of centred features (N, D) and (N, E); in [0, 1]. Gram matrices of pictures, as N is small beside D."""
+    ours, theirs = student @ student.T, teacher @ teacher.T
+    return (ours * theirs).sum() / (ours.norm() * theirs.norm()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _nearest(features: Tensor) -> Tensor:

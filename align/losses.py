@@ -6,12 +6,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cosine_distance", "update_error"]
+__all__ = ["cosine_distance", "magnitude_error", "pairwise_error", "update_error"]
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of 1 - cos over rows (R, C); in [0, 2]."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+
+
+def magnitude_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over rows (R, C) of the squared logarithm of the ratio of both norms; 0 where all sizes agree (ours)."""
+    tiny = torch.finfo(torch.float32).eps
+    ours, theirs = (features.float().square().sum(-1).clamp_min(tiny).log() for features in (student, teacher))
+    return ((ours - theirs) / 2).square().mean()
+
+
+def pairwise_error(student: Tensor, teacher: Tensor, scale: float = 10.0) -> Tensor:
+    """Sigmoid loss (SigLIP, arXiv 2303.15343, with fixed scale and bias) of outputs (B, D), each row's own the match.
+
+    B-cosification (arXiv 2411.00715) aligns CLIP's image tower so, with a scale of 10 and a bias of -10.
+    """
+    logits = scale * F.normalize(student.float()) @ F.normalize(teacher.float()).T - scale
+    labels = 2 * torch.eye(len(logits), device=logits.device) - 1
+    return -F.logsigmoid(labels * logits).sum(1).mean()
 
 
 def update_error(student: Tensor, teacher: Tensor, floor: float = 0.1) -> Tensor:

@@ -1,81 +1,102 @@
 """What a phase of alignment minimises. Each objective is a module over the student, so that DDP and FSDP see its
 forward.
 
-end-to-end    mean token (1 - cos) at a third, two thirds and all of the depth, and (1 - cos) of the output.
-block-local   every unit of the student is fed what the teacher's unit was fed, and fitted to the teacher's update of
-it.
-              No unit's error runs through the others. (Ours.)
+end-to-end   mean token (1 - cos) at some depths, and (1 - cos) of the output (ALOE, CVPR 2026).
+pairwise     the outputs alone, against the teacher's outputs of the whole batch (B-cosification's loss for CLIP).
+block-local  every unit of the student is fed what the teacher's unit was fed, and fitted to the teacher's update of it.
+             No unit's error runs through the others. (Ours.)
+layer-local  the same for every converted layer. (Ours.)
+block-own    every block is fed what the student's earlier blocks make, without a gradient to them, and fitted to the
+             teacher's output. Inputs are those that it will have; errors still do not run through. (Ours.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .losses import cosine_distance, update_error
+from ..convert.layers import scheduled_layers
+from .losses import cosine_distance, magnitude_error, pairwise_error, update_error
 from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-__all__ = ["OBJECTIVES", "BlockLocal", "EndToEnd", "Objective", "observe"]
+__all__ = ["OBJECTIVES", "BlockLocal", "BlockOwn", "EndToEnd", "LayerLocal", "Objective", "Pairwise", "observe"]
 
 
 class Objective(nn.Module):
     """Base: `taps` names what must be recorded in the teacher; forward gives named losses, `total` among them."""
 
-    def __init__(self, student: nn.Module, taps: tuple[str, ...]) -> None:
+    def __init__(self, student: nn.Module, recipe: Recipe, taps: tuple[str, ...]) -> None:
         super().__init__()
         check_taps(student, taps)
         self.student = student
         self.taps = taps
+        self.centred = recipe.centre
+        self.means: dict[str, Tensor] = {}
 
     def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
-        """Takes note of the teacher's mean features on a few pictures, where the objective wants them."""
+        """Takes note of the teacher's mean features on a few pictures, if cosines are taken around them."""
+        if self.centred:
+            self.means = {name: channels_last(calls[name].output).mean(0) for name in self.taps if name in calls}
+            self.means["output"] = output.mean(0)
 
     def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:  # noqa: ARG002 - the general case needs no calls
         """Runs the student as this objective feeds it."""
         self.student(pictures)
+
+    def _distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
+        mean = self.means.get(name, 0.0)
+        return cosine_distance(ours - mean, theirs - mean)
 
 
 class EndToEnd(Objective):
     """The student runs on its own from the picture."""
 
     def __init__(self, student: nn.Module, recipe: Recipe) -> None:
-        super().__init__(student, recipe.taps or depth_taps(find_blocks(student)))
-        self.output_weight = recipe.output_weight
-        self.centred = recipe.centre
-        self.means: dict[str, Tensor] = {}
-
-    def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
-        if self.centred:
-            self.means = {name: channels_last(calls[name].output).mean(0) for name in self.taps}
-            self.means["output"] = output.mean(0)
-
-    def _distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
-        mean = self.means.get(name, 0.0)
-        return cosine_distance(ours - mean, theirs - mean)
+        super().__init__(student, recipe, recipe.taps or depth_taps(find_blocks(student), recipe.depths))
+        self.output_weight, self.magnitude_weight = recipe.output_weight, recipe.magnitude_weight
+        self.norms = WeightNorms(student, recipe.weight_norm)
 
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
         with record(self.student, self.taps) as ours:
             ours_output = first_tensor(self.student(pictures))
-        losses = {
-            name: self._distance(name, channels_last(ours[name].output), channels_last(calls[name].output))
-            for name in self.taps
-        }
-        losses["output"] = self._distance("output", ours_output, output)
-        total = sum((losses[name] for name in self.taps), self.output_weight * losses["output"])
-        return {**losses, "total": total}
+        pairs = {name: (channels_last(ours[name].output), channels_last(calls[name].output)) for name in self.taps}
+        losses = {name: self._distance(name, *pair) for name, pair in pairs.items()}
+        losses["output"] = self.output_weight * self._distance("output", ours_output, output)
+        if self.magnitude_weight:
+            errors = [magnitude_error(*pair) for pair in pairs.values()]
+            losses["magnitude"] = self.magnitude_weight * torch.stack(errors).sum()
+        if self.norms.weight:
+            losses["weight norm"] = self.norms.penalty(self.student)
+        return {**losses, "total": torch.stack(list(losses.values())).sum()}
+
+
+class Pairwise(Objective):
+    """The student's outputs against the teacher's of the whole batch; what a process has is its batch."""
+
+    def __init__(self, student: nn.Module, recipe: Recipe) -> None:
+        super().__init__(student, recipe, ())
+
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        loss = pairwise_error(first_tensor(self.student(pictures)), output)
+        return {"output": loss, "total": loss}
 
 
 class BlockLocal(Objective):
     """Every unit alone, on the teacher's input of it."""
 
-    def __init__(self, student: nn.Module, recipe: Recipe) -> None:  # noqa: ARG002 - one signature for all objectives
-        super().__init__(student, find_units(student, find_blocks(student)))
+    def __init__(self, student: nn.Module, recipe: Recipe) -> None:
+        super().__init__(student, recipe, self.units(student))
+
+    @staticmethod
+    def units(student: nn.Module) -> tuple[str, ...]:
+        """What is fitted on its own."""
+        return find_units(student, find_blocks(student))
 
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         losses = {name: self._unit(name, calls[name]) for name in self.taps if name in calls}
@@ -97,6 +118,63 @@ class BlockLocal(Objective):
         return update_error(channels_last(ours), channels_last(theirs))
 
 
+class LayerLocal(BlockLocal):
+    """Every converted layer alone, on the teacher's input of it."""
+
+    @staticmethod
+    def units(student: nn.Module) -> tuple[str, ...]:
+        return tuple(name for name, _ in scheduled_layers(student))
+
+    def _unit(self, name: str, call: Call) -> Tensor:
+        return update_error(channels_last(self._output(name, call)), channels_last(call.output))
+
+
+class BlockOwn(Objective):
+    """Every block on the student's own input of it, which gives no gradient to what made it."""
+
+    def __init__(self, student: nn.Module, recipe: Recipe) -> None:
+        self.blocks = find_blocks(student)
+        super().__init__(student, recipe, self.blocks)
+
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
+        handles = [self.student.get_submodule(name).register_forward_pre_hook(_cut) for name in self.blocks]
+        try:
+            with record(self.student, self.taps) as ours:
+                ours_output = first_tensor(self.student(pictures))
+        finally:
+            for handle in handles:
+                handle.remove()
+        losses = {
+            name: self._distance(name, channels_last(ours[name].output), channels_last(calls[name].output))
+            for name in self.taps
+        }
+        losses["output"] = self._distance("output", ours_output, output)
+        return {**losses, "total": torch.stack(list(losses.values())).sum()}
+
+
+def _cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001 - a hook
+    return tuple(value.detach() if isinstance(value, Tensor) else value for value in args)
+
+
+class WeightNorms:
+    """Keeps converted layers near the weight norms that they had at first: cosines in loss and layers see no norm."""
+
+    def __init__(self, student: nn.Module, weight: float) -> None:
+        self.weight = weight
+        self.first = {name: norm.detach() for name, norm in self._norms(student).items()} if weight else {}
+
+    @staticmethod
+    def _norms(student: nn.Module) -> dict[str, Tensor]:
+        """Frobenius norm of every converted matrix or kernel."""
+        layers = {name: getattr(layer, "weight", None) for name, layer in scheduled_layers(student)}
+        return {name: weight.norm() for name, weight in layers.items() if weight is not None and weight.dim() > 1}
+
+    def penalty(self, student: nn.Module) -> Tensor:
+        """`weight` times the mean squared relative change."""
+        changes = [norm / self.first[name] - 1 for name, norm in self._norms(student).items()]
+        return self.weight * torch.stack(changes).square().mean()
+
+
 @torch.no_grad()
 def observe(teacher: nn.Module, pictures: Tensor, taps: tuple[str, ...]) -> tuple[dict[str, Call], Tensor]:
     """The teacher's calls at `taps` and its output on pictures (B, 3, H, W)."""
@@ -105,4 +183,10 @@ def observe(teacher: nn.Module, pictures: Tensor, taps: tuple[str, ...]) -> tupl
     return calls, output
 
 
-OBJECTIVES: dict[str, Callable[[nn.Module, Recipe], Objective]] = {"end-to-end": EndToEnd, "block-local": BlockLocal}
+OBJECTIVES: dict[str, Callable[[nn.Module, Recipe], Objective]] = {
+    "end-to-end": EndToEnd,
+    "pairwise": Pairwise,
+    "block-local": BlockLocal,
+    "layer-local": LayerLocal,
+    "block-own": BlockOwn,
+}

@@ -29,9 +29,10 @@ class Phase:
     """One stretch of a run.
 
     Attributes:
-        objective: `end-to-end` or `block-local` (see `objectives`).
+        objective: which (see `objectives`).
         pictures: how many pictures it sees.
-        learning_rate: peak; AdamW. Fresh optimizer state in every phase, as objectives differ in scale.
+        learning_rate: peak. Fresh optimizer state in every phase, as objectives differ in scale.
+        optimizer: `adamw`, or `muon` (orthogonal steps for matrices and kernels, AdamW for the rest; timm's).
         relative: the learning rate counts in units of each parameter's root mean square at the start of the phase, so
             that a step turns every weight by the same angle. B-cos layers respond to angles, and calibration leaves
             weights of very different sizes.
@@ -41,13 +42,16 @@ class Phase:
         gain: `least-squares` or `rms`.
         batch_statistics: the student's BatchNorms use each batch's statistics while they train, and a mean over many
             batches when they are measured and saved; else they keep the source's.
-        warmup: share of the phase with rising learning rate. final_learning_rate: share of the peak at the end.
-        clip: largest norm of the gradient.
+        warmup: share of the phase with rising learning rate. decay: share with falling learning rate, half a cosine
+            down to `final_learning_rate` (a share of the peak); the peak holds in between.
+        clip: largest norm of the gradient. adaptive_clip: largest norm of each unit's gradient as a share of its
+            weight's norm (Brock et al. 2021); 0 does not clip.
     """
 
-    objective: Literal["end-to-end", "block-local"]
+    objective: Literal["end-to-end", "block-local", "block-own", "layer-local", "pairwise"]
     pictures: int
     learning_rate: float
+    optimizer: Literal["adamw", "muon"] = "adamw"
     b: tuple[float, float] = (2.0, 2.0)
     beta: tuple[float, float] = (0.0, 0.0)
     ramp: float = 0.6
@@ -57,8 +61,10 @@ class Phase:
     gain: Literal["least-squares", "rms"] = "least-squares"
     batch_statistics: bool = False
     warmup: float = 0.05
+    decay: float = 1.0
     final_learning_rate: float = 0.05
     clip: float = 5.0
+    adaptive_clip: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +78,12 @@ class Recipe:
         accumulate: each process takes its share of a batch in so many parts, for less memory; the gradient is the same,
             but for BatchNorm's batch statistics.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
-        taps: modules compared end to end; empty means a third, two thirds and all of the depth.
+        taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
         output_weight: weight of the output's loss beside one for every tap.
+        magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
+        weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
+        average: decay of the exponential moving average of the weights that is measured and saved; 0 takes the last.
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
         held_out: pictures kept back for the fidelity curve where no --val is given.
         evaluate_every, checkpoint_every: in pictures seen. log_every: in steps.
@@ -92,8 +101,12 @@ class Recipe:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     taps: tuple[str, ...] = ()
+    depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     centre: bool = False
     output_weight: float = 1.0
+    magnitude_weight: float = 0.0
+    weight_norm: float = 0.0
+    average: float = 0.0
     crop_scale: tuple[float, float] = (0.35, 1.0)
     flip: float = 0.5
     held_out: int = 128

@@ -7,12 +7,14 @@ import math
 __all__ = ["learning_rate", "ramp"]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, final: float) -> float:
-    """Linear warm-up over the first `warmup` share of `steps`, then half a cosine down to `final` * `peak`."""
+def learning_rate(step: int, steps: int, peak: float, warmup: float, final: float, decay: float = 1.0) -> float:
+    """Linear warm-up over the first `warmup` share of `steps`, `peak`, and over the last `decay` share (but for the
+    warm-up) half a cosine down to `final` * `peak`."""
     warm = max(1, int(warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
-    progress = (step - warm) / max(1, steps - warm)
+    falling = max(1, min(round(decay * steps), steps - warm))
+    progress = max(0.0, (step - (steps - falling)) / falling)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,7 +23,8 @@ from ..convert.files import new_folder
 __all__ = ["CHECKPOINTS", "Progress", "latest", "restore", "write"]
 
 CHECKPOINTS = "checkpoints"  # folder inside a run's
-STUDENT, OPTIMIZER, PROGRESS, MARK = "student.safetensors", "optimizer.safetensors", "state.json", "COMPLETE"
+STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.safetensors"
+PROGRESS, MARK = "state.json", "COMPLETE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +48,12 @@ class Progress:
 
 
 def write(
-    folder: Path, student: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, keep: int = 2
+    folder: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    average: nn.Module | None = None,
+    keep: int = 2,
 ) -> Path:
     """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`.
 
@@ -54,9 +61,11 @@ def write(
     """
     out = folder / f"step-{progress.step:08d}"
     with new_folder(out, overwrite=True) as scratch:
-        # Tied parameters share memory, which safetensors refuses: a copy of each name costs less than a second format.
-        save_file({name: tensor.detach().clone() for name, tensor in student.state_dict().items()}, scratch / STUDENT)
-        save_file(_optimizer_tensors(optimizer), scratch / OPTIMIZER)
+        save_file(_copies(student), scratch / STUDENT)
+        if average is not None:
+            save_file(_copies(average), scratch / AVERAGE)
+        tensors, plain = _optimizer_state(optimizer)
+        save_file(tensors, scratch / OPTIMIZER, metadata={"plain": json.dumps(plain)})
         (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
         (scratch / MARK).touch()
     for old in _complete(folder)[:-keep]:
@@ -72,25 +81,39 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     return None
 
 
-def restore(checkpoint: Path, student: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
-    """Loads the tensors of `checkpoint` into the student and, where given, the optimizer; strict."""
+def restore(
+    checkpoint: Path,
+    student: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    average: nn.Module | None = None,
+) -> None:
+    """Loads the tensors of `checkpoint` into the student and, where given, the optimizer and the average; strict."""
     student.load_state_dict(load_file(checkpoint / STUDENT), strict=True)
+    if average is not None:
+        average.load_state_dict(load_file(checkpoint / AVERAGE), strict=True)
     if optimizer is None:
         return
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
+    state: dict[int, dict[str, Any]] = {}
+    with safe_open(checkpoint / OPTIMIZER, "pt") as file:
+        plain = json.loads((file.metadata() or {}).get("plain", "{}"))
+        values = {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
+    for key, value in values.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = tensor
+        state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _copies(model: nn.Module) -> dict[str, Tensor]:
+    """Tied parameters share memory, which safetensors refuses: a copy of each name costs less than a second format."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and plain values (some optimizers keep a flag or a counter) by `index.name`."""
     state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": tensor.detach().clone().contiguous()
-        for index, tensors in state.items()
-        for name, tensor in tensors.items()
-    }
+    values = {f"{index}.{name}": value for index, part in state.items() for name, value in part.items()}
+    tensors = {key: value.detach().clone().contiguous() for key, value in values.items() if isinstance(value, Tensor)}
+    return tensors, {key: value for key, value in values.items() if key not in tensors}
 
 
 def _complete(folder: Path) -> list[Path]:

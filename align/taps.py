@@ -48,10 +48,14 @@ def _blocks_below(module: nn.Module, prefix: str) -> list[str]:
     return found
 
 
-def depth_taps(blocks: tuple[str, ...]) -> tuple[str, ...]:
-    """The blocks after which a third, two thirds and all of the depth is done (ALOE's depths, last one included)."""
-    count = len(blocks)
-    return tuple(blocks[depth - 1] for depth in sorted({count // 3, 2 * count // 3, count}) if depth)
+def depth_taps(blocks: tuple[str, ...], depths: Iterable[float] = (1 / 3, 2 / 3, 1.0)) -> tuple[str, ...]:
+    """The blocks after which these shares of the depth, each in (0, 1], are done (rounded down).
+
+    The default is ALOEv2's: a third, two thirds, and the last block too.
+    """
+    # A hair more, as 2/3 of 12 must be 8 in floating point too.
+    done = {int(len(blocks) * depth + 1e-6) for depth in depths}
+    return tuple(blocks[depth - 1] for depth in sorted(done) if depth)
 
 
 def find_units(student: nn.Module, blocks: tuple[str, ...]) -> tuple[str, ...]:

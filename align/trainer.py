@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from timm.utils import ModelEmaV3
+from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,6 +34,7 @@ from .fidelity import fidelity
 from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
 from .objectives import OBJECTIVES, Objective, observe
+from .optimizers import make_optimizer
 from .prepare import (
     AlignConfig,
     checkpoint_gradients,
@@ -84,7 +87,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         )
         progress = run.evaluated(progress, {"phase": "start"})
     else:
-        state.restore(resumed[0], student.model, None)
+        run.restore(resumed[0])
     first = 0
     with _signals_noted() as run.signals:
         for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
@@ -142,6 +145,7 @@ class _Run:
         self.classifier = student.labels is not None
         self.seconds = 0.0
         self._teacher_outputs: Tensor | None = None
+        self.average: ModelEmaV3 | None = None
         self.signals: list[int] = []
         self.stopping = False
 
@@ -166,6 +170,21 @@ class _Run:
 
     def _augment(self) -> Augment:
         return Augment(scale=self.recipe.crop_scale, flip=self.recipe.flip)
+
+    @property
+    def _result(self) -> nn.Module:
+        """What is measured and saved: the averaged student where the recipe asks for one."""
+        return self.model if self.average is None else self.average.module
+
+    def _new_average(self) -> ModelEmaV3 | None:
+        decay = self.recipe.average
+        # Buffers are copied: a mean over a moving B would be the B of no function that was ever trained.
+        return ModelEmaV3(self.model, decay=decay, exclude_buffers=True) if decay else None
+
+    def restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Student, average and, where given, the optimizer as they were."""
+        self.average = self._new_average()
+        state.restore(checkpoint, self.model, optimizer, self.average and self.average.module)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -192,14 +211,10 @@ class _Run:
             if phase.calibrate:
                 gains()
             progress = dataclasses.replace(progress, scales=_scales(self.model, phase.relative))
-        optimizer = torch.optim.AdamW(
-            [{"params": [p], "scale": s} for p, s in zip(self.model.parameters(), progress.scales, strict=True)],
-            lr=phase.learning_rate,
-            weight_decay=self.recipe.weight_decay,
-            betas=self.recipe.betas,
-        )
+        optimizer = make_optimizer(self.model, phase, self.recipe, progress.scales)
+        self.average = self._new_average()
         if checkpoint is not None:
-            state.restore(checkpoint, self.model, optimizer)
+            self.restore(checkpoint, optimizer)
         prepared, optimizer = self.accelerator.prepare(objective, optimizer)
         log = PhaseLog(
             self.recipe, number, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
@@ -210,12 +225,18 @@ class _Run:
                 gains()
             self.bad.add(batch.bad)
             for group in optimizer.param_groups:
-                rate = learning_rate(k, steps, phase.learning_rate, phase.warmup, phase.final_learning_rate)
+                rate = learning_rate(
+                    k, steps, phase.learning_rate, phase.warmup, phase.final_learning_rate, phase.decay
+                )
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad()
             losses = self._backward(phase, objective, prepared, self._normalised(batch.pictures))
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), phase.clip)
+            if phase.adaptive_clip:
+                adaptive_clip_grad(self.model.parameters(), phase.adaptive_clip)
             optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model)
             progress = dataclasses.replace(progress, step=first + k + 1, phase=number)
             log.step(progress, losses, norm)
             last = k + 1 == steps
@@ -282,11 +303,12 @@ class _Run:
     def _settle_statistics(self) -> None:
         """Running statistics of the student as it is now, alike in every process."""
         pictures = self._calibration_pictures(STATISTICS_PICTURES)
-        estimate_statistics(self.model, pictures.split(STATISTICS_BATCH))
+        estimate_statistics(self._result, pictures.split(STATISTICS_BATCH))
 
     def _move(self, phase: Phase, k: int, steps: int) -> None:
         """B and beta of step `k`."""
-        set_strength(self.model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
+        for model in dict.fromkeys((self.model, self._result)):
+            set_strength(model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
 
     def _due(self, step: int, every: int) -> bool:
         """Whether `every` pictures went by within this step."""
@@ -295,7 +317,8 @@ class _Run:
     def _checkpoint(self, optimizer: torch.optim.Optimizer, progress: state.Progress) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress)
+            average = self.average and self.average.module
+            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average)
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------------ measuring
@@ -310,7 +333,7 @@ class _Run:
         pictures = [self._normalised(batch.pictures) for batch in batches]
         if theirs is None:
             theirs = self._teacher_outputs = torch.cat([first_tensor(self.teacher(batch)) for batch in pictures])
-        ours = torch.cat([first_tensor(self.model(batch)) for batch in pictures])
+        ours = torch.cat([first_tensor(self._result(batch)) for batch in pictures])
         point = {"pictures": progress.step * self.recipe.batch_size, **where, **fidelity(ours, theirs, self.classifier)}
         write_row(self.config.work, {"held_out": point}, self.accelerator)
         if not self.config.quiet:
@@ -336,8 +359,8 @@ class _Run:
         result = self.summary(progress)
         if self.accelerator.is_main_process:
             summary = {**{key: result[key] for key in ("pictures", "final", "curve")}, "pressure": self.recipe.pressure}
-            self.model.cpu()
-            save(self.student.with_report(alignment=summary), self.config.out, self.config.overwrite)
+            student = dataclasses.replace(self.student, model=self._result.cpu()).with_report(alignment=summary)
+            save(student, self.config.out, self.config.overwrite)
         self.accelerator.wait_for_everyone()
         return result
 

@@ -1,0 +1,150 @@
+"""Objectives, losses and rates against closed forms; optimizers and averages come back from checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bcosify.align import state
+from bcosify.align.fidelity import fidelity
+from bcosify.align.losses import cosine_distance, magnitude_error, pairwise_error
+from bcosify.align.objectives import OBJECTIVES, WeightNorms, observe
+from bcosify.align.optimizers import OPTIMIZERS, make_optimizer
+from bcosify.align.recipe import Phase, Recipe
+from bcosify.align.schedule import learning_rate
+from bcosify.align.taps import depth_taps, find_blocks
+from bcosify.convert import convert, load_teacher, set_strength
+from bcosify.convert.layers import scheduled_layers
+from torch import nn
+
+RECIPE = Recipe("B is 2", 64, 4, (Phase("end-to-end", 40, 1e-3),))
+
+
+@pytest.fixture
+def pair() -> tuple[nn.Module, nn.Module]:
+    """A student at B = 2 without biases, and its teacher."""
+    torch.manual_seed(0)
+    teacher = load_teacher("timm:test_vit", pretrained=False, image_size=64)
+    student = convert(teacher).model
+    set_strength(student, 2.0, 0.0)
+    return student, teacher.model.eval().requires_grad_(False)
+
+
+def losses(pair, name, recipe=RECIPE):
+    student, teacher = pair
+    pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    objective = OBJECTIVES[name](student, recipe)
+    return objective, objective(pictures, *observe(teacher, pictures, objective.taps))
+
+
+def test_losses_are_their_closed_forms():
+    ours, theirs = torch.randn(5, 7), torch.randn(5, 7)
+    assert cosine_distance(ours, ours * 3) == pytest.approx(0, abs=1e-6)
+    assert magnitude_error(ours, ours * math.e**2) == pytest.approx(4, rel=1e-5)
+    assert magnitude_error(torch.zeros(2, 3), torch.zeros(2, 3)) == 0
+    cosines = F.cosine_similarity(ours[:, None], theirs[None], dim=-1)
+    expected = sum(
+        -math.log(1 / (1 + math.exp(-(1 if i == j else -1) * (10 * float(cosines[i, j]) - 10)))) / 5
+        for i in range(5)
+        for j in range(5)
+    )
+    assert float(pairwise_error(ours, theirs)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block-local", "layer-local", "block-own"])
+def test_local_losses_reach_their_own_part_alone(pair, name):
+    objective, found = losses(pair, name)
+    part = find_blocks(pair[0])[-1] if name != "layer-local" else f"{find_blocks(pair[0])[-1]}.mlp.fc2"
+    found[part].backward()
+    touched = {key for key, p in pair[0].named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched and all(key.startswith(f"{part}.") for key in touched)
+    assert part in objective.taps
+
+
+def test_a_block_on_its_own_input_is_the_whole_students_block(pair):
+    """The inputs are those of the plain forward pass, and the hooks are gone afterwards."""
+    student, _ = pair
+    _, cut = losses(pair, "block-own")
+    _, whole = losses(pair, "end-to-end")
+    last = find_blocks(student)[-1]
+    assert cut[last].item() == pytest.approx(whole[last].item(), rel=1e-6)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in student.modules())
+
+
+def test_terms_for_magnitudes_and_weight_norms(pair):
+    recipe = dataclasses.replace(RECIPE, magnitude_weight=0.5, weight_norm=2.0, output_weight=3.0)
+    objective, found = losses(pair, "end-to-end", recipe)
+    assert float(found["weight norm"]) == 0 and float(found["magnitude"]) > 0
+    parts = sum(float(value) for name, value in found.items() if name != "total")
+    assert float(found["total"]) == pytest.approx(parts, rel=1e-6)
+    assert float(found["output"]) == pytest.approx(3 * float(losses(pair, "end-to-end")[1]["output"]), rel=1e-5)
+    norms = WeightNorms(pair[0], 2.0)
+    with torch.no_grad():
+        for _, layer in scheduled_layers(pair[0]):
+            if getattr(layer, "weight", None) is not None:
+                layer.weight.mul_(1.1)
+    assert float(norms.penalty(pair[0])) == pytest.approx(2 * 0.1**2, rel=1e-4)
+
+
+def test_depths_are_shares_of_the_blocks():
+    twelve = tuple(map(str, range(1, 13)))
+    assert depth_taps(twelve) == ("4", "8", "12")
+    assert depth_taps(twelve, (1.0,)) == ("12",)
+    assert depth_taps(twelve, [(i + 1) / 12 for i in range(12)]) == twelve
+    assert depth_taps(("1", "2")) == ("1", "2")
+
+
+def test_learning_rate_rises_holds_and_falls():
+    rates = [learning_rate(k, 100, 2.0, 0.1, 0.0, 0.3) for k in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
+    assert rates[10:71] == [2.0] * 61
+    assert all(a > b for a, b in zip(rates[70:], rates[71:], strict=False)) and rates[-1] < 0.01
+    assert rates[85] == pytest.approx(1.0)
+    whole = [learning_rate(k, 100, 2.0, 0.1, 0.05) for k in range(100)]
+    assert whole[55] == pytest.approx(2 * (0.05 + 0.95 / 2)) and whole[99] > 0.1
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizers_come_back_from_a_checkpoint_bit_for_bit(name, tmp_path):
+    def build() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 5))
+        phase = dataclasses.replace(RECIPE.phases[0], optimizer=name)
+        return model, make_optimizer(model, phase, RECIPE, tuple(0.5 for _ in model.parameters()))
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            model(torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+            optimizer.step()
+
+    (whole, optimizer), (parts, first), (resumed, second) = build(), build(), build()
+    steps(whole, optimizer, range(6))
+    steps(parts, first, range(3))
+    folder = state.write(tmp_path, parts, first, state.Progress(3, 0, "d"), average=whole)
+    average = build()[0]
+    state.restore(folder, resumed, second, average)
+    assert all(torch.equal(a, b) for a, b in zip(average.parameters(), whole.parameters(), strict=True))
+    assert [group["lr"] for group in second.param_groups] == [1e-3] * 4
+    steps(resumed, second, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+def test_fidelity_of_a_rotated_and_scaled_teacher():
+    """Linear CKA does not see rotations and one scale; and is the textbook's HSIC ratio."""
+    torch.manual_seed(0)
+    teacher = torch.randn(20, 6) + 3
+    rotation = torch.linalg.qr(torch.randn(6, 6)).Q
+    found = fidelity(teacher @ rotation * 4 + 1, teacher)
+    assert found["cka"] == pytest.approx(1, abs=1e-4) and found["neighbour_agreement"] == 1
+    other = torch.randn(20, 9)
+    centring = torch.eye(20) - 1 / 20
+    k, m = (centring @ x @ x.T @ centring for x in (teacher, other))
+    expected = torch.trace(k @ m) / torch.sqrt(torch.trace(k @ k) * torch.trace(m @ m))
+    assert fidelity(other @ torch.eye(9, 6), teacher)["cka"] <= 1
+    from bcosify.align.fidelity import _cka
+
+    assert float(_cka(other - other.mean(0), teacher - teacher.mean(0))) == pytest.approx(float(expected), rel=1e-4)
