@@ -16,7 +16,7 @@ lint: $(VENV)/dev.stamp
 
 bench: $(VENV)/test.stamp
 	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with train-*.tar and val-*.tar"; exit 2; }
-	$(BIN)/python benchmarks/alignment.py --data $(DATA)
+	$(BIN)/python benchmarks/recipe_study.py --data $(DATA)
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
