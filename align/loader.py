@@ -16,7 +16,7 @@ import contextlib
 import json
 import multiprocessing as mp
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -39,7 +39,9 @@ __all__ = [
     "CentreCrop",
     "PictureSet",
     "Run",
+    "check_batch",
     "held_out_batches",
+    "size_at",
     "to_model_input",
     "training_batches",
 ]
@@ -99,6 +101,7 @@ class Run(NamedTuple):
     """A piece of an epoch's order: the first `count` pictures are asked for, those after them are their substitutes."""
 
     epoch: int
+    size: int  # side of the views in pixels
     count: int
     ids: np.ndarray  # (count + SUBSTITUTES,)
     places: np.ndarray  # (count + SUBSTITUTES, 3), as `ShardIndex.places` gives them
@@ -107,9 +110,9 @@ class Run(NamedTuple):
 class PictureSet(Dataset):
     """Runs to batches: reads, decodes and crops. An item is a Batch, or the DataError that stopped it."""
 
-    def __init__(self, files: Sequence[ShardFile], size: int, augment: Augment | CentreCrop, seed: int = 0):
+    def __init__(self, files: Sequence[ShardFile], sizes: Iterable[int], augment: Augment | CentreCrop, seed: int = 0):
         self.files = files
-        self.view = augment.view(size)
+        self.views = {size: augment.view(size) for size in sizes}
         self.seed = seed
 
     def __getitem__(self, run: Run) -> Batch | DataError:
@@ -126,7 +129,7 @@ class PictureSet(Dataset):
         for asked in range(run.count):
             tries = slice(asked, asked + 1 + len(run.ids) - run.count)  # as many, wherever in a run the picture is
             for id, place in zip(run.ids[tries].tolist(), run.places[tries], strict=True):
-                picture = self._picture(run.epoch, id, place)
+                picture = self._picture(run, id, place)
                 if isinstance(picture, torch.Tensor):
                     pictures.append(picture)
                     ids.append(id)
@@ -136,7 +139,7 @@ class PictureSet(Dataset):
                 raise self._none_decodes(run, asked, bad[int(run.ids[asked])])
         return Batch(torch.stack(pictures), torch.tensor(ids), tuple(BadSample(*item) for item in bad.items()))
 
-    def _picture(self, epoch: int, id: int, place: np.ndarray) -> torch.Tensor | str:
+    def _picture(self, run: Run, id: int, place: np.ndarray) -> torch.Tensor | str:
         """The picture as (3, S, S) uint8, or why it cannot be decoded."""
         shard, offset, length = map(int, place)
         data = read_at(self.files[shard], offset, length)
@@ -146,8 +149,8 @@ class PictureSet(Dataset):
             return reason(error)
         # torchvision draws from the global generator: lend it a state of this picture's own. Only the CPU's is touched.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_crop_seed(self.seed, epoch, id))
-            return self.view(image)
+            torch.default_generator.manual_seed(_crop_seed(self.seed, run.epoch, id))
+            return self.views[run.size](image)
 
     def _none_decodes(self, run: Run, asked: int, why: str) -> DataError:
         shard, offset, _ = map(int, run.places[asked])
@@ -156,6 +159,13 @@ class PictureSet(Dataset):
             f"{len(run.ids) - run.count} that would stand in for it ({why}). "
             "Check the shards; to write them again: bcosify shards DIR OUT"
         )
+
+
+def size_at(sizes: Sequence[int], seed: int, step: int) -> int:
+    """The one of `sizes` that step `step` of a run with this seed trains at; all are drawn alike often."""
+    if len(sizes) == 1:
+        return sizes[0]
+    return sizes[int(np.random.default_rng([seed, step]).integers(len(sizes)))]
 
 
 def _crop_seed(seed: int, epoch: int, id: int) -> int:
@@ -196,6 +206,7 @@ class TrainingRuns:
     steps: range
     rank: int
     world_size: int
+    sizes: tuple[int, ...] = (224,)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -205,7 +216,8 @@ class TrainingRuns:
         for step in self.steps:
             epoch, batch, _ = batch_indices(len(self.index), self.seed, self.global_batch, step)
             first = batch * self.global_batch + self.rank * share
-            yield _run(self.index, order(len(self.index), self.seed, epoch), epoch, first, share)
+            size = size_at(self.sizes, self.seed, step)
+            yield _run(self.index, order(len(self.index), self.seed, epoch), epoch, size, first, share)
 
 
 @dataclass(frozen=True)
@@ -215,6 +227,7 @@ class HeldOutRuns:
     index: ShardIndex
     count: int
     batch_size: int
+    size: int
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -222,13 +235,13 @@ class HeldOutRuns:
     def __iter__(self) -> Iterator[Run]:
         ids = np.arange(self.count)
         for first in range(0, self.count, self.batch_size):
-            yield _run(self.index, ids, 0, first, min(self.batch_size, self.count - first))
+            yield _run(self.index, ids, 0, self.size, first, min(self.batch_size, self.count - first))
 
 
-def _run(index: ShardIndex, ids: np.ndarray, epoch: int, first: int, count: int) -> Run:
+def _run(index: ShardIndex, ids: np.ndarray, epoch: int, size: int, first: int, count: int) -> Run:
     """`count` pictures of `ids` from `first` on, and the substitutes behind them (from the front again at the end)."""
     picked = ids.take(range(first, first + count + min(SUBSTITUTES, len(ids) - 1)), mode="wrap")
-    return Run(epoch, count, picked, index.places(picked))
+    return Run(epoch, size, count, picked, index.places(picked))
 
 
 class Batches:
@@ -270,27 +283,34 @@ def training_batches(
     steps: int,
     rank: int = 0,
     world_size: int = 1,
-    size: int = 224,
+    size: int | Sequence[int] = 224,
     augment: Augment | CentreCrop | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Batches:
     """This rank's share of the global batches of `steps` steps, the first of which is `first_step`.
 
-    To resume a run of n steps at step t: first_step=t, steps=n - t. `augment` None means Augment(). Raises DataError
-    where the processes cannot share the global batch evenly, or where there are fewer pictures than that.
+    To resume a run of n steps at step t: first_step=t, steps=n - t. `augment` None means Augment(). Of several sizes,
+    each step takes one (`size_at`); pictures and crops are the same at every size. Raises DataError where the processes
+    cannot share the global batch evenly, or where there are fewer pictures than that.
     """
+    check_batch(index, global_batch, world_size)
+    if not 0 <= rank < world_size or first_step < 0 or steps < 0:
+        raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    runs = TrainingRuns(index, seed, global_batch, range(first_step, first_step + steps), rank, world_size, sizes)
+    return Batches(PictureSet(index.files, sizes, augment or Augment(), seed), runs, workers, pin_memory)
+
+
+def check_batch(index: ShardIndex, global_batch: int, world_size: int) -> None:
+    """Raises DataError where processes cannot share a global batch evenly, or pictures are fewer than it takes."""
     if global_batch % world_size:
         lower = global_batch - global_batch % world_size
         fits = " or ".join(str(batch) for batch in (lower, lower + world_size) if batch)
         raise DataError(
             f"A global batch of {global_batch} cannot be shared evenly by {world_size} processes. Use {fits}."
         )
-    if not 0 <= rank < world_size or first_step < 0 or steps < 0:
-        raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
-    batch_indices(len(index), seed, global_batch, first_step)  # refuse what is too small before workers start
-    runs = TrainingRuns(index, seed, global_batch, range(first_step, first_step + steps), rank, world_size)
-    return Batches(PictureSet(index.files, size, augment or Augment(), seed), runs, workers, pin_memory)
+    batch_indices(len(index), 0, global_batch, 0)
 
 
 def held_out_batches(
@@ -311,7 +331,10 @@ def held_out_batches(
     if count < 1 or batch_size < 1:
         raise DataError(f"No held-out pictures: {len(index)} in the shards, limit {limit}, batch size {batch_size}.")
     return Batches(
-        PictureSet(index.files, size, CentreCrop(crop_pct)), HeldOutRuns(index, count, batch_size), workers, pin_memory
+        PictureSet(index.files, (size,), CentreCrop(crop_pct)),
+        HeldOutRuns(index, count, batch_size, size),
+        workers,
+        pin_memory,
     )
 
 

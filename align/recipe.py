@@ -21,7 +21,10 @@ import yaml
 
 from ..errors import RecipeError, near_miss
 
-__all__ = ["Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
+__all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
+
+
+Need = Literal["blocks", "batch-norm", "layer-norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,9 @@ class Phase:
             down to `final_learning_rate` (a share of the peak); the peak holds in between.
         clip: largest norm of the gradient. adaptive_clip: largest norm of each unit's gradient as a share of its
             weight's norm (Brock et al. 2021); 0 does not clip.
+        patience: the phase ends when so many evaluations in a row, each with B and beta at their ends, bring no better
+            centred cosine on the held-out pictures than the best one; 0 never. It then hands on the weights of the best
+            one, also where it ran to its end.
     """
 
     objective: Literal["end-to-end", "block-local", "block-own", "layer-local", "pairwise"]
@@ -65,6 +71,7 @@ class Phase:
     final_learning_rate: float = 0.05
     clip: float = 5.0
     adaptive_clip: float = 0.0
+    patience: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,10 @@ class Recipe:
 
     Attributes:
         pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to
-        learn. image_size: side of the training views in pixels.
+        learn. image_size: side of the training views in pixels, and of all that is measured.
+        image_sizes: every step draws the side of its views from these instead, alike in all processes.
+        method: conversion method that the recipe is for; `any` fits all.
+        needs: what a student must have for the recipe to make sense, of `checks.NEEDS`.
         batch_size: pictures a step, over all processes.
         accumulate: each process takes its share of a batch in so many parts, for less memory; the gradient is the same,
             but for BatchNorm's batch statistics.
@@ -87,6 +97,8 @@ class Recipe:
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
         held_out: pictures kept back for the fidelity curve where no --val is given.
         evaluate_every, checkpoint_every: in pictures seen. log_every: in steps.
+        probe_pictures: so many held-out pictures are explained before the first step, every `probe_every` pictures and
+            at the end of every phase, on one sheet in `<out>.run/explanations`; 0 for none.
         precision: `auto` is bf16 where the device has it, else float32.
         max_bad: largest share of broken pictures before the run stops.
     """
@@ -95,6 +107,9 @@ class Recipe:
     image_size: int
     batch_size: int
     phases: tuple[Phase, ...]
+    image_sizes: tuple[int, ...] = ()
+    method: str = "any"
+    needs: tuple[Need, ...] = ()
     accumulate: int = 1
     gradient_checkpointing: bool = False
     seed: int = 0
@@ -113,6 +128,8 @@ class Recipe:
     evaluate_every: int = 1600
     checkpoint_every: int = 1600
     log_every: int = 10
+    probe_pictures: int = 0
+    probe_every: int = 1600
     precision: Literal["auto", "no", "bf16"] = "auto"
     workers: int = 2
     max_bad: float = 0.01

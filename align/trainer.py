@@ -13,6 +13,7 @@ import functools
 import signal
 import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor, nn
@@ -30,8 +32,9 @@ from ..convert.checkpoint import versions
 from ..convert.files import check_free
 from ..convert.layers import batch_statistics, estimate_statistics
 from . import state
+from .checks import check_recipe
 from .fidelity import fidelity
-from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
+from .loader import Augment, BadSamples, check_batch, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
 from .objectives import OBJECTIVES, Objective, observe
 from .optimizers import make_optimizer
@@ -43,11 +46,14 @@ from .prepare import (
     prepare_folder,
     start_from,
     teacher_of,
+    without_checkpointing,
 )
+from .probe import EXPLANATIONS, Probe, make_probe
 from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
 from .taps import first_tensor
+from .trackers import check_trackers, log_picture, start_trackers
 
 __all__ = ["AlignConfig", "align"]
 
@@ -68,34 +74,41 @@ def align(config: AlignConfig) -> dict[str, Any]:
             and a loss that is no number any more (BcosifyError).
     """
     recipe = config.recipe
-    accelerator = make_accelerator(recipe)
+    check_trackers(config.trackers)
+    accelerator = make_accelerator(config)
     check_free(config.out, config.overwrite)
     student = load(config.run)
     teacher = teacher_of(student, config.weights)
     start_from(student, config.init_from)
+    check_recipe(recipe, student, teacher)
     if recipe.gradient_checkpointing:
         checkpoint_gradients(student.model)
     train, val = find_data(config)
+    check_batch(train, recipe.batch_size, accelerator.num_processes)
     resumed = prepare_folder(config, accelerator, train)
     run = _Run(config, accelerator, student, teacher.to(accelerator.device), train, val)
-    progress = _with_versions(resumed[1]) if resumed else state.Progress(0, 0, train.digest, versions=versions())
+    started = state.Progress(0, 0, train.digest, versions=versions(), run_id=uuid.uuid4().hex[:8])
+    progress = _with_versions(resumed[1]) if resumed else started
+    start_trackers(accelerator, recipe, config.out, config.work, progress)
     if resumed is None:
         write_row(
             config.work,
             {"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}},
             accelerator,
+            0,
         )
         progress = run.evaluated(progress, {"phase": "start"})
+        if recipe.probe_pictures:
+            run.explained(progress)
     else:
         run.restore(resumed[0])
-    first = 0
     with _signals_noted() as run.signals:
         for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
-            if progress.step < first + steps and not run.stopping:
+            if number >= len(progress.ends) and not run.stopping:
+                first = progress.ends[-1] if progress.ends else 0
                 inside = resumed is not None and progress.step > first
                 progress = run.phase(number, phase, first, steps, progress, resumed[0] if resumed and inside else None)
                 resumed = None
-            first += steps
     result = run.summary(progress) if run.stopping else run.finish(progress)
     accelerator.end_training()
     return result
@@ -146,8 +159,10 @@ class _Run:
         self.seconds = 0.0
         self._teacher_outputs: Tensor | None = None
         self.average: ModelEmaV3 | None = None
+        self._probe: Probe | None = None
         self.signals: list[int] = []
         self.stopping = False
+        self.best: dict[str, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------ pictures
 
@@ -210,14 +225,15 @@ class _Run:
             self._move(phase, 0, steps)
             if phase.calibrate:
                 gains()
-            progress = dataclasses.replace(progress, scales=_scales(self.model, phase.relative))
+            progress, self.best = progress.in_phase(number, _scales(self.model, phase.relative)), None
         optimizer = make_optimizer(self.model, phase, self.recipe, progress.scales)
         self.average = self._new_average()
         if checkpoint is not None:
             self.restore(checkpoint, optimizer)
+            self.best = state.best_of(checkpoint)
         prepared, optimizer = self.accelerator.prepare(objective, optimizer)
         log = PhaseLog(
-            self.recipe, number, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
+            self.recipe, number, first, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
         )
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
             self._move(phase, k, steps)
@@ -237,18 +253,14 @@ class _Run:
             optimizer.step()
             if self.average is not None:
                 self.average.update(self.model)
-            progress = dataclasses.replace(progress, step=first + k + 1, phase=number)
+            progress = dataclasses.replace(progress, step=first + k + 1)
             log.step(progress, losses, norm)
-            last = k + 1 == steps
-            if last or self._due(progress.step, self.recipe.evaluate_every):
-                if phase.batch_statistics:
-                    self._settle_statistics()
-                progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
+            progress, last = self._measured(number, phase, k, steps, progress)
             self.stopping = self._asked_to_stop(progress.step)
             if last or self.stopping or self._due(progress.step, self.recipe.checkpoint_every):
                 log.check(progress, losses, norm)
                 self._checkpoint(optimizer, progress)
-            if self.stopping:
+            if self.stopping or last:
                 break
         log.close()
         self.seconds += log.seconds
@@ -293,7 +305,7 @@ class _Run:
             steps=end - first,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            size=self.recipe.image_size,
+            size=self.recipe.image_sizes or self.recipe.image_size,
             augment=self._augment(),
             workers=self.recipe.workers,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -311,15 +323,57 @@ class _Run:
             set_strength(model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
 
     def _due(self, step: int, every: int) -> bool:
-        """Whether `every` pictures went by within this step."""
-        return step * self.recipe.batch_size // every > (step - 1) * self.recipe.batch_size // every
+        """Whether `every` pictures went by within this step; 0 is never."""
+        return every > 0 and step * self.recipe.batch_size // every > (step - 1) * self.recipe.batch_size // every
 
     def _checkpoint(self, optimizer: torch.optim.Optimizer, progress: state.Progress) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             average = self.average and self.average.module
-            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average)
+            state.write(
+                self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average, best=self.best
+            )
         self.accelerator.wait_for_everyone()
+
+    # -------------------------------------------------------------------------------------------- early stopping
+
+    def _measured(
+        self, number: int, phase: Phase, k: int, steps: int, progress: state.Progress
+    ) -> tuple[state.Progress, bool]:
+        """What is due after step `k` of a phase: an evaluation, explanations; and whether the phase ends here."""
+        last, where = k + 1 == steps, {"phase": number, "objective": phase.objective}
+        evaluate = last or self._due(progress.step, self.recipe.evaluate_every)
+        explain = self.recipe.probe_pictures > 0 and (last or self._due(progress.step, self.recipe.probe_every))
+        if (evaluate or explain) and phase.batch_statistics:
+            self._settle_statistics()
+        if evaluate:
+            progress = self.evaluated(progress, where)
+            if phase.patience and _arrived(phase, k, steps):
+                progress = self._judged(progress)
+                last = last or progress.waited >= phase.patience
+        if last:
+            progress = self._ended(progress, where)
+        if explain or (last and self.recipe.probe_pictures):
+            self.explained(progress)
+        return progress, last
+
+    def _judged(self, progress: state.Progress) -> state.Progress:
+        """`progress` after the evaluation that was just made; keeps the weights where it was the best so far."""
+        score = progress.curve[-1]["centred_cosine"] if self.accelerator.is_main_process else 0.0
+        told = broadcast(torch.tensor(score, dtype=torch.float64, device=self.accelerator.device))
+        progress = progress.judged(float(told))
+        if progress.best_step == progress.step:
+            self.best = state.snapshot(self._result)
+        return progress
+
+    def _ended(self, progress: state.Progress, where: dict[str, Any]) -> state.Progress:
+        """`progress` at the end of a phase, with the student as it was at the phase's best evaluation."""
+        if self.best is not None and progress.best_step < progress.step:
+            for model in dict.fromkeys((self.model, self._result)):
+                model.load_state_dict(self.best)
+            progress = self.evaluated(progress, {**where, "weights_of": progress.best_step * self.recipe.batch_size})
+        self.best = None
+        return dataclasses.replace(progress, ends=(*progress.ends, progress.step))
 
     # ------------------------------------------------------------------------------------------------ measuring
 
@@ -335,11 +389,26 @@ class _Run:
             theirs = self._teacher_outputs = torch.cat([first_tensor(self.teacher(batch)) for batch in pictures])
         ours = torch.cat([first_tensor(self._result(batch)) for batch in pictures])
         point = {"pictures": progress.step * self.recipe.batch_size, **where, **fidelity(ours, theirs, self.classifier)}
-        write_row(self.config.work, {"held_out": point}, self.accelerator)
+        write_row(self.config.work, {"held_out": point}, self.accelerator, progress.step)
         if not self.config.quiet:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in point.items() if isinstance(value, float))
             tqdm.write(f"{point['pictures']:>8} pictures: {shown}", file=sys.stderr)
         return dataclasses.replace(progress, curve=(*progress.curve, point))
+
+    def explained(self, progress: state.Progress) -> None:
+        """Writes and logs a sheet of explanations; only the main process explains."""
+        if not self.accelerator.is_main_process:
+            return
+        if self._probe is None:
+            count, size = self.recipe.probe_pictures, self.recipe.image_size
+            self._probe = make_probe(self.teacher, self.val, count, size, self._normalised, self.student.labels)
+        pictures = progress.step * self.recipe.batch_size
+        out = self.config.work / EXPLANATIONS / f"{pictures:08d}.png"
+        model = self._result
+        with without_checkpointing(model) if self.recipe.gradient_checkpointing else contextlib.nullcontext():
+            sheet = self._probe.write(model, out)
+        if sheet is not None:
+            log_picture(self.accelerator, EXPLANATIONS, sheet, progress.step)
 
     def summary(self, progress: state.Progress) -> dict[str, Any]:
         """What `align` returns; `stopped` where a signal ended the run, whose last step is in a checkpoint."""
@@ -369,6 +438,11 @@ class _Run:
 def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
     """Root mean square of every parameter, or ones; never so small that a parameter could not leave zero."""
     return tuple(max(float(p.square().mean().sqrt()), 1e-4) if relative else 1.0 for p in model.parameters())
+
+
+def _arrived(phase: Phase, k: int, steps: int) -> bool:
+    """Whether B and beta are at their ends at step `k`: before, the student is nearer to its teacher for free."""
+    return k >= phase.ramp * steps or all(start == end for start, end in (phase.b, phase.beta))
 
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:

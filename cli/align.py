@@ -19,6 +19,7 @@ def align(
     out: Path | None = None,
     weights: Path | None = None,
     init_from: Path | None = None,
+    tracker: list[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
     json: bool = False,
@@ -39,6 +40,7 @@ def align(
         out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
         weights: the teacher's state dict, where it was converted from a file and gains were calibrated since.
         init_from: another student of the same conversion, whose weights a new run starts from.
+        tracker: also show the run in tensorboard, wandb or trackio (several may be given).
         resume: go on from the newest checkpoint of OUT.run.
         overwrite: replace an earlier run.
         json: print the result as JSON on stdout.
@@ -52,7 +54,16 @@ def align(
     resolved = load_recipe(recipe, set or ())
     resolved = resolved if pictures is None else scaled(resolved, pictures)
     config = AlignConfig(
-        run, data, out or run / "aligned", resolved, val, resume, overwrite, weights=weights, init_from=init_from
+        run,
+        data,
+        out or run / "aligned",
+        resolved,
+        val,
+        resume,
+        overwrite,
+        weights=weights,
+        init_from=init_from,
+        trackers=tuple(tracker or ()),
     )
     result = align_model(config)
     if not PartialState().is_main_process:

@@ -18,7 +18,7 @@ from .sources import (
     reload_teacher,
     token_grid,
 )
-from .student import Student, convert, identity_error, lossy_steps, plan_for
+from .student import Student, check_teacher, convert, identity_error, lossy_steps, plan_for
 
 __all__ = [
     "BcosConfig",
@@ -29,6 +29,7 @@ __all__ = [
     "Teacher",
     "Text",
     "calibrate",
+    "check_teacher",
     "convert",
     "embed_texts",
     "identity_error",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LedgerError
+from ..errors import LedgerError, SourceError
 from .calibrate import Gain, calibrate
 from .layers import set_strength
 from .methods import find_method
@@ -18,7 +18,7 @@ from .plan import Plan, plan_conversion
 from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .trace import fitted, noise_pictures, trace_forward
 
-__all__ = ["Student", "convert", "identity_error", "lossy_steps", "output_of"]
+__all__ = ["Student", "check_teacher", "convert", "identity_error", "lossy_steps", "output_of"]
 
 # A larger relative difference than float32 rounding through a deep network explains: the student is another function.
 IDENTITY_LIMIT = 1e-4
@@ -86,7 +86,7 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
             f"{IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; nothing was written. "
             "See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
-    return student.with_report(identity_error=error)
+    return student.with_report(identity_error=error, teacher=_fingerprint(original, teacher.preprocess.size))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -140,6 +140,36 @@ def identity_error(student: nn.Module, teacher: nn.Module, pictures: Tensor) -> 
     """Largest difference of outputs over the teacher's largest output, on pictures (B, 3, H, W)."""
     ours, theirs = output_of(student, pictures), output_of(teacher, pictures)
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+
+
+FINGERPRINT = 16  # outputs in a fingerprint
+# What other versions and machines may change in a fingerprint, over its largest number; other weights change far more.
+SAME_TEACHER = 1e-2
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module, size: tuple[int, int]) -> list[float]:
+    """Outputs on one noise picture, evenly chosen: tells one set of weights from another."""
+    output = output_of(model, fitted(noise_pictures(1, size), model)).flatten().float()
+    return output[:: -(-len(output) // FINGERPRINT)].tolist()
+
+
+def check_teacher(student: Student, model: nn.Module) -> None:
+    """Raises SourceError where `model`, loaded again, is not what `student` was converted from.
+
+    Hub repositories and folders change. A student without a record of its teacher passes.
+    """
+    recorded = student.report.get("teacher")
+    if recorded is None:
+        return
+    wanted = torch.tensor(recorded)
+    found = torch.tensor(_fingerprint(model, student.preprocess.size))
+    scale = wanted.abs().max().clamp_min(1e-12)
+    if wanted.shape != found.shape or not (wanted - found).abs().max() <= SAME_TEACHER * scale:
+        raise SourceError(
+            f"{student.source.reference} is not the teacher that this student was converted from: it computes "
+            "something else now, so its files were changed or replaced. Put the old ones back, or convert again."
+        )
 
 
 @torch.no_grad()

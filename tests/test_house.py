@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "recipes": set(),
     "explain": set(),
     "convert": {"explain.linearise"},
-    "align": {"convert"},
+    "align": {"convert", "explain"},
     "cli": {"convert", "explain", "align", "recipes"},
 }
 HEAVY = ("transformers", "open_clip", "captum")
