@@ -16,82 +16,17 @@ import torch
 import yaml
 from bcosify.align import state
 from bcosify.align.objectives import OBJECTIVES, observe
-from bcosify.align.recipe import Phase, Recipe, dump, from_values, list_recipes, load_recipe
-from bcosify.align.shards import write_shards
+from bcosify.align.recipe import dump, from_values, list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
-from bcosify.convert import convert, load, load_teacher, save, set_strength
+from bcosify.convert import load, set_strength
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
-from PIL import Image
+from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows
 from safetensors.torch import load_file
 
-PHASES = (
-    Phase("block-local", 40, 1e-3, calibrate=8),
-    Phase("end-to-end", 40, 1e-3, b=(2.0, 2.0)),
-)
-RECIPE = Recipe(
-    "B is 2 and biases are gone",
-    64,
-    4,
-    PHASES,
-    held_out=8,
-    evaluate_every=40,
-    checkpoint_every=20,
-    log_every=1,
-    workers=0,
-)
-
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 crops of photographs from scikit-image."""
-    from skimage import data
-
-    folder = tmp_path_factory.mktemp("pictures")
-    for name, array in {"cat": data.chelsea(), "coffee": data.coffee(), "rocket": data.rocket()}.items():
-        picture = Image.fromarray(array)
-        for i in range(16):
-            left, top = 12 * i, 6 * i
-            picture.crop((left, top, left + 160, top + 160)).resize((96, 96)).save(folder / f"{name}-{i}.jpg")
-    out = tmp_path_factory.mktemp("shards") / "all"
-    write_shards(folder, out, size=None, per_shard=20, progress=False)
-    return out
-
-
-def converted(name: str, folder: Path) -> Path:
-    """The folder of a converted tiny timm model with random weights."""
-    torch.manual_seed(0)
-    return save(convert(load_teacher(f"timm:{name}", pretrained=False, image_size=64)), folder / name)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT."""
-    return converted("test_vit", tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="session")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CNN with BatchNorm."""
-    return converted("test_resnet", tmp_path_factory.mktemp("run"))
-
-
-CNN_PHASES = (Phase("end-to-end", 80, 5e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.5, batch_statistics=True),)
-CNN_RECIPE = dataclasses.replace(RECIPE, phases=CNN_PHASES)
 # Everything that a checkpoint must carry beside weights and moments.
 MUON_RECIPE = dataclasses.replace(
     RECIPE, phases=(PHASES[0], dataclasses.replace(PHASES[1], optimizer="muon", adaptive_clip=0.01)), average=0.9
 )
-
-
-def aligned(run: Path, shards: Path, out: Path, recipe: Recipe = RECIPE, **options) -> list[dict]:
-    align(AlignConfig(run, str(shards), out, recipe, quiet=True, **options))
-    return rows(out)
-
-
-def rows(out: Path) -> list[dict]:
-    """metrics.jsonl without what the clock decides."""
-    lines = (out.with_name(f"{out.name}.run") / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "pictures_per_second"} for line in lines]
 
 
 def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
