@@ -24,6 +24,7 @@ from bcosify.align.loader import (
     CentreCrop,
     TrainingRuns,
     held_out_batches,
+    size_at,
     to_model_input,
     training_batches,
 )
@@ -117,6 +118,24 @@ def test_processes_share_the_same_global_batches(index, world_size):
         parts = [rank[step] for rank in ranks]
         assert torch.equal(torch.cat([part.pictures for part in parts]), whole.pictures)
         assert torch.cat([part.ids for part in parts]).tolist() == whole.ids.tolist()
+
+
+def test_steps_of_several_sizes_show_the_same_pictures(index):
+    """Whatever the workers, the processes, and the step that a run is resumed at."""
+    sizes = (32, SIZE)
+    whole = train(index, size=sizes)
+    assert {batch.pictures.shape[-1] for batch in whole} == set(sizes)
+    for step, (batch, single) in enumerate(zip(whole, train(index), strict=True)):
+        assert batch.ids.tolist() == single.ids.tolist()
+        size = size_at(sizes, 3, step)
+        assert batch.pictures.shape[-2:] == (size, size)
+        assert size != SIZE or torch.equal(batch.pictures, single.pictures)
+    assert_same(whole, train(index, size=sizes, workers=1))
+    assert_same(whole, train(index, size=sizes, workers=2))
+    assert_same(whole[3:], train(index, size=sizes, first_step=3, steps=5))
+    ranks = [train(index, size=sizes, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.pictures for part in parts]), batch.pictures)
 
 
 @pytest.mark.parametrize("step", [1, 6, 7])  # COUNT / 4 = 6 steps an epoch
