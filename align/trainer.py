@@ -330,9 +330,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             average = self.average and self.average.module
-            state.write(
-                self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average, best=self.best
-            )
+            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average, best=self.best)
         self.accelerator.wait_for_everyone()
 
     # -------------------------------------------------------------------------------------------- early stopping

@@ -28,8 +28,8 @@ def refused(run: Path, shards: Path, out: Path, error: type[BcosifyError], said:
 @pytest.mark.parametrize(
     ("model", "name", "said"),
     [
-        ("run", "bcos/cnn", "needs a model with batch-norm, which VisionTransformer has not. Use --recipe bcos/vit; "),
-        ("cnn", "bcos/vit", "needs a model with layer-norm, which ResNet has not. Use --recipe bcos/cnn; "),
+        ("run", "bcos/cnn", "batch-norm, which VisionTransformer has not. Use --recipe bcos/vit or bcos/vit-aloe; "),
+        ("cnn", "bcos/vit", "layer-norm, which ResNet has not. Use --recipe bcos/cnn or bcos/cnn-bcosification; "),
     ],
 )  # fmt: skip
 def test_a_recipe_for_another_family_names_the_right_one(model, name, said, shards, tmp_path, request):
