@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from timm.utils import ModelEmaV3
 from timm.utils.agc import adaptive_clip_grad
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 

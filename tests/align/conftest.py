@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from bcosify.align.shards import write_shards
 from PIL import Image
+
 from runs import converted
 
 

@@ -14,8 +14,9 @@ from bcosify.align.recipe import load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import check_teacher, convert, load, load_teacher, save
 from bcosify.errors import BcosifyError, DataError, RecipeError, SourceError
-from runs import PHASES, RECIPE
 from torch import nn
+
+from runs import PHASES, RECIPE
 
 
 def refused(run: Path, shards: Path, out: Path, error: type[BcosifyError], said: str, recipe=RECIPE) -> None:

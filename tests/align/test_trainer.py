@@ -20,8 +20,9 @@ from bcosify.align.recipe import dump, from_values, list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
-from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows
 from safetensors.torch import load_file
+
+from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows
 
 # Everything that a checkpoint must carry beside weights and moments.
 MUON_RECIPE = dataclasses.replace(

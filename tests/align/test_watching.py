@@ -20,8 +20,9 @@ from bcosify.convert import load
 from bcosify.errors import BcosifyError
 from bcosify.explain import explain
 from PIL import Image
-from runs import CNN_PHASES, RECIPE, rows
 from safetensors.torch import load_file
+
+from runs import CNN_PHASES, RECIPE, rows
 
 END_TO_END = Phase("end-to-end", 40, 1e-3)
 # Ten steps; the student starts as its teacher and has nothing to gain, so the first evaluation is the best.
