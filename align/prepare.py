@@ -8,9 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from ..convert import Student, load, reload_teacher
@@ -26,7 +24,6 @@ __all__ = [
     "AlignConfig",
     "checkpoint_gradients",
     "find_data",
-    "make_accelerator",
     "prepare_folder",
     "start_from",
     "teacher_of",
@@ -60,14 +57,6 @@ class AlignConfig:
     @property
     def work(self) -> Path:
         return self.out.with_name(f"{self.out.name}.run")
-
-
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if bf16 else "no") if recipe.precision == "auto" else recipe.precision
-    # Units that a phase does not touch have no gradient; buffers are set alike in every process.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
 
 
 def teacher_of(student: Student, weights: Path | None) -> nn.Module:

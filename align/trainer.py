@@ -30,16 +30,17 @@ from ..convert.checkpoint import versions
 from ..convert.files import check_free
 from ..convert.layers import batch_statistics, estimate_statistics
 from . import state
+from .compiling import compile_blocks, eager, make_eager
+from .distributed import Prepared, check_sharded, described, make_accelerator, prepare, whole
 from .fidelity import fidelity
 from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
-from .objectives import OBJECTIVES, Objective, observe
+from .objectives import OBJECTIVES, observe
 from .optimizers import make_optimizer
 from .prepare import (
     AlignConfig,
     checkpoint_gradients,
     find_data,
-    make_accelerator,
     prepare_folder,
     start_from,
     teacher_of,
@@ -68,7 +69,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
             and a loss that is no number any more (BcosifyError).
     """
     recipe = config.recipe
-    accelerator = make_accelerator(recipe)
+    accelerator = make_accelerator(recipe.precision)
+    check_sharded(accelerator, recipe)
     check_free(config.out, config.overwrite)
     student = load(config.run)
     teacher = teacher_of(student, config.weights)
@@ -82,7 +84,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     if resumed is None:
         write_row(
             config.work,
-            {"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}},
+            {"run": described(accelerator)},
             accelerator,
         )
         progress = run.evaluated(progress, {"phase": "start"})
@@ -193,6 +195,7 @@ class _Run:
     ) -> state.Progress:
         """Runs one phase from `progress.step` to its end."""
         begin = progress.step - first
+        self.model.to(self.accelerator.device)  # shards of an earlier phase leave it on the CPU
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
         gain_pictures = (
             self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
@@ -207,22 +210,28 @@ class _Run:
             calibrate(self.model, self.teacher, gain_pictures, phase.gain, run)
 
         if checkpoint is None:
-            self._move(phase, 0, steps)
+            self._move(self.model, phase, 0, steps)
             if phase.calibrate:
                 gains()
             progress = dataclasses.replace(progress, scales=_scales(self.model, phase.relative))
-        optimizer = make_optimizer(self.model, phase, self.recipe, progress.scales)
+        scales = progress.scales
+        prepared = prepare(self.accelerator, objective, lambda model: make_optimizer(model, phase, self.recipe, scales))
+        model, optimizer = prepared.model, prepared.optimizer
         self.average = self._new_average()
-        if checkpoint is not None:
+        if checkpoint is not None and prepared.model is self.model:
             self.restore(checkpoint, optimizer)
-        prepared, optimizer = self.accelerator.prepare(objective, optimizer)
-        log = PhaseLog(
-            self.recipe, number, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
-        )
+        elif checkpoint is not None:
+            state.restore_optimizer(checkpoint, optimizer)
+        if self.recipe.compile:
+            compile_blocks(self.teacher, objective.taps, moving=False)
+            compile_blocks(model, objective.taps, moving=phase.moving)
+        log = PhaseLog(self.recipe, number, model, optimizer, self.accelerator, self.config.work, self.config.quiet)
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
-            self._move(phase, k, steps)
+            if phase.moving:
+                self._move(model, phase, k, steps)
             if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps:
-                gains()
+                with prepared.whole(), eager(self.teacher):
+                    gains()
             self.bad.add(batch.bad)
             for group in optimizer.param_groups:
                 rate = learning_rate(
@@ -230,10 +239,10 @@ class _Run:
                 )
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad()
-            losses = self._backward(phase, objective, prepared, self._normalised(batch.pictures))
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), phase.clip)
+            losses = self._backward(phase, objective.taps, prepared, self._normalised(batch.pictures))
+            norm = whole(self.accelerator.clip_grad_norm_(model.parameters(), phase.clip))
             if phase.adaptive_clip:
-                adaptive_clip_grad(self.model.parameters(), phase.adaptive_clip)
+                adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
             optimizer.step()
             if self.average is not None:
                 self.average.update(self.model)
@@ -241,32 +250,34 @@ class _Run:
             log.step(progress, losses, norm)
             last = k + 1 == steps
             if last or self._due(progress.step, self.recipe.evaluate_every):
-                if phase.batch_statistics:
-                    self._settle_statistics()
-                progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
+                with prepared.whole(), eager(self.teacher):
+                    if phase.batch_statistics:
+                        self._settle_statistics()
+                    progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
             self.stopping = self._asked_to_stop(progress.step)
             if last or self.stopping or self._due(progress.step, self.recipe.checkpoint_every):
                 log.check(progress, losses, norm)
-                self._checkpoint(optimizer, progress)
+                self._checkpoint(prepared, progress)
             if self.stopping:
                 break
         log.close()
+        make_eager(self.teacher, model)
         self.seconds += log.seconds
         return progress
 
-    def _backward(self, phase: Phase, objective: Objective, prepared: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+    def _backward(self, phase: Phase, taps: tuple[str, ...], prepared: Prepared, pictures: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
         parts = pictures.chunk(self.recipe.accumulate)
         sums: dict[str, Tensor] = {}
-        statistics = batch_statistics(self.model) if phase.batch_statistics else contextlib.nullcontext()
+        statistics = batch_statistics(prepared.model) if phase.batch_statistics else contextlib.nullcontext()
         with statistics:
             for i, part in enumerate(parts):
                 share = len(part) / len(pictures)
                 last = i + 1 == len(parts)
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared):
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared.module):
                     with self.accelerator.autocast():
-                        calls, output = observe(self.teacher, part, objective.taps)
-                        losses = prepared(part, calls, output)
+                        calls, output = observe(self.teacher, part, taps)
+                        losses = prepared.module(part, calls, output)
                     self.accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
@@ -305,20 +316,21 @@ class _Run:
         pictures = self._calibration_pictures(STATISTICS_PICTURES)
         estimate_statistics(self._result, pictures.split(STATISTICS_BATCH))
 
-    def _move(self, phase: Phase, k: int, steps: int) -> None:
+    def _move(self, model: nn.Module, phase: Phase, k: int, steps: int) -> None:
         """B and beta of step `k`."""
-        for model in dict.fromkeys((self.model, self._result)):
-            set_strength(model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
+        for moved in dict.fromkeys((model, self._result)):
+            set_strength(moved, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
 
     def _due(self, step: int, every: int) -> bool:
         """Whether `every` pictures went by within this step."""
         return step * self.recipe.batch_size // every > (step - 1) * self.recipe.batch_size // every
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer, progress: state.Progress) -> None:
+    def _checkpoint(self, prepared: Prepared, progress: state.Progress) -> None:
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        with prepared.whole():
+            folder, main = self.config.work / state.CHECKPOINTS, self.accelerator.is_main_process
             average = self.average and self.average.module
-            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average)
+            state.write(folder, self.model, prepared.optimizer, progress, average, main=main)
         self.accelerator.wait_for_everyone()
 
     # ------------------------------------------------------------------------------------------------ measuring
@@ -372,4 +384,4 @@ def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
 
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:
-    return bool(phase.calibrate or recipe.centre)
+    return bool(phase.calibrate or phase.recalibrate_every or recipe.centre or phase.objective.endswith("-local"))
