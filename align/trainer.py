@@ -240,7 +240,8 @@ class _Run:
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad()
             losses = self._backward(phase, objective.taps, prepared, self._normalised(batch.pictures))
-            norm = whole(self.accelerator.clip_grad_norm_(model.parameters(), phase.clip))
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
+            norm = None if norm is None else whole(norm)
             if phase.adaptive_clip:
                 adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
             optimizer.step()
