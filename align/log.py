@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..convert.layers import scheduled_layers
@@ -124,7 +125,10 @@ class PhaseLog:
 @torch.no_grad()
 def _largest_gradient(model: nn.Module) -> str:
     """Name of the parameter whose gradient is largest; one that is no number counts as largest."""
-    sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    # Of a gradient in shards this process's part: the others may not have come to this line.
+    here = ((name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients if g is not None)
+    sizes = {name: float(gradient.abs().max()) for name, gradient in here if gradient.numel()}
     return max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name], default="none")
 
 

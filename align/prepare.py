@@ -10,9 +10,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from torch import nn
 
 from ..convert import Student, check_teacher, load, reload_teacher
@@ -30,7 +28,6 @@ __all__ = [
     "AlignConfig",
     "checkpoint_gradients",
     "find_data",
-    "make_accelerator",
     "prepare_folder",
     "start_from",
     "teacher_of",
@@ -67,21 +64,6 @@ class AlignConfig:
     @property
     def work(self) -> Path:
         return self.out.with_name(f"{self.out.name}.run")
-
-
-def make_accelerator(config: AlignConfig) -> Accelerator:
-    recipe = config.recipe
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if bf16 else "no") if recipe.precision == "auto" else recipe.precision
-    # Units that a phase does not touch have no gradient; buffers are set alike in every process.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(
-        mixed_precision=precision,
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[ddp],
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(str(config.work), str(config.work / TRACKED)),
-    )
 
 
 def teacher_of(student: Student, weights: Path | None) -> nn.Module:

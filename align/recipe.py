@@ -73,6 +73,11 @@ class Phase:
     adaptive_clip: float = 0.0
     patience: int = 0
 
+    @property
+    def moving(self) -> bool:
+        """Whether B or beta change inside the phase."""
+        return any(start != end for start, end in (self.b, self.beta))
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -87,6 +92,7 @@ class Recipe:
         batch_size: pictures a step, over all processes.
         accumulate: each process takes its share of a batch in so many parts, for less memory; the gradient is the same,
             but for BatchNorm's batch statistics.
+        compile: torch.compile for the blocks of teacher and student, for speed; the first steps take long.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
         taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
@@ -112,6 +118,7 @@ class Recipe:
     needs: tuple[Need, ...] = ()
     accumulate: int = 1
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)

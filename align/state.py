@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..convert.files import new_folder
+from .distributed import sharded_like, whole
 
-__all__ = ["CHECKPOINTS", "Progress", "best_of", "latest", "restore", "snapshot", "write"]
+__all__ = ["CHECKPOINTS", "Progress", "best_of", "latest", "restore", "restore_optimizer", "snapshot", "write"]
 
 CHECKPOINTS = "checkpoints"  # folder inside a run's
 STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.safetensors"
@@ -80,19 +81,24 @@ def write(
     average: nn.Module | None = None,
     keep: int = 2,
     best: dict[str, Tensor] | None = None,
+    main: bool = True,
 ) -> Path:
     """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best` is a snapshot to go with it.
+
+    All processes call it, as an optimizer in shards is gathered from all; the `main` one writes.
 
     Raises CheckpointError on a full disk.
     """
     out = folder / f"step-{progress.step:08d}"
+    tensors, plain = _optimizer_state(optimizer, main)
+    if not main:
+        return out
     with new_folder(out, overwrite=True) as scratch:
         save_file(snapshot(student), scratch / STUDENT)
         if average is not None:
             save_file(snapshot(average), scratch / AVERAGE)
         if best:
             save_file(best, scratch / BEST)
-        tensors, plain = _optimizer_state(optimizer)
         save_file(tensors, scratch / OPTIMIZER, metadata={"plain": json.dumps(plain)})
         (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
         (scratch / MARK).touch()
@@ -120,15 +126,23 @@ def restore(
     student.load_state_dict(load_file(checkpoint / STUDENT), strict=True)
     if average is not None:
         average.load_state_dict(load_file(checkpoint / AVERAGE), strict=True)
-    if optimizer is None:
-        return
+    if optimizer is not None:
+        restore_optimizer(checkpoint, optimizer)
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the optimizer's state; each process takes its shards where the weights are in shards."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     with safe_open(checkpoint / OPTIMIZER, "pt") as file:
         plain = json.loads((file.metadata() or {}).get("plain", "{}"))
         values = {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
     for key, value in values.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        place = parameters[int(index)]
+        # The count of steps is one number beside any weight.
+        alike = isinstance(value, Tensor) and value.shape == place.shape
+        state.setdefault(int(index), {})[name] = sharded_like(place, value) if alike else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
@@ -138,12 +152,22 @@ def best_of(checkpoint: Path) -> dict[str, Tensor] | None:
     return load_file(path) if path.is_file() else None
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain values (some optimizers keep a flag or a counter) by `index.name`."""
-    state = optimizer.state_dict()["state"]
-    values = {f"{index}.{name}": value for index, part in state.items() for name, value in part.items()}
-    tensors = {key: value.detach().clone().contiguous() for key, value in values.items() if isinstance(value, Tensor)}
-    return tensors, {key: value for key, value in values.items() if key not in tensors}
+def _optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, whole, and plain values (some optimizers keep a flag or a counter) by `index.name`.
+
+    No tensors where this process need not `keep` them: it only helps to gather them.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, part in optimizer.state_dict()["state"].items():
+        for name, value in part.items():
+            if not isinstance(value, Tensor):
+                plain[f"{index}.{name}"] = value
+                continue
+            gathered = whole(value.detach())
+            if keep:
+                tensors[f"{index}.{name}"] = gathered.to("cpu", copy=True).contiguous()
+    return tensors, plain
 
 
 def _complete(folder: Path) -> list[Path]:

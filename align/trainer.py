@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import ProjectConfiguration, broadcast
 from timm.utils.agc import adaptive_clip_grad
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
@@ -33,16 +33,17 @@ from ..convert.files import check_free
 from ..convert.layers import batch_statistics, estimate_statistics
 from . import state
 from .checks import check_recipe
+from .compiling import compile_blocks, eager, make_eager
+from .distributed import Prepared, check_sharded, described, make_accelerator, prepare, whole
 from .fidelity import fidelity
 from .loader import Augment, BadSamples, check_batch, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
-from .objectives import OBJECTIVES, Objective, observe
+from .objectives import OBJECTIVES, observe
 from .optimizers import make_optimizer
 from .prepare import (
     AlignConfig,
     checkpoint_gradients,
     find_data,
-    make_accelerator,
     prepare_folder,
     start_from,
     teacher_of,
@@ -53,7 +54,7 @@ from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
 from .taps import first_tensor
-from .trackers import check_trackers, log_picture, start_trackers
+from .trackers import TRACKED, check_trackers, log_picture, start_trackers
 
 __all__ = ["AlignConfig", "align"]
 
@@ -75,7 +76,12 @@ def align(config: AlignConfig) -> dict[str, Any]:
     """
     recipe = config.recipe
     check_trackers(config.trackers)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(
+        recipe.precision,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(str(config.work), str(config.work / TRACKED)),
+    )
+    check_sharded(accelerator, recipe)
     check_free(config.out, config.overwrite)
     student = load(config.run)
     teacher = teacher_of(student, config.weights)
@@ -93,7 +99,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     if resumed is None:
         write_row(
             config.work,
-            {"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}},
+            {"run": described(accelerator)},
             accelerator,
             0,
         )
@@ -208,6 +214,7 @@ class _Run:
     ) -> state.Progress:
         """Runs one phase from `progress.step` to its end."""
         begin = progress.step - first
+        self.model.to(self.accelerator.device)  # shards of an earlier phase leave it on the CPU
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
         gain_pictures = (
             self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
@@ -222,23 +229,32 @@ class _Run:
             calibrate(self.model, self.teacher, gain_pictures, phase.gain, run)
 
         if checkpoint is None:
-            self._move(phase, 0, steps)
+            self._move(self.model, phase, 0, steps)
             if phase.calibrate:
                 gains()
             progress, self.best = progress.in_phase(number, _scales(self.model, phase.relative)), None
-        optimizer = make_optimizer(self.model, phase, self.recipe, progress.scales)
+        scales = progress.scales
+        prepared = prepare(self.accelerator, objective, lambda model: make_optimizer(model, phase, self.recipe, scales))
+        model, optimizer = prepared.model, prepared.optimizer
         self.average = self._new_average()
-        if checkpoint is not None:
+        if checkpoint is not None and prepared.model is self.model:
             self.restore(checkpoint, optimizer)
+        elif checkpoint is not None:
+            state.restore_optimizer(checkpoint, optimizer)
+        if checkpoint is not None:
             self.best = state.best_of(checkpoint)
-        prepared, optimizer = self.accelerator.prepare(objective, optimizer)
+        if self.recipe.compile:
+            compile_blocks(self.teacher, objective.taps, moving=False)
+            compile_blocks(model, objective.taps, moving=phase.moving)
         log = PhaseLog(
-            self.recipe, number, first, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
+            self.recipe, number, first, model, optimizer, self.accelerator, self.config.work, self.config.quiet
         )
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
-            self._move(phase, k, steps)
+            if phase.moving:
+                self._move(model, phase, k, steps)
             if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps:
-                gains()
+                with prepared.whole(), eager(self.teacher):
+                    gains()
             self.bad.add(batch.bad)
             for group in optimizer.param_groups:
                 rate = learning_rate(
@@ -246,39 +262,41 @@ class _Run:
                 )
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad()
-            losses = self._backward(phase, objective, prepared, self._normalised(batch.pictures))
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), phase.clip)
+            losses = self._backward(phase, objective.taps, prepared, self._normalised(batch.pictures))
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
+            norm = None if norm is None else whole(norm)
             if phase.adaptive_clip:
-                adaptive_clip_grad(self.model.parameters(), phase.adaptive_clip)
+                adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
             optimizer.step()
             if self.average is not None:
                 self.average.update(self.model)
             progress = dataclasses.replace(progress, step=first + k + 1)
             log.step(progress, losses, norm)
-            progress, last = self._measured(number, phase, k, steps, progress)
+            progress, last = self._measured(prepared, number, k, steps, progress)
             self.stopping = self._asked_to_stop(progress.step)
             if last or self.stopping or self._due(progress.step, self.recipe.checkpoint_every):
                 log.check(progress, losses, norm)
-                self._checkpoint(optimizer, progress)
+                self._checkpoint(prepared, progress)
             if self.stopping or last:
                 break
         log.close()
+        make_eager(self.teacher, model)
         self.seconds += log.seconds
         return progress
 
-    def _backward(self, phase: Phase, objective: Objective, prepared: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+    def _backward(self, phase: Phase, taps: tuple[str, ...], prepared: Prepared, pictures: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
         parts = pictures.chunk(self.recipe.accumulate)
         sums: dict[str, Tensor] = {}
-        statistics = batch_statistics(self.model) if phase.batch_statistics else contextlib.nullcontext()
+        statistics = batch_statistics(prepared.model) if phase.batch_statistics else contextlib.nullcontext()
         with statistics:
             for i, part in enumerate(parts):
                 share = len(part) / len(pictures)
                 last = i + 1 == len(parts)
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared):
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared.module):
                     with self.accelerator.autocast():
-                        calls, output = observe(self.teacher, part, objective.taps)
-                        losses = prepared(part, calls, output)
+                        calls, output = observe(self.teacher, part, taps)
+                        losses = prepared.module(part, calls, output)
                     self.accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
@@ -317,42 +335,47 @@ class _Run:
         pictures = self._calibration_pictures(STATISTICS_PICTURES)
         estimate_statistics(self._result, pictures.split(STATISTICS_BATCH))
 
-    def _move(self, phase: Phase, k: int, steps: int) -> None:
+    def _move(self, model: nn.Module, phase: Phase, k: int, steps: int) -> None:
         """B and beta of step `k`."""
-        for model in dict.fromkeys((self.model, self._result)):
-            set_strength(model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
+        for moved in dict.fromkeys((model, self._result)):
+            set_strength(moved, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
 
     def _due(self, step: int, every: int) -> bool:
         """Whether `every` pictures went by within this step; 0 is never."""
         return every > 0 and step * self.recipe.batch_size // every > (step - 1) * self.recipe.batch_size // every
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer, progress: state.Progress) -> None:
+    def _checkpoint(self, prepared: Prepared, progress: state.Progress) -> None:
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        with prepared.whole():
+            folder, main = self.config.work / state.CHECKPOINTS, self.accelerator.is_main_process
             average = self.average and self.average.module
-            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average, best=self.best)
+            state.write(folder, self.model, prepared.optimizer, progress, average, best=self.best, main=main)
         self.accelerator.wait_for_everyone()
 
     # -------------------------------------------------------------------------------------------- early stopping
 
     def _measured(
-        self, number: int, phase: Phase, k: int, steps: int, progress: state.Progress
+        self, prepared: Prepared, number: int, k: int, steps: int, progress: state.Progress
     ) -> tuple[state.Progress, bool]:
         """What is due after step `k` of a phase: an evaluation, explanations; and whether the phase ends here."""
-        last, where = k + 1 == steps, {"phase": number, "objective": phase.objective}
+        phase, last = self.recipe.phases[number], k + 1 == steps
         evaluate = last or self._due(progress.step, self.recipe.evaluate_every)
         explain = self.recipe.probe_pictures > 0 and (last or self._due(progress.step, self.recipe.probe_every))
-        if (evaluate or explain) and phase.batch_statistics:
-            self._settle_statistics()
-        if evaluate:
-            progress = self.evaluated(progress, where)
-            if phase.patience and _arrived(phase, k, steps):
-                progress = self._judged(progress)
-                last = last or progress.waited >= phase.patience
-        if last:
-            progress = self._ended(progress, where)
-        if explain or (last and self.recipe.probe_pictures):
-            self.explained(progress)
+        if not (evaluate or explain):
+            return progress, False
+        where = {"phase": number, "objective": phase.objective}
+        with prepared.whole(), eager(self.teacher):
+            if phase.batch_statistics:
+                self._settle_statistics()
+            if evaluate:
+                progress = self.evaluated(progress, where)
+                if phase.patience and _arrived(phase, k, steps):
+                    progress = self._judged(progress)
+                    last = last or progress.waited >= phase.patience
+            if last:
+                progress = self._ended(progress, where)
+            if explain or (last and self.recipe.probe_pictures):
+                self.explained(progress)
         return progress, last
 
     def _judged(self, progress: state.Progress) -> state.Progress:
@@ -444,4 +467,4 @@ def _arrived(phase: Phase, k: int, steps: int) -> bool:
 
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:
-    return bool(phase.calibrate or recipe.centre)
+    return bool(phase.calibrate or phase.recalibrate_every or recipe.centre or phase.objective.endswith("-local"))

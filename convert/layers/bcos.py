@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import gated
-from .scheduled import BiasScheduled
+from .scheduled import BiasScheduled, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
 
@@ -29,7 +29,7 @@ class _BcosScale(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float) -> Tensor:
+    def forward(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
         return o * _scale(o, patch_norm_sq, weight_norm_sq, b)
 
     @staticmethod
@@ -49,9 +49,9 @@ class _BcosScale(torch.autograd.Function):
         return ctx.b * scaled_grad, grad_q, grad_w2, None
 
 
-def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float) -> Tensor:
+def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
     cosine = o.abs() * q.clamp_min(TINY).rsqrt() * w2.clamp_min(TINY).rsqrt()
-    return (cosine if b == 2 else cosine.pow(b - 1)).to(o.dtype)
+    return (cosine if is_exactly(b, 2) else cosine.pow(b - 1)).to(o.dtype)
 
 
 def _over(total: Tensor, q: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
 
 
 @gated
-def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float) -> Tensor:
+def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
     `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Explanation mode
@@ -98,10 +98,11 @@ class BcosLinear(_Bcos):
     """B-cos over `nn.Linear`: (..., C_in) -> (..., C_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._b == 1:
+        b = self._strength("b")
+        if is_exactly(b, 1):
             return F.linear(x, self.weight, self.bias)
         o = F.linear(x, self.weight)
-        y = bcos_scale(o, _sum_of_squares(x, -1, keepdim=True), self._weight_norm_sq(), self._b)
+        y = bcos_scale(o, _sum_of_squares(x, -1, keepdim=True), self._weight_norm_sq(), b)
         return y if self.bias is None else y + self.bias
 
 
@@ -131,12 +132,13 @@ class BcosConv2d(_Bcos):
         return self._bcos(F.pad(x, (left, right, top, bottom), mode=mode), (0, 0))
 
     def _bcos(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        if self._b == 1:
+        b = self._strength("b")
+        if is_exactly(b, 1):
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         o = F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
         grouped = o.unflatten(1, (self.groups, -1))
         weight_norm_sq = self._weight_norm_sq().view(self.groups, -1, 1, 1)
-        y = bcos_scale(grouped, self._patch_norm_sq(x, padding), weight_norm_sq, self._b).flatten(1, 2)
+        y = bcos_scale(grouped, self._patch_norm_sq(x, padding), weight_norm_sq, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     def _patch_norm_sq(self, x: Tensor, padding: tuple[int, int]) -> Tensor:

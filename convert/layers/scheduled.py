@@ -13,10 +13,11 @@ import math
 from collections.abc import Iterator
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasScheduled", "adopt", "faded", "join", "scheduled_layers", "set_strength"]
+__all__ = ["BiasScheduled", "adopt", "faded", "is_exactly", "join", "scheduled_layers", "set_strength"]
 
 
 class BiasScheduled(nn.Module):
@@ -27,6 +28,8 @@ class BiasScheduled(nn.Module):
 
     beta: Tensor
     _beta: float
+    # Whether forward reads the buffers, not their mirrors: in a compiled model each new float is a new program.
+    reads_buffers: bool = False
 
     def start_schedule(self) -> None:
         """Called once, by `adopt`: beta = 1, the source's own function."""
@@ -38,22 +41,26 @@ class BiasScheduled(nn.Module):
         setattr(self, f"_{name}", value)
 
     def set_strength(self, name: str, value: float) -> None:
-        """Moves one buffer (`beta`, or `b` where the layer has it) and its mirror."""
+        """Moves one buffer (`beta`, or `b` where the layer has it) and its mirror, without reading the device."""
         getattr(self, name).fill_(value)
-        self._mirror(name)
+        self._mirror(name, float(np.float32(value)))
 
-    def _mirror(self, name: str) -> None:
+    def _mirror(self, name: str, value: float) -> None:
         # Rounded: 1.7 must come back as 1.7 from a float32 buffer, or a resumed run is not the same run.
-        setattr(self, f"_{name}", round(float(getattr(self, name)), 6))
+        setattr(self, f"_{name}", round(value, 6))
 
     def strengths(self) -> dict[str, float]:
         """The current value of every buffer that the schedule moves."""
         return {"beta": self._beta}
 
+    def _strength(self, name: str) -> float | Tensor:
+        """What forward multiplies by: the mirror, or the buffer () itself."""
+        return getattr(self, name if self.reads_buffers else f"_{name}")
+
     @property
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's bias."""
-        return faded(self._parameters.get("bias"), self._beta)
+        return faded(self._parameters.get("bias"), self._strength("beta"))
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
         super()._apply(fn, recurse)
@@ -68,18 +75,23 @@ class BiasScheduled(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.strengths():
             if not getattr(self, name).is_meta:
-                self._mirror(name)
+                self._mirror(name, float(getattr(self, name)))
 
     def extra_repr(self) -> str:
         values = ", ".join(f"{name}={value:g}" for name, value in self.strengths().items())
         return ", ".join(part for part in (super().extra_repr(), values) if part)
 
 
-def faded(bias: Tensor | None, beta: float) -> Tensor | None:
+def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:
     """beta times `bias`; None where nothing is left of it."""
-    if bias is None or beta == 0:
+    if bias is None or is_exactly(beta, 0):
         return None
-    return bias if beta == 1 else bias * beta
+    return bias if is_exactly(beta, 1) else bias * beta
+
+
+def is_exactly(strength: float | Tensor, value: float) -> bool:
+    """Whether a short cut may be taken; never for a buffer, which only the device could tell."""
+    return not isinstance(strength, Tensor) and strength == value
 
 
 def _fading(name: str) -> property:
@@ -88,7 +100,8 @@ def _fading(name: str) -> property:
 
     def read(layer: BiasScheduled) -> Tensor | None:
         constant = layer._parameters.get(name, layer._buffers.get(name))
-        return constant if constant is None or layer._beta == 1 else constant * layer._beta
+        beta = layer._strength("beta")
+        return constant if constant is None or is_exactly(beta, 1) else constant * beta
 
     return property(read, doc=f"beta times the source's {name}")
 

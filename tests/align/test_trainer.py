@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bcosify.align import state
+from bcosify.align import compiling, log, state, trainer
 from bcosify.align.objectives import OBJECTIVES, observe
-from bcosify.align.recipe import dump, from_values, list_recipes, load_recipe
+from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
@@ -178,6 +178,53 @@ def test_gradient_checkpointing_changes_memory_alone(run, shards, tmp_path):
     for ours, theirs in zip(plain, checkpointed, strict=True):
         if "loss" in ours:
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+def test_a_compiled_run_is_the_plain_run(run, shards, tmp_path, monkeypatch):
+    """Gains that follow and measuring included, which look inside the blocks."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    local = dataclasses.replace(PHASES[0], pictures=20, b=(1.0, 2.0), beta=(1.0, 0.0), recalibrate_every=2)
+    recipe = dataclasses.replace(RECIPE, phases=(local, dataclasses.replace(PHASES[1], pictures=20)))
+    plain, compiled = (
+        aligned(run, shards, tmp_path / str(on), dataclasses.replace(recipe, compile=on)) for on in (False, True)
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert len(plain) == len(compiled)
+    for ours, theirs in zip(plain, compiled, strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["run", "cnn"])
+def test_no_step_but_one_that_is_logged_reads_the_device(model, shards, tmp_path, request, monkeypatch):
+    """`.item()` and its like, by which Python waits for the device: none in 19 of 20 steps."""
+    reads, per_step = [], []
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _p=plain, _n=name, **k: (reads.append(_n), _p(self, *a, **k))[1]
+        )
+    step = log.PhaseLog.step
+
+    def noted(self, progress, losses, norm):
+        per_step.append(len(reads))
+        step(self, progress, losses, norm)
+        if progress.step % 10 == 0:
+            assert len(reads) > per_step[-1]  # the row: the counter counts
+
+    batches = trainer._Run._batches
+
+    def fetched(self, first, end):
+        for batch in batches(self, first, end):
+            reads.clear()  # cropping asks for numbers, on the CPU and usually in a worker
+            yield batch
+
+    monkeypatch.setattr(log.PhaseLog, "step", noted)
+    monkeypatch.setattr(trainer._Run, "_batches", fetched)
+    phase = Phase("end-to-end", 80, 1e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.9, batch_statistics=model == "cnn")
+    recipe = dataclasses.replace(RECIPE, phases=(phase,), log_every=10, evaluate_every=1000, checkpoint_every=1000)
+    aligned(request.getfixturevalue(model), shards, tmp_path / "out", recipe)
+    assert per_step == [0] * 20
 
 
 def test_a_new_run_starts_from_another_students_weights(run, cnn, shards, tmp_path):
