@@ -47,6 +47,7 @@ from .prepare import (
 from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
+from .stream import Stream
 from .taps import first_tensor
 
 __all__ = ["AlignConfig", "align"]
@@ -134,7 +135,7 @@ class _Run:
         accelerator: Accelerator,
         student: Student,
         teacher: nn.Module,
-        train: ShardIndex,
+        train: ShardIndex | Stream,
         val: ShardIndex,
     ) -> None:
         self.config, self.recipe, self.accelerator = config, config.recipe, accelerator
