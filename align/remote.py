@@ -106,7 +106,8 @@ def shown(source: str | os.PathLike[str]) -> str:
     """`source` as it may be printed: without what is secret in signed URLs, headers and passwords."""
     text = re.sub(r"(https?://[^\s?'\"]*)\?[^\s'\"]*", r"\1?...", os.fspath(source))
     text = re.sub(r"(\w+://)[^/\s@]*@", r"\1...@", text)
-    return re.sub(r"(?i)(bearer|token|authorization:|basic|password=|-u)\s+[^\s'\"]+", r"\1 ...", text)
+    text = re.sub(r"(?i)(authorization:)[^'\"]*", r"\1 ...", text)
+    return re.sub(r"(?i)(bearer\s+|\s-u\s*|--user\s+|(?:token|password|key)=)[^\s'\"]+", r"\1...", text)
 
 
 def chunks(source: str | os.PathLike[str], patience: Patience = PATIENCE) -> Iterator[bytes]:
@@ -165,7 +166,7 @@ def _http_chunks(url: str, patience: Patience) -> Iterator[bytes]:
         try:
             with _open(url, position, tag, patience) as response:
                 tag = _tag(response)
-                for data in _from(response, position, url):
+                for data in _from(response, position):
                     position += len(data)
                     yield data
             return
@@ -216,7 +217,7 @@ def _status(url: str, status: int, said: str) -> str:
     return f"{shown(url)} cannot be downloaded: status {status} ({said}). {hint}".strip()
 
 
-def _from(response: http.client.HTTPResponse, position: int, url: str) -> Iterator[bytes]:
+def _from(response: http.client.HTTPResponse, position: int) -> Iterator[bytes]:
     """What comes from `position` on; _Failed where less comes than was announced."""
     here = position if response.status == 206 else 0
     length = response.headers.get("Content-Length")
@@ -293,7 +294,7 @@ def fetch(source: str, cache: Path | None = None, patience: Patience = PATIENCE)
 
 def _entry_name(source: str) -> str:
     """Readable, and one for each source."""
-    path = source if source.startswith("pipe:") else unquote(urlsplit(source).path)
+    path = shown(source) if source.startswith("pipe:") else unquote(urlsplit(source).path)
     words = re.sub(r"[^\w.-]+", "-", path.rpartition("/")[2]).removesuffix(".tar").strip("-.")[-60:]
     return f"{words or 'shard'}-{hashlib.sha256(source.encode()).hexdigest()[:24]}"
 

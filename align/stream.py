@@ -60,7 +60,7 @@ class Stream:
         patience: Patience = PATIENCE,
     ):
         """Args: held_out: `fingerprints` of pictures that must not occur. buffer: pictures that are mixed."""
-        self.shards = tuple(shards)
+        self.shards = tuple(os.fspath(shard) for shard in shards)
         self.held_out, self.lengths = frozenset(held_out), {length for length, _ in held_out}
         self.buffer, self.patience = buffer, patience
         self.count: int | None = None  # pictures in an epoch, once one was read
@@ -75,7 +75,7 @@ class Stream:
     @property
     def digest(self) -> str:
         """The identity of the order: names of shards and size of the buffer; what the shards hold is not known."""
-        names = "\n".join(["stream", str(self.buffer), *map(os.fspath, self.shards)])
+        names = "\n".join(["stream", str(self.buffer), *self.shards])
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()
 
     def take(self, seed: int, first: int, count: int) -> list[Streamed]:
@@ -112,17 +112,17 @@ class Stream:
         mix = shuffle(self.buffer, initial=self.buffer, rng=random.Random(f"{seed}:{epoch}"))
         return iter(mix(pictures))
 
-    def _shard(self, source: str | os.PathLike[str]) -> Iterator[Streamed]:
+    def _shard(self, source: str) -> Iterator[Streamed]:
         name, keys = shown(source), hashlib.sha256()
         tarred = reader(chunks(source, self.patience))
         for key, members in tar.samples(tar.streamed(tarred, name), name):
-            if (kind := tar.picture(members)) is None:
+            if not (kind := tar.picture(members)):
                 continue
             data = members[kind].data
             self._refuse_held_out(data, key, name)
             keys.update(f"{key}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
             yield Streamed(-1, key, name, data)
-        if self._contents.setdefault(os.fspath(source), keys.hexdigest()) != keys.hexdigest():
+        if self._contents.setdefault(source, keys.hexdigest()) != keys.hexdigest():
             raise DataError(
                 f"{name} gave other pictures than when it was read before, so an epoch has no meaning. "
                 "--stream needs sources that give the same bytes each time."

@@ -127,9 +127,9 @@ def samples(found: Iterable[Member], name: str) -> Iterator[tuple[str, dict[str,
         yield last, sample
 
 
-def picture(sample: Mapping[str, object]) -> str | None:
-    """The extension of a sample's picture."""
-    return next((kind for kind in PICTURES if kind in sample), None)
+def picture(sample: Mapping[str, object]) -> str:
+    """The extension of a sample's picture, empty where it has none."""
+    return next((kind for kind in PICTURES if kind in sample), "")
 
 
 def _is_sample(member: tarfile.TarInfo) -> bool:
