@@ -28,7 +28,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -267,10 +267,16 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bcosify"
 
 
-def fetch(source: str, cache: Path | None = None, patience: Patience = PATIENCE) -> Path:
-    """The file that holds a remote shard, downloaded where it is not there yet. `cache` None: `cache_root()`/shards.
+def fetch(
+    source: str,
+    cache: Path | None = None,
+    came: Callable[[int], object] = lambda count: None,
+    patience: Patience = PATIENCE,
+) -> Path:
+    """The file that holds a remote shard, downloaded where it is not there yet.
 
-    Raises DataError where it cannot be had, is no whole tar, or the folder cannot be written (nothing is left behind).
+    `cache` None is `cache_root()`/shards; `came` is told of bytes as they come. Raises DataError where the shard cannot
+    be had, is no whole tar, or the folder cannot be written (nothing is left behind).
     """
     root = (cache or cache_root() / "shards").expanduser().absolute()
     entry = root / _entry_name(source)
@@ -283,7 +289,7 @@ def fetch(source: str, cache: Path | None = None, patience: Patience = PATIENCE)
             if not _is_good(entry):  # another process may have been faster
                 for left in root.glob(f".{entry.name}.*"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
-                _download(source, entry, patience)
+                _download(source, entry, came, patience)
     except OSError as error:
         raise DataError(
             f"the cache for shards, {root}, cannot be used: {error.strerror or error}. "
@@ -319,7 +325,7 @@ def _is_good(entry: Path) -> bool:
         return False
 
 
-def _download(source: str, entry: Path, patience: Patience) -> None:
+def _download(source: str, entry: Path, came: Callable[[int], object], patience: Patience) -> None:
     try:
         with new_folder(entry, overwrite=True) as scratch:
             digest, size = hashlib.sha256(), 0
@@ -328,6 +334,7 @@ def _download(source: str, entry: Path, patience: Patience) -> None:
                     digest.update(data)
                     size += len(data)
                     file.write(data)
+                    came(len(data))
                 _check(file, shown(source))
             record = {
                 "source": shown(source),

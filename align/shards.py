@@ -25,10 +25,11 @@ import io
 import json
 import os
 import re
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, TransferSpeedColumn, track
 from webdataset.shardlists import expand_urls
 from webdataset.writer import ShardWriter
 
@@ -304,30 +305,63 @@ def index_shards(
     be downloaded, are truncated, no tar, without pictures, or have a key twice.
     """
     sources = list(shards)
-    fetched = [source for source in sources if is_remote(source)]
-    files = dict(zip(fetched, _each(lambda s: fetch(str(s), cache), fetched, "downloading", progress, 0), strict=True))
-    paths = [Path(files.get(source, source)).absolute() for source in sources]
-    found = _each(_indexed, paths, "indexing", progress, FEW)
+    remote = [str(source) for source in sources if is_remote(source)]
+    files = dict(zip(remote, _fetched(remote, cache, progress), strict=True))
+    paths = [Path(files.get(str(source), source)).absolute() for source in sources]
+    found = _each(_indexed, paths, lambda futures: _tracked(futures, len(paths), "indexing shards", progress, FEW))
     if not found:
         raise DataError("No shards to index.")
     return ShardIndex(tuple(found))
 
 
-def _each(work: Callable[[Any], Any], items: Sequence[Any], doing: str, progress: bool, few: int) -> list[Any]:
-    """`work` of each item, in order. DataError lists what failed, and after LISTED failures the rest is left out."""
+def _fetched(sources: Sequence[str], cache: Path | None, progress: bool) -> list[Path]:
+    """The files of remote shards, with a bar that counts shards and bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), FileSizeColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not _watched(console, progress)) as bar:
+        task = bar.add_task("downloading shards", total=None)
+
+        stopped = threading.Event()
+
+        def counted(futures: Iterable[Future]) -> Iterator[Future]:
+            for done, future in enumerate(futures):
+                bar.update(task, description=f"downloading shards, {done} of {len(sources)} done")
+                yield future
+
+        def came(count: int) -> None:
+            bar.advance(task, count)
+            if stopped.is_set():
+                raise DataError("stopped")
+
+        return _each(lambda source: fetch(source, cache, came), sources, counted, stopped)
+
+
+def _each(
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    tracked: Callable[[Sequence[Future]], Iterable[Future]],
+    stopped: threading.Event | None = None,
+) -> list[Any]:
+    """`work` of each item, in order. DataError lists what failed, and after LISTED failures the rest is left out.
+
+    `stopped` is set where the end is not waited for, so that what takes long can end early.
+    """
     results: list[Any] = []
     errors: list[DataError] = []
     # Scanning waits for the disk, downloading for the net, so threads pay although Python runs one of them at a time.
     with ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        for future in _tracked(futures, len(items), f"{doing} shards", progress, few):
-            try:
-                results.append(future.result())
-            except DataError as error:
-                errors.append(error)
-                if len(errors) == LISTED:
-                    pool.shutdown(cancel_futures=True)
-                    break
+        try:
+            for future in tracked([pool.submit(work, item) for item in items]):
+                try:
+                    results.append(future.result())
+                except DataError as error:
+                    errors.append(error)
+                    if len(errors) == LISTED:
+                        break
+        finally:  # all are done, or it was enough, or the user has interrupted
+            if stopped:
+                stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
     if errors:
         listed = "\n".join(f"  {error}" for error in errors)
         more = "\n  ... the shards after these were not tried" if len(errors) == LISTED else ""
@@ -669,7 +703,12 @@ def _mapped(function: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[
 
 
 def _tracked(items: Iterable[Any], total: int, title: str, progress: bool, few: int = 256) -> Iterable[Any]:
-    """`items` with a progress bar, where there is a terminal, one process looks at it, and there is much to do."""
+    """`items` with a progress bar, where there is much to do and someone to look at it."""
     console = Console(stderr=True)
-    show = progress and total > few and console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
+    show = total > few and _watched(console, progress)
     return track(items, title, total, console=console, transient=True) if show else items
+
+
+def _watched(console: Console, progress: bool) -> bool:
+    """Whether there is a terminal, and this is the process that may write on it."""
+    return progress and console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"

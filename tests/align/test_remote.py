@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -361,6 +362,19 @@ def test_all_that_cannot_be_downloaded_is_listed_but_not_without_end(server):
     with pytest.raises(DataError, match="(?s)10 of 500 shards .*the shards after these were not tried"):
         index_shards(expand(f"{server.url}/x{{000..499}}.tar"))
     assert sum(server.asked.values()) < 60
+
+
+def test_an_interrupt_does_not_wait_for_downloads(tmp_path, cache):
+    """The endless shard ends too: its next piece finds out."""
+    script = "import sys, bcosify.align.shards as s; print('ready', flush=True); s.index_shards(sys.argv[1:])"
+    endless = f"pipe:touch {tmp_path}/begun; exec cat /dev/zero"
+    running = subprocess.Popen([sys.executable, "-c", script, endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    assert said.decode().strip().splitlines()[-1] == "KeyboardInterrupt" and left(cache) == []
 
 
 def test_patience_doubles():
