@@ -4,7 +4,8 @@ Every side reads the same shards and makes the same uint8 batches with the same 
 anything is timed, the centre views of all sides are compared, picture by picture, byte for byte. Then the sides take
 turns in one process, several rounds, in an order that changes from round to round, so that other work on the machine
 falls on all of them. What counts is the ratio within a round. CPU time is that of the process and all its workers, and
-is less noisy than the clock. Starting workers and the first batch are not timed.
+is less noisy than the clock. Starting workers and their first batches are not timed;
+--pictures must be many batches of 64, or what was made ahead weighs too much.
 
     python benchmarks/data_path.py --data 'shards/train-{00000..00007}.tar' --out data_path.json
 """
@@ -110,10 +111,11 @@ def check_identical(data: str, size: int) -> int:
 
 
 def measure(options: argparse.Namespace, side: str, workers: int) -> dict[str, float]:
-    """One side, once: pictures, wall seconds and CPU seconds after the first batch."""
+    """One side, once: pictures, wall seconds and CPU seconds after the first batch of every worker."""
     augment = Augment() if options.view == "train" else CentreCrop()
     made = batches(side, options.data, augment, options.size, workers)
-    next(made)
+    for _ in range(1 + workers):
+        next(made)
     begin, cpu = time.perf_counter(), cpu_seconds()
     count = sum(len(batch) for batch in itertools.islice(made, options.pictures // BATCH))
     found = {"pictures": count, "wall": time.perf_counter() - begin, "cpu": cpu_seconds() - cpu}
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="local shards")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--pictures", type=int, default=320, help="a side and round")
+    parser.add_argument("--pictures", type=int, default=1280, help="a side and round")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--view", default="train", choices=["train", "centre"])

@@ -386,7 +386,7 @@ def test_a_stream_is_trained_on_resumed_and_refused_where_it_changes(run, shards
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_at(patch, 13)
         aligned_on(data, "parts")
-    with pytest.raises(RecipeError, match="is not the data .* its shards or --stream differ"):
+    with pytest.raises(RecipeError, match=r"is not the data .*\(its shards or --stream differ"):
         aligned_on(f"pipe:cat {shards}/{{00001..00000}}.tar", "parts", resume=True)
     assert aligned_on(data, "parts", resume=True) == whole
     left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
