@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,9 @@ from . import state
 from .log import METRICS
 from .probe import EXPLANATIONS
 from .recipe import Recipe, difference, dump, load_recipe
+from .remote import shown
 from .shards import ShardIndex, expand, index_shards, overlap, split
+from .stream import Stream, fingerprints
 from .trackers import TRACKED
 
 __all__ = [
@@ -47,6 +50,8 @@ class AlignConfig:
         init_from: another student of the same conversion, whose weights the run starts from.
         weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
         trackers: names of trackers that show what metrics.jsonl holds.
+        stream: read `data` from front to end and keep nothing of it (see `stream`); `val` is then needed.
+        cache: where remote shards are kept; None is the user's cache.
     """
 
     run: Path
@@ -60,6 +65,8 @@ class AlignConfig:
     weights: Path | None = None
     init_from: Path | None = None
     trackers: tuple[str, ...] = ()
+    stream: bool = False
+    cache: Path | None = None
 
     @property
     def work(self) -> Path:
@@ -115,14 +122,25 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
         checkpoint_gradients(model)
 
 
-def find_data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
-    train = index_shards(expand(config.data), progress=not config.quiet)
-    if config.val is not None:
-        val = index_shards(expand(config.val), progress=not config.quiet)
-        if same := overlap(train, val):
-            shown = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
+def find_data(config: AlignConfig) -> tuple[ShardIndex | Stream, ShardIndex]:
+    """The pictures to train on, and those to measure on."""
+    shards = expand(config.data)
+    index = functools.partial(index_shards, progress=not config.quiet, cache=config.cache)
+    if config.stream:
+        if config.val is None:
             raise DataError(
-                f"--val is no measure: {len(same)} of its pictures are in --data too ({shown}). Take them out "
+                "--stream holds no pictures back, as it does not know which will come: pass --val SHARDS. "
+                "They are downloaded and indexed, so a few hundred pictures are enough."
+            )
+        val = index(expand(config.val))
+        return Stream(shards, held_out=fingerprints(val)), val
+    train = index(shards)
+    if config.val is not None:
+        val = index(expand(config.val))
+        if same := overlap(train, val):
+            pairs = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
+            raise DataError(
+                f"--val is no measure: {len(same)} of its pictures are in --data too ({pairs}). Take them out "
                 "of one of the two, or leave --val out, and some pictures of --data are held out."
             )
         return train, val
@@ -130,7 +148,7 @@ def find_data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
 
 
 def prepare_folder(
-    config: AlignConfig, accelerator: Accelerator, train: ShardIndex
+    config: AlignConfig, accelerator: Accelerator, train: ShardIndex | Stream
 ) -> tuple[Path, state.Progress] | None:
     """Makes `work`, or checks that it belongs to the same run; returns the checkpoint to go on from."""
     written = config.work / "recipe.yaml"
@@ -143,7 +161,8 @@ def prepare_folder(
         found = state.latest(config.work / state.CHECKPOINTS)
         if found and found[1].data != train.digest:
             raise RecipeError(
-                f"--resume: {config.data} is not the data that the run was started with (its index differs)."
+                f"--resume: {shown(config.data)} is not the data that the run was started with "
+                f"({'its shards or --stream differ' if config.stream else 'its index differs'})."
             )
         if found:
             _cut_metrics(config.work / METRICS, found[1].step, config.recipe.batch_size, accelerator)

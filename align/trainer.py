@@ -53,6 +53,7 @@ from .probe import EXPLANATIONS, Probe, make_probe
 from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
+from .stream import Stream
 from .taps import first_tensor
 from .trackers import TRACKED, check_trackers, log_picture, start_trackers
 
@@ -153,7 +154,7 @@ class _Run:
         accelerator: Accelerator,
         student: Student,
         teacher: nn.Module,
-        train: ShardIndex,
+        train: ShardIndex | Stream,
         val: ShardIndex,
     ) -> None:
         self.config, self.recipe, self.accelerator = config, config.recipe, accelerator

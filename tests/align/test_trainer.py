@@ -339,3 +339,54 @@ def test_recipes_round_trip_and_name_every_fault():
         load_recipe("smoke", ["phases.7.pictures=1"])
     assert load_recipe("smoke", ["phases.0.pictures=8"]).phases[0].pictures == 8
     assert load_recipe("smoke", ["phases.0.learning_rate=3e-4"]).phases[0].learning_rate == 3e-4
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The run dies after this step."""
+    plain = log.PhaseLog.step
+
+    def dying(self, progress, losses, norm):
+        plain(self, progress, losses, norm)
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(log.PhaseLog, "step", dying)
+
+
+def test_a_stream_is_trained_on_resumed_and_refused_where_it_changes(run, shards, tmp_path, monkeypatch):
+    """Sources that nothing is kept of; five steps a checkpoint, ten steps a phase."""
+    monkeypatch.setenv("BCOSIFY_CACHE", str(tmp_path / "cache"))
+    data = f"pipe:cat {shards}/{{00000..00001}}.tar"
+    options = {"stream": True, "val": str(shards / "00002.tar")}
+
+    def aligned_on(data: str, name: str, **changes) -> list[dict]:
+        align(AlignConfig(run, data, tmp_path / name, RECIPE, quiet=True, **options, **changes))
+        return rows(tmp_path / name)
+
+    whole = aligned_on(data, "whole")
+    assert len([row for row in whole if "loss" in row]) == 20
+    assert not (tmp_path / "cache/shards").exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 13)
+        aligned_on(data, "parts")
+    with pytest.raises(RecipeError, match=r"is not the data .*\(its shards or --stream differ"):
+        aligned_on(f"pipe:cat {shards}/{{00001..00000}}.tar", "parts", resume=True)
+    assert aligned_on(data, "parts", resume=True) == whole
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_stream_needs_val_and_none_of_its_pictures(run, shards, tmp_path):
+    with pytest.raises(DataError, match="--stream holds no pictures back.* pass --val SHARDS"):
+        aligned(run, shards, tmp_path / "out", stream=True)
+    with pytest.raises(DataError, match=r"--val is no measure: its picture 'rocket-\d+' .* is in --data too"):
+        aligned(run, shards, tmp_path / "out", stream=True, val=str(shards / "00002.tar"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_remote_shards_are_kept_where_the_run_says(run, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, phases=PHASES[:1])
+    data = f"pipe:cat {shards}/{{00000..00002}}.tar"
+    align(AlignConfig(run, data, tmp_path / "away", recipe, quiet=True, cache=tmp_path / "kept"))
+    assert len([path for path in (tmp_path / "kept").iterdir() if path.name != ".locks"]) == 3
+    assert rows(tmp_path / "away") == aligned(run, shards, tmp_path / "local", recipe)
