@@ -77,16 +77,16 @@ def test_a_block_on_its_own_input_is_the_whole_students_block(pair):
 def test_terms_for_magnitudes_and_weight_norms(pair):
     recipe = dataclasses.replace(RECIPE, magnitude_weight=0.5, weight_norm=2.0, output_weight=3.0)
     objective, found = losses(pair, "end-to-end", recipe)
-    assert float(found["weight norm"]) == 0 and float(found["magnitude"]) > 0
-    parts = sum(float(value) for name, value in found.items() if name != "total")
-    assert float(found["total"]) == pytest.approx(parts, rel=1e-6)
-    assert float(found["output"]) == pytest.approx(3 * float(losses(pair, "end-to-end")[1]["output"]), rel=1e-5)
+    assert found["weight norm"].item() == 0 and found["magnitude"].item() > 0
+    parts = sum(value.item() for name, value in found.items() if name != "total")
+    assert found["total"].item() == pytest.approx(parts, rel=1e-6)
+    assert found["output"].item() == pytest.approx(3 * losses(pair, "end-to-end")[1]["output"].item(), rel=1e-5)
     norms = WeightNorms(pair[0], 2.0)
     with torch.no_grad():
         for _, layer in scheduled_layers(pair[0]):
             if getattr(layer, "weight", None) is not None:
                 layer.weight.mul_(1.1)
-    assert float(norms.penalty(pair[0])) == pytest.approx(2 * 0.1**2, rel=1e-4)
+    assert norms.penalty(pair[0]).item() == pytest.approx(2 * 0.1**2, rel=1e-4)
 
 
 def test_depths_are_shares_of_the_blocks():

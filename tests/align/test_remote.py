@@ -366,14 +366,19 @@ def test_all_that_cannot_be_downloaded_is_listed_but_not_without_end(server):
 
 def test_an_interrupt_does_not_wait_for_downloads(tmp_path, cache):
     """The endless shard ends too: its next piece finds out."""
-    script = "import sys, bcosify.align.shards as s; print('ready', flush=True); s.index_shards(sys.argv[1:])"
+    # What runs in the background of a shell ignores interrupts, and so would its children: ours does not.
+    script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    script += "import bcosify.align.shards as s; s.index_shards(sys.argv[1:])"
     endless = f"pipe:touch {tmp_path}/begun; exec cat /dev/zero"
-    running = subprocess.Popen([sys.executable, "-c", script, endless], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, said = running.communicate(timeout=60)
+    running = subprocess.Popen([sys.executable, "-c", script, endless], stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=60)
+    finally:
+        running.kill()
     assert said.decode().strip().splitlines()[-1] == "KeyboardInterrupt" and left(cache) == []
 
 

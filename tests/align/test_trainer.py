@@ -129,9 +129,10 @@ def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, req
     two = rows(tmp_path / "two")
     assert [rows_[0]["run"]["processes"] for rows_ in (one, two)] == [1, 2]
     assert [row.get("step") for row in one] == [row.get("step") for row in two]
-    for ours, theirs in zip(one, two, strict=True):
-        if "loss" in ours:
-            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+    losses = [(ours["loss"], theirs["loss"]) for ours, theirs in zip(one, two, strict=True) if "loss" in ours]
+    assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-5)
+    # Rounding grows from step to step: Adam's first steps are signs of gradients, however small these are.
+    assert all(theirs == pytest.approx(ours, rel=1e-3) for ours, theirs in losses)
 
 
 def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
