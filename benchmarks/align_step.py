@@ -11,6 +11,7 @@ thread; pictures are decoded in two other processes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import statistics
@@ -28,6 +29,7 @@ from bcosify.align import trainer
 from bcosify.align.objectives import observe
 from bcosify.align.recipe import load_recipe
 from bcosify.convert import convert, save
+from bcosify.convert.layers import batch_statistics
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- align_step.py -->", "<!-- /align_step.py -->"
@@ -39,6 +41,10 @@ class Stopwatch:
     """CPU seconds of each step of the loop, of the bare step after it, and of the loop's parts."""
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was timed: another run begins."""
         self.phases: dict[int, list[tuple[float, float]]] = defaultdict(list)
         self.parts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.pending: dict[str, float] = defaultdict(float)
@@ -61,7 +67,8 @@ class Stopwatch:
         backward, batches, step = run._backward, run._batches, log.step
 
         def noted(this: Any, phase: Any, taps: Any, prepared: Any, pictures: Any) -> Any:
-            self.last = (this.teacher, taps, prepared, pictures)
+            statistics = batch_statistics if phase.batch_statistics else contextlib.nullcontext
+            self.last = (this.teacher, taps, prepared, pictures, statistics)
             return backward(this, phase, taps, prepared, pictures)
 
         def fetched(this: Any, *args: Any) -> Any:
@@ -88,11 +95,12 @@ class Stopwatch:
     def bare(self, phase: int) -> None:
         """Ends the loop's step; runs and times the bare one."""
         whole = time.process_time() - self.begin
-        teacher, taps, prepared, pictures = self.last
+        teacher, taps, prepared, pictures, statistics = self.last
         prepared.optimizer.optimizer.zero_grad()
         begin = time.process_time()
-        calls, output = observe(teacher, pictures, taps)
-        prepared.module(pictures, calls, output)["total"].backward()
+        with statistics(prepared.model):
+            calls, output = observe(teacher, pictures, taps)
+            prepared.module(pictures, calls, output)["total"].backward()
         self.phases[phase].append((whole, time.process_time() - begin))
         prepared.optimizer.optimizer.zero_grad()
         if len(self.phases[phase]) > WARM_UP:
@@ -102,10 +110,9 @@ class Stopwatch:
         self.begin = time.process_time()
 
 
-def measured(reference: str, name: str, data: Path, steps: int, folder: Path) -> list[dict[str, Any]]:
-    """One row a phase of the recipe `name`."""
-    watch = Stopwatch()
-    watch.install()
+def measured(watch: Stopwatch, reference: str, name: str, data: Path, steps: int, folder: Path) -> list[dict[str, Any]]:
+    """One row a phase of the recipe `name`, by a stopwatch that is installed."""
+    watch.clear()
     recipe = load_recipe(name)
     never = 10**9
     phases = tuple(dataclasses.replace(p, pictures=(steps + WARM_UP) * recipe.batch_size) for p in recipe.phases)
@@ -172,10 +179,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.json.read_text()) if options.json.is_file() else []
+    watch = Stopwatch()
+    watch.install()
     for reference, recipe in MODELS:
         if options.only in reference:
             with tempfile.TemporaryDirectory() as folder:
-                fresh = measured(reference, recipe, options.data, options.steps, Path(folder))
+                fresh = measured(watch, reference, recipe, options.data, options.steps, Path(folder))
             rows = [row for row in rows if row["model"] != fresh[0]["model"]] + fresh
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(rows, indent=1) + "\n")
