@@ -10,15 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
-import math
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from ..convert.settings import faults, parse
 from ..errors import RecipeError, near_miss
 
 __all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
@@ -179,10 +177,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_values(values: Any, name: str = "recipe") -> Recipe:
     """Parses plain values (from YAML or JSON) strictly into a Recipe."""
-    faults = list(_faults(Recipe, values, ""))
-    if faults:
-        raise RecipeError(f"recipe {name} has {len(faults)} fault(s):\n" + "\n".join(f"  {fault}" for fault in faults))
-    recipe = _parse(Recipe, values)
+    if found := list(faults(Recipe, values)):
+        raise RecipeError(f"recipe {name} has {len(found)} fault(s):\n" + "\n".join(f"  {fault}" for fault in found))
+    recipe = parse(Recipe, values)
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -234,67 +231,6 @@ def _override(values: Any, override: str) -> Any:
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise RecipeError(f"--set {override}: the recipe has no place {path!r}") from error
     return values
-
-
-def _faults(kind: Any, value: Any, where: str) -> Iterator[str]:
-    """One line for everything in `value` that does not fit the annotation `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        yield from _dataclass_faults(kind, value, where)
-    elif origin is Literal:
-        if value not in arguments:
-            hint = near_miss(str(value), map(str, arguments))
-            yield f"{where}: must be one of {', '.join(map(repr, arguments))}; got {value!r}.{hint}"
-    elif origin is tuple:
-        if not isinstance(value, list | tuple):
-            yield f"{where}: must be a list; got {value!r}"
-        elif arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            yield f"{where}: must have {len(arguments)} values; got {value!r}"
-        else:
-            for i, item in enumerate(value):
-                yield from _faults(arguments[0], item, f"{where}.{i}")
-    elif origin in (typing.Union, types.UnionType):
-        if not any(not list(_faults(option, value, where)) for option in arguments):
-            yield f"{where}: must be {kind}; got {value!r}"
-    elif kind is float and isinstance(value, str) and _is_number(value):
-        return  # YAML reads 3e-4, without a point, as text
-    else:
-        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if not fits:
-            yield f"{where}: must be {kind.__name__}; got {value!r}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _dataclass_faults(kind: Any, value: Any, where: str) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield f"{where or 'the file'}: must be keys and values; got {value!r}"
-        return
-    prefix, hints = f"{where}." if where else "", typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in value:
-        if key not in fields:
-            yield f"unknown key {prefix}{key}.{near_miss(str(key), fields, 1)}"
-        else:
-            yield from _faults(hints[key], value[key], f"{prefix}{key}")
-    for key, field in fields.items():
-        if key not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            yield f"missing key {prefix}{key}"
-
-
-def _parse(kind: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
-        return kind(**{key: _parse(hints[key], item) for key, item in value.items()})
-    if origin is tuple:
-        return tuple(_parse(arguments[0], item) for item in value)
-    return float(value) if kind is float else value
 
 
 def _plain(value: Any) -> Any:

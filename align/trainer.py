@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from ..convert import Student, calibrate, load, save, set_strength
 from ..convert.checkpoint import versions
 from ..convert.files import check_free
-from ..convert.layers import batch_statistics, estimate_statistics
+from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
 from . import state
 from .checks import check_recipe
 from .compiling import compile_blocks, eager, make_eager
@@ -458,8 +458,16 @@ class _Run:
 
 @torch.no_grad()
 def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
-    """Root mean square of every parameter, or ones; never so small that a parameter could not leave zero."""
-    return tuple(max(float(p.square().mean().sqrt()), 1e-4) if relative else 1.0 for p in model.parameters())
+    """Root mean square of every parameter, or ones; what starts at zero has the size that its layer names."""
+    named = {
+        id(layer.get_parameter(name)): size
+        for _, layer in scheduled_layers(model)
+        for name, size in layer.natural_sizes.items()
+    }
+    # Never so small that a parameter could not leave zero.
+    return tuple(
+        max(named.get(id(p), float(p.square().mean().sqrt())), 1e-4) if relative else 1.0 for p in model.parameters()
+    )
 
 
 def _arrived(phase: Phase, k: int, steps: int) -> bool:

@@ -20,12 +20,12 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from .scheduled import BiasScheduled, faded, is_exactly
+from .scheduled import Rescalable, faded, is_exactly
 
 __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
 
 
-class UncentredBatchNorm(BiasScheduled):
+class UncentredBatchNorm(Rescalable):
     """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma)."""
 
     eps: float

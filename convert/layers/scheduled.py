@@ -10,14 +10,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasScheduled", "adopt", "faded", "is_exactly", "join", "scheduled_layers", "set_strength"]
+__all__ = [
+    "BiasScheduled",
+    "Rescalable",
+    "adopt",
+    "faded",
+    "is_exactly",
+    "join",
+    "scheduled_layers",
+    "set_strength",
+]
 
 
 class BiasScheduled(nn.Module):
@@ -58,6 +67,11 @@ class BiasScheduled(nn.Module):
         return getattr(self, name if self.reads_buffers else f"_{name}")
 
     @property
+    def natural_sizes(self) -> Mapping[str, float]:
+        """Sizes of parameters that start at zero, by name: what a learning rate in units of a weight's size goes by."""
+        return {}
+
+    @property
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's bias."""
         return faded(self._parameters.get("bias"), self._strength("beta"))
@@ -80,6 +94,16 @@ class BiasScheduled(nn.Module):
     def extra_repr(self) -> str:
         values = ", ".join(f"{name}={value:g}" for name, value in self.strengths().items())
         return ", ".join(part for part in (super().extra_repr(), values) if part)
+
+
+class Rescalable(BiasScheduled):
+    """Mixin: a scheduled layer whose response, without its bias, can be multiplied by a gain for every channel."""
+
+    def rescale(self, gain: Tensor) -> None:
+        """Multiplies the responses by `gain` (C,), positive; in the weight, in place."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        weight.mul_(gain.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
 
 
 def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:
