@@ -458,7 +458,7 @@ class _Run:
 
 @torch.no_grad()
 def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
-    """Root mean square of every parameter, or ones; what starts at zero has the size that its layer names."""
+    """Root mean square of every parameter, or ones; at least the size that a layer names for what starts at zero."""
     named = {
         id(layer.get_parameter(name)): size
         for _, layer in scheduled_layers(model)
@@ -466,7 +466,7 @@ def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
     }
     # Never so small that a parameter could not leave zero.
     return tuple(
-        max(named.get(id(p), float(p.square().mean().sqrt())), 1e-4) if relative else 1.0 for p in model.parameters()
+        max(float(p.square().mean().sqrt()), named.get(id(p), 1e-4)) if relative else 1.0 for p in model.parameters()
     )
 
 
