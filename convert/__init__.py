@@ -6,6 +6,7 @@ from .calibrate import calibrate
 from .checkpoint import load, save
 from .layers import set_strength
 from .methods.bcos import BcosConfig
+from .methods.fa_cnn import FaCnnConfig
 from .plan import Plan
 from .sources import (
     Preprocess,
@@ -22,6 +23,7 @@ from .student import Student, check_teacher, convert, identity_error, lossy_step
 
 __all__ = [
     "BcosConfig",
+    "FaCnnConfig",
     "Plan",
     "Preprocess",
     "Source",

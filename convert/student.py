@@ -1,4 +1,4 @@
-"""Conversion: a Teacher becomes a Student that is the same function, with layers whose B and beta can move."""
+"""Conversion: a Teacher becomes a Student that is the same function, with layers whose strengths can move."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..errors import LedgerError, SourceError
 from .calibrate import Gain, calibrate
-from .layers import set_strength
+from .layers import scheduled_layers, set_strength
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
 from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
-from .trace import fitted, noise_pictures, trace_forward
+from .trace import fitted, noise_pictures
 
 __all__ = ["Student", "check_teacher", "convert", "identity_error", "lossy_steps", "output_of"]
 
@@ -51,7 +51,7 @@ class Student:
 
 
 def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = None) -> Student:
-    """Converts a copy of `teacher`; at B = 1 and beta = 1 the student is the teacher, and that is checked.
+    """Converts a copy of `teacher`; until a strength moves the student is the teacher, and that is checked.
 
     Args:
         teacher: a Teacher, or a reference such as `timm:resnet50` (see `load_teacher`).
@@ -82,9 +82,9 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
         _take_precision(model, teacher.model)
     if not error <= IDENTITY_LIMIT:
         raise LedgerError(
-            f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at B=1, beta=1 (limit "
-            f"{IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; nothing was written. "
-            "See `bcosify convert REF --dry-run`, and leave layers out with --keep."
+            f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} before anything moved "
+            f"(limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; nothing was "
+            "written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
     return student.with_report(identity_error=error, teacher=_fingerprint(original, teacher.preprocess.size))
 
@@ -112,8 +112,7 @@ def _take_precision(model: nn.Module, source: nn.Module) -> None:
 
 def plan_for(teacher: Teacher, config: Any) -> Plan:
     """The plan of converting `teacher` with `config`; changes nothing."""
-    trace = trace_forward(teacher.model, teacher.preprocess.size)
-    return plan_conversion(teacher.model, _method_of(config), config, trace)
+    return plan_conversion(teacher.model, _method_of(config), config, teacher.preprocess.size)
 
 
 def apply_plan(model: nn.Module, plan: Plan, preprocess: Preprocess, config: Any) -> None:
@@ -179,28 +178,28 @@ def lossy_steps(
     """What each step away from identity costs: mean cosine of outputs to the teacher's on pictures (N, 3, H, W).
 
     Args:
-        student: at B = 1 and beta = 1, so that it is its teacher; comes back as it was.
+        student: fresh from `convert`, so that it is its teacher; comes back as it was.
+        b: where the B of methods that have one goes.
     """
     model = student.model
     theirs = output_of(model, pictures)
 
-    def row(what: str, changed: nn.Module, strength: tuple[float, float]) -> dict[str, Any]:
+    def row(what: str, changed: nn.Module, strengths: dict[str, float]) -> dict[str, Any]:
         cosine = nn.functional.cosine_similarity(output_of(changed, pictures), theirs, dim=-1).mean()
-        return {"step": what, "b": strength[0], "beta": strength[1], "cosine": round(float(cosine), 4)}
+        return {"step": what, **strengths, "cosine": round(float(cosine), 4)}
 
-    rows = []
+    start = dict(sorted({item for _, layer in scheduled_layers(model) for item in layer.starts.items()}))
+    steps = find_method(student.method).lossy(student.config, b)
+    rows = [row("identity", model, start)]
     try:
-        for what, strength in (
-            ("identity", (1.0, 1.0)),
-            ("biases removed", (1.0, 0.0)),
-            (f"B={b:g}, biases kept", (b, 1.0)),
-            (f"B={b:g}, biases removed", (b, 0.0)),
-        ):
-            set_strength(model, *strength)
-            rows.append(row(what, model, strength))
+        for what, strengths in steps:
+            set_strength(model, **strengths)
+            rows.append(row(what, model, strengths))
     finally:
-        set_strength(model, 1.0, 1.0)
+        set_strength(model, **start)
+    what, strengths = steps[-1]
     scaled = copy.deepcopy(model)
-    set_strength(scaled, b, 0.0)
-    calibrate(scaled, model, pictures, gain)
-    return [*rows, row(f"B={b:g}, biases removed, gains calibrated", scaled, (b, 0.0))]
+    set_strength(scaled, **strengths)
+    if calibrate(scaled, model, pictures, gain):
+        rows.append(row(f"{what}, gains calibrated", scaled, strengths))
+    return rows

@@ -95,10 +95,8 @@ def panel(
     kernel = max(1, round(smooth * contributions.shape[-1] / 224)) | 1
     strength, limit = _strength(contributions, percentile, max(1, kernel // 3) | 1)
     if explanation.encoded_gradients is None:
-        seen, colours = (
-            overlay(image, contributions, percentile=percentile, smooth=kernel),
-            "contributions on the input",
-        )
+        seen = overlay(image, contributions, percentile=percentile, smooth=kernel)
+        colours = "contributions on the input"
     else:
         weights = explanation.encoded_gradients[picture, score]
         seen = rgba(weights, contributions, image, percentile=percentile, smooth=kernel)

@@ -9,6 +9,7 @@ float32, so half precision neither overflows nor vanishes.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -76,17 +77,11 @@ def _sum_of_squares(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False
 class _Bcos(BiasScheduled):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
+    starts: ClassVar[dict[str, float]] = {"b": 1.0, **BiasScheduled.starts}
     b: Tensor
     _b: float
     weight: nn.Parameter
     bounded: bool = True
-
-    def start_schedule(self) -> None:
-        super().start_schedule()
-        self._register_strength("b", 1.0)
-
-    def strengths(self) -> dict[str, float]:
-        return {"b": self._b, **super().strengths()}
 
     def _weight_norm_sq(self) -> Tensor:
         """(C_out,) float32: squared norm of every filter; ones for the unbounded variant."""

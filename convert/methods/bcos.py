@@ -261,4 +261,14 @@ SWAPS: dict[str, Callable[..., None]] = {
     SeparateAttentionPool2d.__name__: _separate_pool,
     SixChannelInput.__name__: _at_entrance,
 }
-METHOD = Method(name="bcos", config_class=BcosConfig, decide=_decide, swaps=SWAPS)
+
+
+def _lossy(config: BcosConfig, b: float) -> list[tuple[str, dict[str, float]]]:  # noqa: ARG001
+    return [
+        ("biases removed", {"b": 1.0, "beta": 0.0}),
+        (f"B={b:g}, biases kept", {"b": b, "beta": 1.0}),
+        (f"B={b:g}, biases removed", {"b": b, "beta": 0.0}),
+    ]
+
+
+METHOD = Method(name="bcos", config_class=BcosConfig, decide=_decide, swaps=SWAPS, lossy=_lossy)

@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bcosify.cli import main as command
@@ -191,6 +192,44 @@ def test_convert_prints_only_json_on_stdout(run, tmp_path):
     assert result["counts"]["SixChannelBcosConv2d"] == 1 and result["lossy_steps"][0]["cosine"] == 1
 
 
+def test_convert_after_fa_cnn_and_explain_without_gradients(run, pictures, tmp_path):
+    code, _, err = run("convert", *TINY, "--method", "fa-cnn", "--out", tmp_path / "student")
+    assert code == 0 and "1 ClassMaps" in err and "identity at dampening=0: relative error" in err
+    assert "no block changes more than 0.25 of its input" in err and "calibrated" not in err
+    code, out, _ = run("inspect", tmp_path / "student", "--json")
+    assert code == 0 and json.loads(out)["strengths"] == {"dampening": "0"}
+    code, out, _ = run("explain", tmp_path / "student", pictures / "chelsea.png", "--out", tmp_path / "maps", "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and row["score"] == pytest.approx(row["input"] + row["constants"]["fc.bias"], abs=1e-4)
+    with np.load(tmp_path / "maps" / "chelsea.npz") as maps:
+        assert list(maps) == ["contributions"] and maps["contributions"].shape == (1, 64, 64)
+        assert maps["contributions"].sum() == pytest.approx(row["input"], abs=1e-4)
+    assert (tmp_path / "maps" / "chelsea.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("--method", "fa-cnn", "--scale", "cosine"),
+            "--scale is no setting of --method fa-cnn, which has: keep, damp",
+        ),
+        (("--dampening", "bound"), "--dampening is no setting of --method bcos"),
+        (("--method", "fa-cnn", "--dampening", "bounds"), "Did you mean 'bound'"),
+        (("--method", "fa-cn"), "Did you mean 'fa-cnn'"),
+    ],
+)
+def test_settings_of_another_method_are_refused(run, tmp_path, words, said):
+    code, _, err = run("convert", *TINY, *words, "--out", tmp_path / "student")
+    assert code == 1 and said in " ".join(err.split()) and not (tmp_path / "student").exists()
+
+
+def test_calibrating_what_has_no_gains_is_refused(run, shards, tmp_path):
+    words = ("--method", "fa-cnn", "--calibrate", shards, "--out", tmp_path / "student")
+    code, _, err = run("convert", *TINY, *words)
+    assert code == 1 and "no layer of a fa-cnn student has a gain" in err and not (tmp_path / "student").exists()
+
+
 @pytest.mark.parametrize("json_too", [False, True])
 def test_a_dry_run_shows_every_layer_and_writes_nothing(run, tmp_path, monkeypatch, json_too):
     monkeypatch.chdir(tmp_path)
@@ -292,7 +331,7 @@ def test_inspect_shows_what_a_converted_folder_is(run, student):
     assert (code, out) == (0, "") and "timm:test_resnet" in err and "not aligned" in err and "64 x 64" in err
     code, out, err = run("inspect", student, "--json")
     facts = json.loads(out)
-    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["b_and_beta"] == {"b": "1", "beta": "1"}
+    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["strengths"] == {"b": "1", "beta": "1"}
     assert facts["identity_error"] < 1e-5 and facts["layers"]["SixChannelBcosConv2d"] == 1
 
 
