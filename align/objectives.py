@@ -27,7 +27,17 @@ from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-__all__ = ["OBJECTIVES", "BlockLocal", "BlockOwn", "Classes", "EndToEnd", "LayerLocal", "Objective", "Pairwise", "observe"]
+__all__ = [
+    "OBJECTIVES",
+    "BlockLocal",
+    "BlockOwn",
+    "Classes",
+    "EndToEnd",
+    "LayerLocal",
+    "Objective",
+    "Pairwise",
+    "observe",
+]
 
 
 class Objective(nn.Module):

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from bcosify.convert import FaCnnConfig, convert, identity_error, load, plan_for, save, set_strength
-from bcosify.convert.blocks import find_blocks
+from bcosify.convert.blocks import blocks_of
 from bcosify.convert.layers import ClassMaps, DampenedSkip, LastMap, PlaceClassifier, PlaceNorm, adopt, at_start
 from bcosify.convert.layers.dampening import FORMS, skipping
 from bcosify.convert.methods.anatomy import look
@@ -460,4 +460,4 @@ def test_parameters_are_those_of_the_source(tiny):
 
 def test_blocks_of_a_stage_that_is_no_sequential_are_found():
     model = timm.create_model("regnetx_004", pretrained=False)
-    assert {name for name in find_blocks(model) if name.startswith("s2")} == {"s2.b1", "s2.b2"}
+    assert {name for name in blocks_of(model) if name.startswith("s2")} == {"s2.b1", "s2.b2"}
