@@ -6,7 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cosine_distance", "magnitude_error", "pairwise_error", "squared_size", "update_error"]
+__all__ = [
+    "class_divergence",
+    "cosine_distance",
+    "magnitude_error",
+    "pairwise_error",
+    "squared_size",
+    "update_error",
+]
+
+
+def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean Kullback-Leibler divergence of the classes' probabilities from logits (B, K), in nats."""
+    ours, theirs = (logits.float().log_softmax(-1) for logits in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:

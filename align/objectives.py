@@ -8,6 +8,8 @@ block-local  every unit of the student is fed what the teacher's unit was fed, a
 layer-local  the same for every converted layer. (Ours.)
 block-own    every block is fed what the student's earlier blocks make, without a gradient to them, and fitted to the
              teacher's output. Inputs are those that it will have; errors still do not run through. (Ours.)
+classes      how far the student's class probabilities are from the teacher's, and nothing below: for students whose
+             features are to become others than the teacher's. Needs a classifier, and no labels.
 """
 
 from __future__ import annotations
@@ -19,13 +21,23 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.layers import scheduled_layers
-from .losses import cosine_distance, magnitude_error, pairwise_error, squared_size, update_error
+from .losses import class_divergence, cosine_distance, magnitude_error, pairwise_error, squared_size, update_error
 from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
-__all__ = ["OBJECTIVES", "BlockLocal", "BlockOwn", "EndToEnd", "LayerLocal", "Objective", "Pairwise", "observe"]
+__all__ = [
+    "OBJECTIVES",
+    "BlockLocal",
+    "BlockOwn",
+    "Classes",
+    "EndToEnd",
+    "LayerLocal",
+    "Objective",
+    "Pairwise",
+    "observe",
+]
 
 
 class Objective(nn.Module):
@@ -85,6 +97,17 @@ class Pairwise(Objective):
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         loss = pairwise_error(first_tensor(self.student(pictures)), output)
         return {"output": loss, "total": loss}
+
+
+class Classes(Objective):
+    """The student's class probabilities against the teacher's."""
+
+    def __init__(self, student: nn.Module, recipe: Recipe) -> None:
+        super().__init__(student, recipe, ())
+
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        loss = class_divergence(first_tensor(self.student(pictures)), output)
+        return {"classes": loss, "total": loss}
 
 
 class BlockLocal(Objective):
@@ -205,4 +228,5 @@ OBJECTIVES: dict[str, Callable[[nn.Module, Recipe], Objective]] = {
     "block-local": BlockLocal,
     "layer-local": LayerLocal,
     "block-own": BlockOwn,
+    "classes": Classes,
 }

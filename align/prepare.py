@@ -16,7 +16,7 @@ from torch import nn
 
 from ..convert import Student, check_teacher, load, reload_teacher
 from ..convert.files import new_file
-from ..convert.layers import scheduled_layers
+from ..convert.layers import at_start
 from ..errors import CheckpointError, DataError, RecipeError
 from . import state
 from .log import METRICS
@@ -75,8 +75,7 @@ class AlignConfig:
 
 def teacher_of(student: Student, weights: Path | None) -> nn.Module:
     """The frozen original: a copy of the student while it is still identical, else from its source."""
-    at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
-    identical = at_start and not {"calibration", "alignment"} & set(student.report)
+    identical = at_start(student.model) and not {"calibration", "alignment"} & set(student.report)
     if identical:
         model = copy.deepcopy(student.model)
     else:

@@ -37,7 +37,8 @@ class Phase:
         relative: the learning rate counts in units of each parameter's root mean square at the start of the phase, so
             that a step turns every weight by the same angle. B-cos layers respond to angles, and calibration leaves
             weights of very different sizes.
-        b, beta: [start, end]; they move in a straight line over the first `ramp` share of the phase.
+        b, beta, dampening: [start, end]; they move in a straight line over the first `ramp` share of the phase, in the
+            layers that have them.
         calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
         recalibrate_every: again every so many steps while B and beta move; 0 never.
         gain: `least-squares` or `rms`.
@@ -52,12 +53,13 @@ class Phase:
             one, also where it ran to its end.
     """
 
-    objective: Literal["end-to-end", "block-local", "block-own", "layer-local", "pairwise"]
+    objective: Literal["end-to-end", "block-local", "block-own", "classes", "layer-local", "pairwise"]
     pictures: int
     learning_rate: float
     optimizer: Literal["adamw", "muon"] = "adamw"
     b: tuple[float, float] = (2.0, 2.0)
     beta: tuple[float, float] = (0.0, 0.0)
+    dampening: tuple[float, float] = (0.0, 0.0)
     ramp: float = 0.6
     relative: bool = True
     calibrate: int = 0
@@ -73,8 +75,8 @@ class Phase:
 
     @property
     def moving(self) -> bool:
-        """Whether B or beta change inside the phase."""
-        return any(start != end for start, end in (self.b, self.beta))
+        """Whether a strength changes inside the phase."""
+        return any(start != end for start, end in (self.b, self.beta, self.dampening))
 
 
 @dataclasses.dataclass(frozen=True)

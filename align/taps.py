@@ -1,8 +1,4 @@
-"""Taps: named modules whose inputs and outputs are recorded in one forward pass, on any architecture.
-
-Blocks are found, not listed: the members of a container (Sequential, ModuleList, ModuleDict) that hold at least two
-weight layers and no further blocks. That gives the blocks of a ViT, and the residual blocks (not the stages) of a CNN.
-"""
+"""Taps: named modules whose inputs and outputs are recorded in one forward pass, on any architecture."""
 
 from __future__ import annotations
 
@@ -13,13 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..convert.blocks import WEIGHT_LAYERS, blocks_of
 from ..convert.layers import BiasScheduled
 from ..errors import RecipeError, near_miss
 
-__all__ = ["Call", "blocks_of", "channels_last", "check_taps", "depth_taps", "find_blocks", "find_units", "record"]
-
-WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+__all__ = ["Call", "channels_last", "check_taps", "depth_taps", "find_blocks", "find_units", "record"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +27,8 @@ class Call:
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the blocks, in the order of definition; of all weight layers where a model has no blocks."""
-    return blocks_of(model) or tuple(
-        name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)
-    )
-
-
-def blocks_of(model: nn.Module) -> tuple[str, ...]:
-    """The blocks alone, so none where a model has none."""
-    return tuple(_blocks_below(model, ""))
-
-
-def _blocks_below(module: nn.Module, prefix: str) -> list[str]:
-    found = []
-    for name, child in module.named_children():
-        below = _blocks_below(child, f"{prefix}{name}.")
-        weight_layers = sum(isinstance(part, WEIGHT_LAYERS) for part in child.modules())
-        if not below and isinstance(module, CONTAINERS) and weight_layers >= 2:
-            below = [f"{prefix}{name}"]
-        found += below
-    return found
+    layers = (name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS))
+    return blocks_of(model) or tuple(layers)
 
 
 def depth_taps(blocks: tuple[str, ...], depths: Iterable[float] = (1 / 3, 2 / 3, 1.0)) -> tuple[str, ...]:

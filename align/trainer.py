@@ -337,9 +337,11 @@ class _Run:
         estimate_statistics(self._result, pictures.split(STATISTICS_BATCH))
 
     def _move(self, model: nn.Module, phase: Phase, k: int, steps: int) -> None:
-        """B and beta of step `k`."""
+        """The strengths of step `k`."""
+        moving = {name: getattr(phase, name) for name in ("b", "beta", "dampening")}
+        strengths = {name: ramp(k, steps, *ends, phase.ramp) for name, ends in moving.items()}
         for moved in dict.fromkeys((model, self._result)):
-            set_strength(moved, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
+            set_strength(moved, **strengths)
 
     def _due(self, step: int, every: int) -> bool:
         """Whether `every` pictures went by within this step; 0 is never."""
@@ -472,7 +474,7 @@ def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
 
 def _arrived(phase: Phase, k: int, steps: int) -> bool:
     """Whether B and beta are at their ends at step `k`: before, the student is nearer to its teacher for free."""
-    return k >= phase.ramp * steps or all(start == end for start, end in (phase.b, phase.beta))
+    return k >= phase.ramp * steps or not phase.moving
 
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from bcosify.convert import Student, Teacher, convert, identity_error, load, save, set_strength
+from bcosify.convert.layers import described
 from bcosify.convert.methods import METHODS, find_method
 from bcosify.convert.plan import Method
 from bcosify.convert.trace import noise_pictures
@@ -76,6 +77,7 @@ def within(value: float | None) -> bool:
 def measure(entry: Entry, method: Method) -> Row:
     """Everything about one architecture; what fails is in the row."""
     row = Row(entry.library, entry.family, entry.architecture, entry.size)
+    config = method.config_class()
     try:
         teacher = load_entry(entry)
         row.size = teacher.preprocess.size[0]
@@ -84,7 +86,7 @@ def measure(entry: Entry, method: Method) -> Row:
         row.ledger_teacher, _ = ledger(teacher.model, pictures)
         started = time.monotonic()
         try:
-            student = convert(teacher, method.config_class())
+            student = convert(teacher, config)
         except PlanError as error:
             row.refusal = reason(str(error))
             return row
@@ -94,9 +96,9 @@ def measure(entry: Entry, method: Method) -> Row:
         row.ledger_student, row.input_share = ledger(student.model, pictures)
         row.resize = resized(student, teacher, entry.step)
         row.saved = comes_back(student, pictures)
-        set_strength(student.model, **half_way(method))
+        set_strength(student.model, **half_way(method, config))
         row.ledger_student = max(row.ledger_student, ledger(student.model, pictures)[0])
-        set_strength(student.model, **method.ends)
+        set_strength(student.model, **method.ends(config))
         with torch.no_grad():
             row.finite = bool(student.model(pictures).isfinite().all())
     except Exception as error:  # noqa: BLE001 - one row of the table, not the end of it
@@ -105,9 +107,10 @@ def measure(entry: Entry, method: Method) -> Row:
     return row
 
 
-def half_way(method: Method) -> dict[str, float]:
-    """Strengths between the start, where all are 1, and where alignment takes them."""
-    return {name: (1 + end) / 2 for name, end in method.ends.items()}
+def half_way(method: Method, config: Any) -> dict[str, float]:
+    """Strengths between the start and where alignment takes them."""
+    start = method.start(config)
+    return {name: (start[name] + end) / 2 for name, end in method.ends(config).items()}
 
 
 def ledger(model: torch.nn.Module, pictures: torch.Tensor) -> tuple[float, float]:
@@ -263,17 +266,18 @@ def number(value: float | None) -> str:
 
 
 def markdown(rows: list[Row], machine: dict[str, Any], method: Method) -> str:
-    half = ", ".join(f"{name}={value:g}" for name, value in half_way(method).items())
+    config = method.config_class()
+    start, half = described(method.start(config)), described(half_way(method, config))
     lines = [
         "# Coverage",
         "",
         f"Written by `python benchmarks/coverage.py --method {method.name}`; do not edit. Random weights, biases and "
         f"BatchNorm statistics; float32; {', '.join(f'{name} {version}' for name, version in machine.items())}.",
         "",
-        f"- identity error: largest difference of student ({method.start}) and original, over the largest output",
+        f"- identity error: largest difference of student ({start}) and original, over the largest output",
         "- ledger: largest |score - input part - constants| over max(1, |score|); of the student the worse of "
-        f"{method.start} and {half}; of the original as it is",
-        f"- input's share: |input part| in |input part| + |constants|, at {method.start}",
+        f"{start} and {half}; of the original as it is",
+        f"- input's share: |input part| in |input part| + |constants|, at {start}",
         "- save/load: the folder loads strictly and computes the same",
         "- another size: the student equals its original at a size that the conversion did not see",
         "",

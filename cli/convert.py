@@ -27,16 +27,16 @@ def convert(
 ) -> dict[str, Any]:
     """Turns a pretrained model into an interpretable student, and checks that it is still the same function.
 
-    Nothing is trained here. What the method takes away (biases, responses off the weight's direction) will cost
-    something before alignment; that is measured and printed.
+    Nothing is trained here. What each step away from that function will cost before alignment is measured and printed.
     Example: bcosify convert timm:resnet50.a1_in1k --out runs/resnet50
 
     Args:
         reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
         out: folder to write; not needed with --dry-run.
-        method: the target family; `bcos` or `coda`.
+        method: the target family: `bcos`, `coda` or `fa-cnn`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
-        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant) or squash=sq (coda).
+        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant), squash=sq (coda) or
+            dampening=branch (fa-cnn).
         pretrained: take random weights, without the network.
         weights: a .safetensors state dict of your own, in place of the published weights.
         head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
@@ -52,23 +52,26 @@ def convert(
     from ..convert import convert as convert_model
     from ..convert import load_teacher, lossy_steps, plan_for, save
     from ..convert.files import check_free
+    from ..convert.layers import Rescalable, scheduled_layers
     from ..convert.methods import find_method
     from ..convert.settings import from_assignments
     from ..convert.trace import noise_pictures
     from ..errors import CheckpointError, PlanError
 
     family = find_method(method)
-    if b is not None and ("b" not in family.ends or not 1 <= b < float("inf")):
-        known = "B is at least 1 (1 is the source model, 2 the usual end)" if "b" in family.ends else "it has no B"
-        raise PlanError(f"--b {b} --method {method}: {known}.")
-    ends = {**family.ends, **({} if b is None else {"b": b})}
+    config = from_assignments(family.config_class, set or (), keep=keep or [])
+    ends = dict(family.ends(config))
+    if b is not None:
+        if "b" not in ends or not 1 <= b < float("inf"):
+            known = "B is at least 1 (1 is the source model, 2 the usual end)" if "b" in ends else "it has no B"
+            raise PlanError(f"--b {b} --method {method}: {known}.")
+        ends["b"] = b
     if calibrate and calibration_pictures < 1:
         raise PlanError(f"--calibration-pictures {calibration_pictures}: at least one is needed; 64 are enough.")
     if not dry_run:
         if out is None:
             raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
         check_free(out, overwrite)
-    config = from_assignments(family.config_class, set or (), keep=keep or [])
     teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
     plan = plan_for(teacher, config)
     if dry_run:
@@ -83,6 +86,8 @@ def convert(
         }
     assert out is not None
     student = convert_model(teacher, config, plan=plan)
+    if calibrate and not any(isinstance(layer, Rescalable) for _, layer in scheduled_layers(student.model)):
+        raise PlanError(f"--calibrate: no layer of a {method} student has a gain. Leave it out, and align.")
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
     costs = lossy_steps(student, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, ends)
@@ -91,7 +96,7 @@ def convert(
     save(student.with_report(lossy_steps=costs), out, overwrite)
     swapped = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
     console.print(f"{reference}: {swapped}")
-    console.print(f"identity at {family.start}: relative error {student.report['identity_error']:.1e}")
+    console.print(f"identity at {student.start}: relative error {student.report['identity_error']:.1e}")
     what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
     show_table(
         f"What each step costs before alignment ({what})",

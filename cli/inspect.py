@@ -39,11 +39,8 @@ def _converted(folder: Path) -> dict[str, Any]:
 
     student = load(folder)
     values = [layer.strengths() for _, layer in scheduled_layers(student.model)]
-    span = {
-        name: sorted({value[name] for value in values if name in value})
-        for name in ("b", "beta")
-        if any(name in value for value in values)
-    }
+    names = dict.fromkeys(name for value in values for name in value)
+    span = {name: sorted({value[name] for value in values if name in value}) for name in names}
     alignment = student.report.get("alignment", {})
     return {
         "source": student.source.reference,
@@ -51,7 +48,7 @@ def _converted(folder: Path) -> dict[str, Any]:
         "method": student.method,
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "layers": student.plan.counts(),
-        "b_and_beta": {
+        "strengths": {
             name: f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "") for name, ends in span.items()
         },
         "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",

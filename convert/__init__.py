@@ -7,6 +7,7 @@ from .checkpoint import load, save
 from .layers import set_strength
 from .methods.bcos import BcosConfig
 from .methods.coda import CodaConfig
+from .methods.fa_cnn import FaCnnConfig
 from .plan import Plan
 from .sources import (
     Preprocess,
@@ -24,6 +25,7 @@ from .student import Student, check_teacher, convert, identity_error, lossy_step
 __all__ = [
     "BcosConfig",
     "CodaConfig",
+    "FaCnnConfig",
     "Plan",
     "Preprocess",
     "Source",

@@ -31,7 +31,7 @@ from .methods import find_method
 from .plan import plan_conversion
 from .sources import Preprocess, SavedText, Source, build
 from .student import Student, apply_plan, output_of
-from .trace import fitted, noise_pictures, trace_forward
+from .trace import fitted, noise_pictures
 
 __all__ = ["load", "read_record", "save", "versions"]
 
@@ -88,7 +88,7 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
     preprocess = Preprocess.from_json(record["preprocess"])
     source = Source(**record["source"])
     model = build(source)
-    plan = plan_conversion(model, method, config, trace_forward(model, preprocess.size))
+    plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(
             f"{folder}: the plan made now differs from the one that it was saved with, so the "

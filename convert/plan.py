@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import PlanError, near_miss
-from .trace import Trace
+from .layers import STRENGTHS
+from .trace import trace_forward
 
-__all__ = ["Decision", "Method", "Plan", "Step", "class_path", "plan_conversion"]
+__all__ = ["Decision", "Method", "Plan", "Step", "class_path", "kept_modules", "plan_conversion"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,34 +65,35 @@ class Method:
     """One target family: a frozen config, a rule that decides on a layer, and the swaps that its decisions name.
 
     Attributes:
-        decide: (name, module, model, trace, config) -> Decision, or None for a module with nothing to say (a
+        decide: (name, module, model, seen, config) -> Decision, or None for a module with nothing to say (a
         container).
             Raises PlanError, with the reason alone, for a layer that it cannot convert.
         swaps: name of a swap -> function(module, preprocess, config) that changes the module in place.
-        ends: strength of its layers -> where alignment usually takes it; all start at 1, where the student is its
-            teacher.
+        ends: config -> where alignment usually takes each strength of its layers (see `layers.STRENGTHS`).
+        look: (model, size) -> what `decide` needs to have `seen` of a model that runs on a picture of this size. It
+            must not depend on the weights, as a saved model is planned again before they are there.
     """
 
     name: str
     config_class: type
-    decide: Callable[[str, nn.Module, nn.Module, Trace, Any], Decision | None]
+    decide: Callable[[str, nn.Module, nn.Module, Any, Any], Decision | None]
     swaps: dict[str, Callable[..., None]]
-    ends: Mapping[str, float]
+    ends: Callable[[Any], Mapping[str, float]]
+    look: Callable[[nn.Module, tuple[int, int]], Any] = trace_forward
 
-    @property
-    def start(self) -> str:
-        """Where a student is its teacher, in words, such as `B=1, beta=1`."""
-        return ", ".join(f"{'B' if name == 'b' else name}=1" for name in self.ends)
+    def start(self, config: Any) -> dict[str, float]:
+        """The strengths at which a student is its teacher."""
+        return {name: STRENGTHS[name].start for name in self.ends(config)}
 
 
-def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace) -> Plan:
-    """Decides on every layer of `model` and changes nothing.
+def plan_conversion(model: nn.Module, method: Method, config: Any, size: tuple[int, int]) -> Plan:
+    """Decides on every layer of `model`, which runs on pictures of `size`, and changes nothing.
 
     Raises:
         PlanError: a layer is not supported, `config.keep` names nothing, or nothing would change.
     """
-    names = [name for name, _ in model.named_modules() if name]
-    kept = _matching(config.keep, names)
+    kept = kept_modules(model, config.keep)
+    seen = method.look(model, size)
     steps, refused = [], []
     for name, module in model.named_modules():
         found = type(module).__name__
@@ -99,7 +101,7 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace)
             steps.append(Step(name, found, None, "kept as asked"))
             continue
         try:
-            decision = method.decide(name, module, model, trace, config)
+            decision = method.decide(name, module, model, seen, config)
         except PlanError as error:
             refused.append(f"  {name} ({class_path(module)}): {error}")
             continue
@@ -125,8 +127,9 @@ def class_path(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _matching(patterns: Iterable[str], names: list[str]) -> set[str]:
-    """Names that a pattern names: the module and all below it, or `re:` and a regular expression (full match)."""
+def kept_modules(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Modules that a pattern names: the module and all below it, or `re:` and a regular expression (full match)."""
+    names = [name for name, _ in model.named_modules() if name]
     matched: set[str] = set()
     for pattern in patterns:
         if pattern.startswith("re:"):

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import LedgerError, SourceError
 from .calibrate import Gain, calibrate
-from .layers import set_strength
+from .layers import described, set_strength
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
 from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
-from .trace import fitted, noise_pictures, trace_forward
+from .trace import fitted, noise_pictures
 
 __all__ = ["Student", "check_teacher", "convert", "identity_error", "lossy_steps", "output_of"]
 
@@ -27,6 +27,7 @@ IDENTITY_LIMIT = 1e-4
 WORDS: dict[str, Callable[[float], str]] = {
     "b": lambda value: "" if value == 1 else f"B={value:g}",
     "beta": lambda value: "biases removed" if value == 0 else "biases kept" if value == 1 else f"{value:.0%} of biases",
+    "dampening": lambda value: f"dampening={value:g}" if value else "",
 }
 
 
@@ -51,13 +52,18 @@ class Student:
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     text: Text | None = None
 
+    @property
+    def start(self) -> str:
+        """Where it is its teacher, in words."""
+        return described(find_method(self.method).start(self.config))
+
     def with_report(self, **facts: Any) -> Student:
         """The same student with more facts in its report."""
         return dataclasses.replace(self, report={**self.report, **facts})
 
 
 def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = None) -> Student:
-    """Converts a copy of `teacher`; at B = 1 and beta = 1 the student is the teacher, and that is checked.
+    """Converts a copy of `teacher`; until a strength moves the student is the teacher, and that is checked.
 
     Args:
         teacher: a Teacher, or a reference such as `timm:resnet50` (see `load_teacher`).
@@ -89,8 +95,8 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     if not error <= IDENTITY_LIMIT:
         raise LedgerError(
             f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at "
-            f"{find_method(plan.method).start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently "
-            "in this model; nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
+            f"{student.start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; "
+            "nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
     return student.with_report(identity_error=error, teacher=_fingerprint(original, teacher.preprocess.size))
 
@@ -118,8 +124,7 @@ def _take_precision(model: nn.Module, source: nn.Module) -> None:
 
 def plan_for(teacher: Teacher, config: Any) -> Plan:
     """The plan of converting `teacher` with `config`; changes nothing."""
-    trace = trace_forward(teacher.model, teacher.preprocess.size)
-    return plan_conversion(teacher.model, _method_of(config), config, trace)
+    return plan_conversion(teacher.model, _method_of(config), config, teacher.preprocess.size)
 
 
 def apply_plan(model: nn.Module, plan: Plan, preprocess: Preprocess, config: Any) -> None:
@@ -185,14 +190,15 @@ def lossy_steps(
     """What each step away from identity costs: mean cosine of outputs to the teacher's on pictures (N, 3, H, W).
 
     Args:
-        student: with all strengths at 1, so that it is its teacher; comes back as it was.
+        student: fresh from `convert`, so that it is its teacher; comes back as it was.
         ends: where strengths go, such as {"b": 1.5}; by default, and those not named, where its method takes them.
     """
     model = student.model
     theirs = output_of(model, pictures)
 
-    ends = {**find_method(student.method).ends, **(ends or {})}
-    start = dict.fromkeys(ends, 1.0)
+    method = find_method(student.method)
+    ends = {**method.ends(student.config), **(ends or {})}
+    start = method.start(student.config)
 
     def row(changed: nn.Module, strengths: dict[str, float], more: str = "") -> dict[str, Any]:
         words = filter(None, (WORDS[name](value) for name, value in strengths.items()))
@@ -210,5 +216,6 @@ def lossy_steps(
         set_strength(model, **start)
     scaled = copy.deepcopy(model)
     set_strength(scaled, **ends)
-    calibrate(scaled, model, pictures, gain)
-    return [*rows, row(scaled, ends, "gains calibrated")]
+    if calibrate(scaled, model, pictures, gain):
+        rows.append(row(scaled, ends, "gains calibrated"))
+    return rows

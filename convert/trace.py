@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import PlanError
 from ..explain.linearise import Linearised
 
-__all__ = ["Trace", "fitted", "noise_pictures", "trace_forward"]
+__all__ = ["Trace", "fitted", "noise_pictures", "trace_forward", "with_memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
             f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}. Pass another --image-size."
         )
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        model = _with_memory(model)
+        model = with_memory(model)
     picture = fitted(noise_pictures(1, size), model)
     called: dict[str, None] = {}
     readers: set[str] = set()
@@ -102,7 +102,7 @@ def _leaves(output: object) -> list[object]:
     return [leaf for value in output for leaf in _leaves(value)] if isinstance(output, list | tuple) else [output]
 
 
-def _with_memory(model: nn.Module) -> nn.Module:
+def with_memory(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, full of zeros: enough to see which layers run."""
     copied = copy.deepcopy(model).to_empty(device="cpu")
     for tensor in [*copied.parameters(), *copied.buffers()]:

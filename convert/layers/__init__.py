@@ -3,9 +3,22 @@
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
 from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
+from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
 from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, squashed
 from .convolution import DynamicConv2d
-from .scheduled import BiasScheduled, Rescalable, adopt, join, scheduled_layers, set_strength
+from .dampening import DampenedSkip, Dampening
+from .scheduled import (
+    STRENGTHS,
+    BiasScheduled,
+    Rescalable,
+    Scheduled,
+    adopt,
+    at_start,
+    described,
+    join,
+    scheduled_layers,
+    set_strength,
+)
 from .stem import (
     SixChannel,
     SixChannelBcosConv2d,
@@ -18,15 +31,25 @@ from .stem import (
 )
 
 __all__ = [
+    "STRENGTHS",
     "BcosConv2d",
     "BcosConv2dSame",
     "BcosLinear",
     "BiasScheduled",
+    "ClassMaps",
     "CodaConv2d",
     "CodaConv2dSame",
     "CodaLinear",
+    "DampenedSkip",
+    "Dampening",
     "DynamicConv2d",
+    "LastMap",
+    "LastMapChannelsLast",
+    "LastTokens",
+    "PlaceClassifier",
+    "PlaceNorm",
     "Rescalable",
+    "Scheduled",
     "SeparateAttention",
     "SeparateAttentionPool2d",
     "SixChannel",
@@ -38,8 +61,10 @@ __all__ = [
     "Squash",
     "UncentredBatchNorm",
     "adopt",
+    "at_start",
     "batch_statistics",
     "bcos_scale",
+    "described",
     "estimate_statistics",
     "from_six_channels",
     "join",

@@ -8,6 +8,8 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,17 +72,11 @@ def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: floa
 class _Bcos(Rescalable):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
+    moves: ClassVar[tuple[str, ...]] = ("b", *Rescalable.moves)
     b: Tensor
     _b: float
     weight: nn.Parameter
     bounded: bool = True
-
-    def start_schedule(self) -> None:
-        super().start_schedule()
-        self._register_strength("b", 1.0)
-
-    def strengths(self) -> dict[str, float]:
-        return {"b": self._b, **super().strengths()}
 
     def _weight_norm_sq(self) -> Tensor:
         """(C_out,) float32: squared norm of every filter; ones for the unbounded variant."""

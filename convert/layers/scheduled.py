@@ -1,4 +1,6 @@
-"""Layers whose bias fades: y = f(x) with every additive constant multiplied by beta, a buffer that a schedule moves.
+"""Layers with strengths: buffers that a schedule moves, away from what the source computes.
+
+Most fade their bias: y = f(x) with every additive constant multiplied by beta.
 
 A layer is converted in place: its class becomes a subclass of the class it had, so that parameters keep name, dtype,
 device and ties, and the library's own forward runs unchanged. The forward reads `self.bias`, which is now the property
@@ -8,19 +10,24 @@ the same way.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "STRENGTHS",
     "BiasScheduled",
     "Rescalable",
+    "Scheduled",
     "adopt",
+    "at_start",
+    "described",
     "faded",
     "is_exactly",
     "join",
@@ -29,20 +36,41 @@ __all__ = [
 ]
 
 
-class BiasScheduled(nn.Module):
-    """Mixin: the layer's bias counts beta times, beta in [0, 1].
+@dataclasses.dataclass(frozen=True)
+class Strength:
+    """What a schedule may move.
 
-    The buffer travels in the state dict; the float beside it spares a device synchronisation at every forward.
+    Attributes:
+        start: where a layer is the source's own. least, most: its range.
     """
 
-    beta: Tensor
-    _beta: float
+    start: float
+    least: float
+    most: float
+
+
+STRENGTHS = {
+    "b": Strength(1.0, 1.0, math.inf),
+    "beta": Strength(1.0, 0.0, 1.0),
+    "dampening": Strength(0.0, 0.0, math.inf),
+}
+
+
+class Scheduled(nn.Module):
+    """Mixin: a layer that is the source's own where its strengths start, and something else elsewhere.
+
+    `moves` names those that it has. Each is a buffer, which travels in the state dict; the float beside it spares a
+    device synchronisation at every forward.
+    """
+
+    moves: ClassVar[tuple[str, ...]] = ()
     # Whether forward reads the buffers, not their mirrors: in a compiled model each new float is a new program.
     reads_buffers: bool = False
 
     def start_schedule(self) -> None:
-        """Called once, by `adopt`: beta = 1, the source's own function."""
-        self._register_strength("beta", 1.0)
+        """Called once, by `adopt`: every strength as in the source's own function."""
+        for name in self.moves:
+            self._register_strength(name, STRENGTHS[name].start)
 
     def _register_strength(self, name: str, value: float) -> None:
         device = next((t.device for t in [*self.parameters(False), *self.buffers(False)]), None)
@@ -50,7 +78,7 @@ class BiasScheduled(nn.Module):
         setattr(self, f"_{name}", value)
 
     def set_strength(self, name: str, value: float) -> None:
-        """Moves one buffer (`beta`, or `b` where the layer has it) and its mirror, without reading the device."""
+        """Moves one buffer and its mirror, without reading the device."""
         getattr(self, name).fill_(value)
         self._mirror(name, float(np.float32(value)))
 
@@ -60,7 +88,7 @@ class BiasScheduled(nn.Module):
 
     def strengths(self) -> dict[str, float]:
         """The current value of every buffer that the schedule moves."""
-        return {"beta": self._beta}
+        return {name: getattr(self, f"_{name}") for name in self.moves}
 
     def _strength(self, name: str) -> float | Tensor:
         """What forward multiplies by: the mirror, or the buffer () itself."""
@@ -70,11 +98,6 @@ class BiasScheduled(nn.Module):
     def natural_sizes(self) -> Mapping[str, float]:
         """Sizes of parameters that start at zero, by name: what a learning rate in units of a weight's size goes by."""
         return {}
-
-    @property
-    def bias(self) -> Tensor | None:
-        """(C,) or None: beta times the source's bias."""
-        return faded(self._parameters.get("bias"), self._strength("beta"))
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
         super()._apply(fn, recurse)
@@ -94,6 +117,19 @@ class BiasScheduled(nn.Module):
     def extra_repr(self) -> str:
         values = ", ".join(f"{name}={value:g}" for name, value in self.strengths().items())
         return ", ".join(part for part in (super().extra_repr(), values) if part)
+
+
+class BiasScheduled(Scheduled):
+    """Mixin: the layer's bias counts beta times, beta in [0, 1]."""
+
+    moves: ClassVar[tuple[str, ...]] = ("beta",)
+    beta: Tensor
+    _beta: float
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(C,) or None: beta times the source's bias."""
+        return faded(self._parameters.get("bias"), self._strength("beta"))
 
 
 class Rescalable(BiasScheduled):
@@ -131,7 +167,7 @@ def _fading(name: str) -> property:
 
 
 MixinT = TypeVar("MixinT", bound=nn.Module)
-LayerT = TypeVar("LayerT", bound=BiasScheduled)
+LayerT = TypeVar("LayerT", bound=Scheduled)
 
 
 @functools.cache
@@ -158,16 +194,35 @@ def adopt(module: nn.Module, mixin: type[LayerT], fading: tuple[str, ...] = ()) 
     return layer
 
 
-def scheduled_layers(model: nn.Module) -> Iterator[tuple[str, BiasScheduled]]:
-    """(qualified name, layer) of every converted layer of `model`, each once."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, BiasScheduled))
+def scheduled_layers(model: nn.Module) -> Iterator[tuple[str, Scheduled]]:
+    """(qualified name, layer) of every layer of `model` that has strengths, each once."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, Scheduled))
 
 
-def set_strength(model: nn.Module, b: float | None = None, beta: float | None = None) -> None:
-    """Sets B (>= 1) and beta (in [0, 1]) in every converted layer of `model`; None leaves a value as it is."""
-    if b is not None and not 1 <= b < math.inf or beta is not None and not 0 <= beta <= 1:
-        raise ValueError(f"B is at least 1 and beta lies in [0, 1]; got B={b}, beta={beta}")
+def at_start(model: nn.Module) -> bool:
+    """Whether every layer of `model` is still the source's own function."""
+    moved = [item for _, layer in scheduled_layers(model) for item in layer.strengths().items()]
+    return all(value == STRENGTHS[name].start for name, value in moved)
+
+
+def described(strengths: Mapping[str, float]) -> str:
+    """Strengths in words, such as `B=1, beta=1`; `the start` where there are none to move."""
+    return ", ".join(f"{'B' if name == 'b' else name}={value:g}" for name, value in strengths.items()) or "the start"
+
+
+def set_strength(
+    model: nn.Module, b: float | None = None, beta: float | None = None, dampening: float | None = None
+) -> None:
+    """Sets strengths in all layers of `model` that have them; None leaves a value as it is.
+
+    B is at least 1, beta lies in [0, 1], dampening is at least 0. Raises ValueError for other values.
+    """
+    given = {"b": b, "beta": beta, "dampening": dampening}
+    wanted = {name: value for name, value in given.items() if value is not None}
+    for name, value in wanted.items():
+        known = STRENGTHS[name]
+        if not known.least <= value <= known.most or math.isinf(value):
+            raise ValueError(f"{name} lies between {known.least:g} and {known.most:g}; got {value}")
     for _, layer in scheduled_layers(model):
-        for name, value in (("b", b), ("beta", beta)):
-            if value is not None and name in layer.strengths():
-                layer.set_strength(name, value)
+        for name in wanted.keys() & layer.moves:
+            layer.set_strength(name, wanted[name])

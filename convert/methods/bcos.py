@@ -48,4 +48,6 @@ def _prepare(layer: BcosLinear | BcosConv2d, config: BcosConfig) -> None:
     layer.bounded = config.scale == "cosine"
 
 
-METHOD = Method("bcos", BcosConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends={"b": 2.0, "beta": 0.0})
+METHOD = Method(
+    "bcos", BcosConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends=lambda config: {"b": 2.0, "beta": 0.0}
+)

@@ -116,4 +116,4 @@ def _prepare(layer: CodaLinear | CodaConv2d, config: CodaConfig) -> None:
     layer.start_alignment(config.rank, config.basis, config.squash)
 
 
-METHOD = Method("coda", CodaConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends={"beta": 0.0})
+METHOD = Method("coda", CodaConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends=lambda config: {"beta": 0.0})

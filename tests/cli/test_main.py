@@ -11,6 +11,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bcosify.cli import main as command
@@ -200,7 +201,28 @@ def test_convert_to_another_method_with_its_own_settings(run, tmp_path):
     assert [row["beta"] for row in student.report["lossy_steps"]] == [1, 0, 0]
     code, out, _ = run("inspect", tmp_path / "student", "--json")
     facts = json.loads(out)
-    assert (facts["method"], facts["b_and_beta"]) == ("coda", {"beta": "1"})
+    assert (facts["method"], facts["strengths"]) == ("coda", {"beta": "1"})
+
+
+def test_convert_after_fa_cnn_and_explain_without_gradients(run, pictures, tmp_path):
+    code, _, err = run("convert", *TINY, "--method", "fa-cnn", "--out", tmp_path / "student")
+    assert code == 0 and "1 ClassMaps" in err and "identity at dampening=0: relative error" in err
+    assert "dampening=4" in err and "calibrated" not in err
+    code, out, _ = run("inspect", tmp_path / "student", "--json")
+    assert code == 0 and json.loads(out)["strengths"] == {"dampening": "0"}
+    code, out, _ = run("explain", tmp_path / "student", pictures / "chelsea.png", "--out", tmp_path / "maps", "--json")
+    (row,) = json.loads(out)
+    assert code == 0 and row["score"] == pytest.approx(row["input"] + row["constants"]["fc.bias"], abs=1e-4)
+    with np.load(tmp_path / "maps" / "chelsea.npz") as maps:
+        assert list(maps) == ["contributions"] and maps["contributions"].shape == (1, 64, 64)
+        assert maps["contributions"].sum() == pytest.approx(row["input"], abs=1e-4)
+    assert (tmp_path / "maps" / "chelsea.png").is_file()
+
+
+def test_calibrating_what_has_no_gains_is_refused(run, shards, tmp_path):
+    words = ("--method", "fa-cnn", "--calibrate", shards, "--out", tmp_path / "student")
+    code, _, err = run("convert", *TINY, *words)
+    assert code == 1 and "no layer of a fa-cnn student has a gain" in err and not (tmp_path / "student").exists()
 
 
 @pytest.mark.parametrize("json_too", [False, True])
@@ -242,6 +264,9 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
             (*TINY, "--out", "{tmp}", "--set", "scal=1", "keep=3"),
             "2 fault(s):\n  keep: must be a list; got 3\n  unknown key scal",
         ),
+        ((*TINY, "--out", "{tmp}", "--set", "dampening=bound"), "unknown key dampening"),
+        ((*TINY, "--out", "{tmp}", "--method", "fa-cnn", "--set", "scale=cosine"), "There are: keep, dampening"),
+        ((*TINY, "--out", "{tmp}", "--method", "fa-cnn", "--set", "dampening=bounds"), "Did you mean 'bound'"),
         ((*TINY, "--out", "{tmp}", "--set", "scale"), "--set scale: write it as key=value"),
         ((*TINY, "--out", "{tmp}", "--set", "scale=["), "--set scale=[: the value is not YAML"),
         ((*TINY, "--out", "{tmp}", "--method", "coda", "--b", "2"), "--b 2.0 --method coda: it has no B"),
@@ -312,7 +337,7 @@ def test_inspect_shows_what_a_converted_folder_is(run, student):
     assert (code, out) == (0, "") and "timm:test_resnet" in err and "not aligned" in err and "64 x 64" in err
     code, out, err = run("inspect", student, "--json")
     facts = json.loads(out)
-    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["b_and_beta"] == {"b": "1", "beta": "1"}
+    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["strengths"] == {"b": "1", "beta": "1"}
     assert facts["identity_error"] < 1e-5 and facts["layers"]["SixChannelBcosConv2d"] == 1
 
 

@@ -1,0 +1,113 @@
+"""Conversion to an aligned CNN, after FA-CNN (Farvardin & Chapman, arXiv 2603.25798): which module becomes what.
+
+The output layer moves before the pooling, so that the last maps are one for each class and are the explanation; blocks
+that keep the shape of what they are given get dampened skips. The paper's body could not be had: what is published and
+what is ours is told apart in docs/methods/fa-cnn.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import get_args
+
+from torch import nn
+
+from ...errors import PlanError, near_miss
+from ..layers import (
+    ClassMaps,
+    DampenedSkip,
+    Dampening,
+    LastMap,
+    LastMapChannelsLast,
+    LastTokens,
+    PlaceClassifier,
+    PlaceNorm,
+    adopt,
+    join,
+)
+from ..plan import Decision, Method, kept_modules
+from ..sources import Preprocess
+from .anatomy import Anatomy, Head, Layout, look
+
+__all__ = ["METHOD", "FaCnnConfig"]
+
+DAMPENINGS: tuple[Dampening, ...] = get_args(Dampening)
+LAST_MAPS: dict[Layout, type[LastMap]] = {"BCHW": LastMap, "BHWC": LastMapChannelsLast, "BNC": LastTokens}
+
+
+@dataclasses.dataclass(frozen=True)
+class FaCnnConfig:
+    """Settings of a conversion after FA-CNN.
+
+    Attributes:
+        keep: modules to leave as they are, with all below them: qualified names, or `re:` and a regular expression.
+            Where the output layer is kept there are no class maps, and what is converted are the skips alone.
+        dampening: the form of the dampened skips (see `layers.dampening`).
+    """
+
+    keep: tuple[str, ...] = ()
+    dampening: Dampening = "bound"
+
+    def __post_init__(self) -> None:
+        if self.dampening not in DAMPENINGS:
+            raise PlanError(
+                f"no dampening {self.dampening!r}.{near_miss(self.dampening, DAMPENINGS)} "
+                f"There are: {', '.join(DAMPENINGS)}."
+            )
+
+
+def _decide(name: str, module: nn.Module, model: nn.Module, seen: Anatomy, config: FaCnnConfig) -> Decision | None:
+    if seen.head is None and name == (seen.output or ""):
+        raise PlanError(f"no class maps can be made: {seen.problem}")
+    head = _head(model, seen, config)
+    if head:
+        parts = {
+            "": Decision("ClassMaps", "the output is the mean of its class maps"),
+            head.last_map: Decision(LAST_MAPS[head.layout].__name__, f"class maps are made of it ({head.layout})"),
+            head.norm: Decision("PlaceNorm", "before the pooling; its sigma stays that of the pooled vector"),
+            head.output: Decision("PlaceClassifier", "before the pooling: one map for each class"),
+        }
+        if name in parts:
+            return parts[name]
+    if name in seen.blocks:
+        why = seen.blocks[name]
+        return Decision(None, why) if why else Decision("DampenedSkip", f"block; its skip, {config.dampening}")
+    return None
+
+
+def _head(model: nn.Module, seen: Anatomy, config: FaCnnConfig) -> Head | None:
+    """The head, if none of its parts is to be kept as it is."""
+    head = seen.head
+    parts = {head.last_map, head.norm, head.output} if head else set()
+    return None if parts & kept_modules(model, config.keep) else head
+
+
+def _class_maps(module: nn.Module, preprocess: Preprocess, config: FaCnnConfig) -> None:  # noqa: ARG001
+    join(module, ClassMaps).class_maps = nn.Identity()
+
+
+def _dampened(module: nn.Module, preprocess: Preprocess, config: FaCnnConfig) -> None:  # noqa: ARG001
+    adopt(module, DampenedSkip).form = config.dampening
+
+
+def _joining(part: type[nn.Module]) -> Callable[..., None]:
+    def swap(module: nn.Module, preprocess: Preprocess, config: FaCnnConfig) -> None:  # noqa: ARG001
+        join(module, part)
+
+    return swap
+
+
+SWAPS: dict[str, Callable[..., None]] = {
+    ClassMaps.__name__: _class_maps,
+    DampenedSkip.__name__: _dampened,
+    **{part.__name__: _joining(part) for part in (*LAST_MAPS.values(), PlaceNorm, PlaceClassifier)},
+}
+
+
+def _ends(config: FaCnnConfig) -> dict[str, float]:
+    """A bound of a quarter of what a block is given; half of the skip, or of the branch, in the other forms."""
+    return {"dampening": 4.0 if config.dampening == "bound" else 0.5}
+
+
+METHOD = Method("fa-cnn", FaCnnConfig, _decide, SWAPS, _ends, look)
