@@ -177,9 +177,8 @@ def _explain(
                     "residual": float(explanation.residual[i, 0]),
                 }
             )
-            picture = None if explanation.encoded_inputs.shape[1] == 6 else _seen(student, inputs[i])
             caption = f"{kind}: {student.labels[int(decisions[i])]}"
-            pictures[f"{name}:{kind}"] = _data_url(panel(picture, explanation, caption, picture=i))
+            pictures[f"{name}:{kind}"] = _data_url(panel(_seen(student, inputs[i]), explanation, caption, picture=i))
     return rows, pictures
 
 

@@ -190,11 +190,9 @@ def _explained(
         shown = to_pil_image((inputs[i] * std + mean).clamp(0, 1))
         panels = [panel(shown, explanation, row["label"], picture=i, score=k) for k, row in enumerate(ledger)]
         _stacked(panels).save(folder / f"{name}.png")
+        maps = {key: getattr(explanation, key) for key in ("contributions", "encoded_inputs", "encoded_gradients")}
         np.savez_compressed(
-            folder / f"{name}.npz",
-            contributions=explanation.contributions[i].numpy(),
-            encoded_inputs=explanation.encoded_inputs[i].numpy(),
-            encoded_gradients=explanation.encoded_gradients[i].numpy(),
+            folder / f"{name}.npz", **{key: value[i].numpy() for key, value in maps.items() if value is not None}
         )
         (folder / f"{name}.json").write_text(json_module.dumps(ledger, indent=2))
         rows += ledger

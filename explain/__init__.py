@@ -1,6 +1,6 @@
 """Explain what a model computed: contributions of the input, named constants, and a proof that they add up."""
 
-from .attribution import Explanation, attribute, explain
+from .attribution import Explanation, SelfExplaining, attribute, explain
 from .linearise import Linearised, gated, input_colours, input_encoding
 from .render import overlay, panel, rgba, signed_map
 from .targets import (
@@ -21,6 +21,7 @@ __all__ = [
     "Explanation",
     "Linearised",
     "PatchFeature",
+    "SelfExplaining",
     "SelfTarget",
     "SimilarityTarget",
     "Target",

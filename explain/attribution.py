@@ -7,6 +7,9 @@ For a score s of a picture whose explained channels are x (C, H, W):
 with W(x) the gradient in explanation mode, c_j the named constants, and a residual that is float rounding, or else the
 explanation is refused. x is what the model encodes of the picture, six channels [r, 1 - r] in converted models, and
 the normalised picture itself in models that were not converted.
+
+A model may know better: one that is `SelfExplaining` says in its own forward pass what each place of the picture adds
+to each output, and then no backward pass goes through it. Only the target is linearised, as a function of the outputs.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +27,7 @@ from ..errors import LedgerError, TargetError
 from .linearise import Linearised
 from .targets import ClassTarget, Target
 
-__all__ = ["Explanation", "attribute", "explain", "main_output"]
+__all__ = ["Explanation", "SelfExplaining", "attribute", "explain", "main_output"]
 
 # In which entry models that return several tensors by name put logits or pooled features, best first.
 OUTPUT_NAMES = ("logits", "image_embeds", "image_features", "pooler_output", "x_norm_clstoken")
@@ -38,15 +42,16 @@ class Explanation:
     scores: Tensor
     """(B, K)."""
     contributions: Tensor
-    """(B, K, H, W): input times gradient, summed over the channels."""
-    encoded_inputs: Tensor
-    """(B, C, H, W): what is explained; [r, 1 - r] in converted models, once for each time that they encode."""
-    encoded_gradients: Tensor
-    """(B, K, C, H, W): the row W(x) of each score."""
+    """(B, K, H, W): input times gradient, summed over the channels; or what the model itself says of every place."""
     constants: dict[str, Tensor]
     """name -> (B, K): the share of each bias, table and token in the scores."""
     residual: Tensor
     """(B, K): scores - input part - constant part."""
+    encoded_inputs: Tensor | None = None
+    """(B, C, H, W): what is explained; [r, 1 - r] in B-cos models, once for each time that they encode. None where the
+    model explains itself: its maps are of places, which have no channels."""
+    encoded_gradients: Tensor | None = None
+    """(B, K, C, H, W): the row W(x) of each score; None as above."""
 
     @property
     def input_part(self) -> Tensor:
@@ -63,6 +68,20 @@ class Explanation:
         return self.residual.abs() <= tolerance * self.scores.abs().clamp_min(1)
 
 
+@runtime_checkable
+class SelfExplaining(Protocol):
+    """A model whose forward pass holds its explanation."""
+
+    def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """Of normalised `images` (B, 3, H, W): what `forward` returns, and what every place adds to it.
+
+        Returns:
+            outputs (B, D); maps (B, D, h, w), on any grid that tiles the picture evenly; constants, name -> (D,) or
+            (B, D). outputs = maps summed over places + all constants.
+        """
+        ...
+
+
 def explain(
     model: nn.Module,
     images: Tensor,
@@ -74,9 +93,9 @@ def explain(
 ) -> Explanation:
     """Explains scores of `model` on normalised `images` (B, 3, H, W), and proves that the explanation adds up.
 
-    Any model will do, converted or not. It is left as it is, in its train or eval state; in eval mode, pictures of a
-    batch do not depend on each other. Class indices stand for a `ClassTarget`. Where `batch_size` is given, that many
-    pictures are explained at a time.
+    Any model will do, converted or not; a `SelfExplaining` one is asked itself. It is left as it is, in its train or
+    eval state; in eval mode, pictures of a batch do not depend on each other. Class indices stand for a `ClassTarget`.
+    Where `batch_size` is given, that many pictures are explained at a time.
 
     Raises LedgerError where input and constants do not add up to a score within `tolerance` · max(1, |score|), and
     names the operations that have no rule; `check=False` returns such an explanation with its residual.
@@ -94,7 +113,8 @@ def explain(
             ]
         )
     with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
-        explanation, cause = _explained(model, images, target)
+        found = _read_off if isinstance(model, SelfExplaining) else _explained
+        explanation, cause = found(model, images, target)
     if explanation.balanced(tolerance).all():
         return explanation
     if len(images) > 1 and not cause:
@@ -111,13 +131,16 @@ def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -
     """Contributions in the shape of `inputs` (B, 3, H, W), as captum's `attribute(inputs, target)`.
 
     `target` is a class for all pictures, or one each (B,), or a target with one score. Of six encoded channels, a
-    colour r and its complement 1 - r are added.
+    colour r and its complement 1 - r are added. What a `SelfExplaining` model says of a place is shared out evenly
+    among its channels.
     """
     if isinstance(target, Tensor) and target.dim() == 1:
         target = ClassTarget(target[:, None])
     explanation = explain(model, inputs, target)
     if explanation.scores.shape[1] != 1:
         raise TargetError(f"attribute() takes one score a picture, not {explanation.scores.shape[1]}; use explain().")
+    if explanation.encoded_inputs is None or explanation.encoded_gradients is None:
+        return (explanation.contributions / inputs.shape[1]).expand_as(inputs)
     contributions = explanation.encoded_inputs * explanation.encoded_gradients[:, 0]
     if contributions.shape[-2:] != inputs.shape[-2:] or contributions.shape[1] % inputs.shape[1]:
         raise TargetError(
@@ -155,18 +178,55 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
     encoded = torch.cat(leaves, 1)
     gradients = torch.stack([torch.cat(gradients, 1) for gradients, _ in pulled], 1)
     contributions = torch.einsum("bchw,bkchw->bkhw", encoded, gradients)
+    explanation = _entered(output, scores, contributions, [shares for _, shares in pulled])
+    return dataclasses.replace(explanation, encoded_inputs=encoded, encoded_gradients=gradients), _cause(mode, scores)
+
+
+def _read_off(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
+    """As `_explained`, from what a model says of itself; of the scores only the target is linearised."""
+    assert isinstance(model, SelfExplaining)
+    with Linearised(model):  # without anything to follow: keeps gradients out, and the model as it was
+        output, maps, constants = model.output_maps(images)
+    with torch.enable_grad():
+        with Linearised() as mode:
+            scores = target.scores(mode.follow(output))
+        pulled = _pulled(model, mode, scores)
+    weights = torch.stack([gradient for (gradient,), _ in pulled], 1)
+    contributions = _spread(torch.einsum("bkd,bdhw->bkhw", weights, maps.detach()), images.shape[-2:])
+    shares = [
+        {**own, **{name: (gradient * constant.detach()).sum(1) for name, constant in constants.items()}}
+        for (gradient,), own in pulled
+    ]
+    return _entered(output, scores, contributions, shares), _cause(mode, scores)
+
+
+def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (B, K, h, w) on the pixels (H, W) of `size`, of which each cell covers its share; all sums are kept."""
+    rows, columns = (_cover(cells, pixels).to(maps) for cells, pixels in zip(maps.shape[-2:], size, strict=True))
+    return rows @ maps @ columns.T
+
+
+def _cover(cells: int, pixels: int) -> Tensor:
+    """(pixels, cells): which share of every cell lies on every pixel, where both tile the same line."""
+    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
+    pixel = torch.arange(pixels, dtype=torch.float64)[:, None]
+    overlap = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
+    return overlap.clamp_min(0) * cells / pixels
+
+
+def _entered(
+    output: Tensor, scores: Tensor, contributions: Tensor, shares: Sequence[Mapping[str, Tensor]]
+) -> Explanation:
+    """The explanation, with its residual, from the shares (B,) by name that constants have in each of K scores."""
     values = scores.detach().clone()
-    constants = _by_name([shares for _, shares in pulled], values)
-    explanation = Explanation(
+    constants = _by_name(shares, values)
+    return Explanation(
         outputs=output.detach().clone(),
         scores=values,
         contributions=contributions,
-        encoded_inputs=encoded,
-        encoded_gradients=gradients,
         constants=constants,
         residual=values - contributions.sum((-2, -1)) - sum(constants.values(), torch.zeros_like(values)),
     )
-    return explanation, _cause(mode, scores)
 
 
 def _pulled(model: nn.Module, mode: Linearised, scores: Tensor) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
@@ -207,7 +267,7 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
     tensors = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in dataclasses.fields(Explanation)
-        if field.name != "constants"
+        if isinstance(getattr(parts[0], field.name), Tensor)
     }
     constants = {
         name: torch.cat([part.constants.get(name, torch.zeros_like(part.scores)) for part in parts]) for name in names

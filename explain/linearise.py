@@ -219,8 +219,7 @@ def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
     """Puts back what a forward pass in train mode writes to buffers, such as BatchNorm's counter."""
     owners = [] if model is None else list(model.modules())
     before = [
-        # Inference tensors count no versions, because nothing can be written to them here.
-        (module, name, buffer, 0 if buffer.is_inference() else buffer._version, buffer.detach().clone())
+        (module, name, buffer, buffer.detach().clone())
         for module in owners
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -229,7 +228,8 @@ def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, version, value in before:
-                if not buffer.is_inference() and buffer._version != version:
+            for module, name, buffer, value in before:
+                # Nothing can be written to inference tensors here. Versions say too little: BatchNorm counts none.
+                if not buffer.is_inference() and not torch.equal(buffer, value):
                     buffer.copy_(value)
                 module._buffers[name] = buffer

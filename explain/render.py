@@ -5,7 +5,8 @@
   transparent where the pixel speaks against the score.
 - `signed_map`: contributions, red for and blue against, on a scale that is symmetric around white.
 - `overlay`: that map over the picture in grey.
-- `panel`: all of it side by side, with the score and what it is made of.
+- `panel`: all of it side by side, with the score and what it is made of. Models that explain themselves, without
+  weights of pixels, have the overlay in place of the explanation in colours.
 """
 
 from __future__ import annotations
@@ -90,16 +91,23 @@ def panel(
     """
     contributions = explanation.contributions[picture, score]
     if image is None:
-        image = _decoded(explanation.encoded_inputs[picture])
+        image = _decoded(explanation.encoded_inputs, picture)
     kernel = max(1, round(smooth * contributions.shape[-1] / 224)) | 1
     strength, limit = _strength(contributions, percentile, max(1, kernel // 3) | 1)
-    weights = explanation.encoded_gradients[picture, score]
-    seen = rgba(weights, contributions, image, percentile=percentile, smooth=kernel)
-    white = Image.new("RGBA", seen.size, "white")
+    if explanation.encoded_gradients is None:
+        seen, colours = (
+            overlay(image, contributions, percentile=percentile, smooth=kernel),
+            "contributions on the input",
+        )
+    else:
+        weights = explanation.encoded_gradients[picture, score]
+        seen = rgba(weights, contributions, image, percentile=percentile, smooth=kernel)
+        seen = Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
+        colours = "in the colours of its weights" if len(weights) == 6 else "in the colours of the input"
     tiles = {
         "Input": image.convert("RGB"),
         "Contributions": Image.fromarray(_coloured(strength)),
-        "Explanation": Image.alpha_composite(white, seen).convert("RGB"),
+        "Explanation": seen,
     }
 
     unit = size / 336
@@ -121,7 +129,6 @@ def panel(
     total, of_input, of_constants = (float(part[picture, score]) for part in parts)
     sign = "+" if of_constants >= 0 else "-"
     sums = f"{_number(total)} = {_number(of_input)} from the input {sign} {_number(abs(of_constants))} from constants"
-    colours = "in the colours of its weights" if len(weights) == 6 else "in the colours of the input"
     draw.text((margin + 2 * (size + gap), line), colours, FAINT, small, anchor="lt")
     draw.text((margin, line), _cut(draw, caption or f"score {score}", large, size), INK, large, anchor="lt")
     draw.text((margin, line + 27 * unit), sums, INK, small, anchor="lt")
@@ -169,11 +176,12 @@ def _fitted(image: Image.Image, shape: tuple[int, ...]) -> Image.Image:
     return image.convert("RGB").resize((shape[1], shape[0]), Image.Resampling.BICUBIC)
 
 
-def _decoded(encoded: Tensor) -> Image.Image:
-    """The picture r in [r, 1 - r] (6, H, W)."""
-    if len(encoded) != 6:
-        raise ValueError(f"{len(encoded)} explained channels are no picture; pass the image that was explained.")
-    return Image.fromarray(_bytes(encoded[:3].permute(1, 2, 0).cpu().numpy()))
+def _decoded(encoded: Tensor | None, picture: int) -> Image.Image:
+    """One picture r of [r, 1 - r] (B, 6, H, W)."""
+    channels = 0 if encoded is None else encoded.shape[1]
+    if encoded is None or channels != 6:
+        raise ValueError(f"{channels} explained channels are no picture; pass the image that was explained.")
+    return Image.fromarray(_bytes(encoded[picture, :3].permute(1, 2, 0).cpu().numpy()))
 
 
 def _scale_bar(
