@@ -6,12 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cosine_distance", "magnitude_error", "pairwise_error", "squared_size", "update_error"]
+__all__ = ["cosine_distance", "decision_error", "magnitude_error", "pairwise_error", "squared_size", "update_error"]
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of 1 - cos over rows (R, C); in [0, 2]."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+
+
+def decision_error(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+    """Cross entropy of logits (B, C) to the teacher's own arg-max, plus `anchor` times KL(teacher || student) (ours).
+
+    Pictures weigh by the teacher's confidence, its largest probability. Not 0 where both are equal: it asks for what
+    the teacher decides, with more confidence than the teacher has.
+    """
+    student, teacher = student.float(), teacher.float()
+    confidence = teacher.softmax(1).amax(1)
+    error = F.cross_entropy(student, teacher.argmax(1), reduction="none")
+    divergence = F.kl_div(student.log_softmax(1), teacher.log_softmax(1), reduction="batchmean", log_target=True)
+    return (confidence * error).sum() / confidence.sum() + anchor * divergence
 
 
 def magnitude_error(student: Tensor, teacher: Tensor) -> Tensor:

@@ -34,9 +34,10 @@ def convert(
     Args:
         reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
         out: folder to write; not needed with --dry-run.
-        method: the target family; `bcos` or `coda`.
+        method: the target family; `bcos`, `coda`, `ca-stream` or `kmeans`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
-        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant) or squash=sq (coda).
+        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant), squash=sq (coda),
+            stages=3 (ca-stream) or prototypes=5 (kmeans).
         pretrained: take random weights, without the network.
         weights: a .safetensors state dict of your own, in place of the published weights.
         head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
@@ -68,6 +69,8 @@ def convert(
         if out is None:
             raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
         check_free(out, overwrite)
+    if calibrate and family.whole:
+        raise PlanError(f"--calibrate: --method {method} has no gains; it learns from pictures in `bcosify align`.")
     config = from_assignments(family.config_class, set or (), keep=keep or [])
     teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
     plan = plan_for(teacher, config)
@@ -85,7 +88,8 @@ def convert(
     student = convert_model(teacher, config, plan=plan)
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    costs = lossy_steps(student, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, ends)
+    shown = noise_pictures(8, student.preprocess.size) if pictures is None else pictures
+    costs = [] if family.whole else lossy_steps(student, shown, ends)
     if pictures is not None:
         student = _calibrated(student, pictures, ends)
     save(student.with_report(lossy_steps=costs), out, overwrite)
@@ -93,11 +97,12 @@ def convert(
     console.print(f"{reference}: {swapped}")
     console.print(f"identity at {family.start}: relative error {student.report['identity_error']:.1e}")
     what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
-    show_table(
-        f"What each step costs before alignment ({what})",
-        ["step", "cosine to teacher"],
-        [(r["step"], r["cosine"]) for r in costs],
-    )
+    if costs:
+        show_table(
+            f"What each step costs before alignment ({what})",
+            ["step", "cosine to teacher"],
+            [(r["step"], r["cosine"]) for r in costs],
+        )
     if student.text is not None:
         console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
     console.print(f"wrote {out}")

@@ -6,7 +6,9 @@ from .calibrate import calibrate
 from .checkpoint import load, save
 from .layers import set_strength
 from .methods.bcos import BcosConfig
+from .methods.ca_stream import CaStreamConfig
 from .methods.coda import CodaConfig
+from .methods.kmeans import KMeansConfig
 from .plan import Plan
 from .sources import (
     Preprocess,
@@ -23,7 +25,9 @@ from .student import Student, check_teacher, convert, identity_error, lossy_step
 
 __all__ = [
     "BcosConfig",
+    "CaStreamConfig",
     "CodaConfig",
+    "KMeansConfig",
     "Plan",
     "Preprocess",
     "Source",

@@ -70,6 +70,9 @@ class Method:
         swaps: name of a swap -> function(module, preprocess, config) that changes the module in place.
         ends: strength of its layers -> where alignment usually takes it; all start at 1, where the student is its
             teacher.
+        whole: whether a swap of the whole model is a conversion; else it only goes with swaps of layers.
+        trains: the one module that alignment trains; empty for the whole model.
+        objectives: name of a swap -> the objectives of alignment that fit a model with it; empty for all that train.
     """
 
     name: str
@@ -77,11 +80,14 @@ class Method:
     decide: Callable[[str, nn.Module, nn.Module, Trace, Any], Decision | None]
     swaps: dict[str, Callable[..., None]]
     ends: Mapping[str, float]
+    whole: bool = False
+    trains: str = ""
+    objectives: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def start(self) -> str:
         """Where a student is its teacher, in words, such as `B=1, beta=1`."""
-        return ", ".join(f"{'B' if name == 'b' else name}=1" for name in self.ends)
+        return ", ".join(f"{'B' if name == 'b' else name}=1" for name in self.ends) or "the start"
 
 
 def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace) -> Plan:
@@ -101,7 +107,7 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace)
         try:
             decision = method.decide(name, module, model, trace, config)
         except PlanError as error:
-            refused.append(f"  {name} ({class_path(module)}): {error}")
+            refused.append(f"  {name or '(whole model)'} ({class_path(module)}): {error}")
             continue
         if decision is not None:
             steps.append(Step(name, found, decision.becomes, decision.reason))
@@ -111,10 +117,10 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace)
             f"cannot convert; nothing was changed:\n"
             + "\n".join(refused[:10])
             + (f"\n  and {len(refused) - 10} more" if len(refused) > 10 else "")
-            + "\nTo leave a layer as it is, pass --keep NAME (or --keep 're:PATTERN')."
+            + ("" if method.whole else "\nTo leave a layer as it is, pass --keep NAME (or --keep 're:PATTERN').")
         )
     plan = Plan(method.name, tuple(steps))
-    if not any(step.name for step in plan.swaps):
+    if not any(step.name or method.whole for step in plan.swaps):
         kinds = ", ".join(sorted({step.found for step in steps})) or "no layers"
         raise PlanError(f"nothing in {type(model).__name__} matches --method {method.name}. It has: {kinds}.")
     return plan

@@ -3,8 +3,10 @@
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
 from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
+from .ca_stream import CaStream, CaStreamForToken, Stream
 from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, squashed
 from .convolution import DynamicConv2d
+from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
 from .scheduled import BiasScheduled, Rescalable, adopt, join, scheduled_layers, set_strength
 from .stem import (
     SixChannel,
@@ -22,10 +24,15 @@ __all__ = [
     "BcosConv2dSame",
     "BcosLinear",
     "BiasScheduled",
+    "CaStream",
+    "CaStreamForToken",
     "CodaConv2d",
     "CodaConv2dSame",
     "CodaLinear",
+    "Concepts",
     "DynamicConv2d",
+    "PrototypeLinear",
+    "PrototypeMaps",
     "Rescalable",
     "SeparateAttention",
     "SeparateAttentionPool2d",
@@ -36,6 +43,7 @@ __all__ = [
     "SixChannelCodaConv2dSame",
     "SixChannelInput",
     "Squash",
+    "Stream",
     "UncentredBatchNorm",
     "adopt",
     "batch_statistics",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ...errors import PlanError, near_miss
 from ..plan import Method
-from . import bcos, coda
+from . import bcos, ca_stream, coda, kmeans
 
 __all__ = ["METHODS", "find_method"]
 
-METHODS: dict[str, Method] = {method.name: method for method in (bcos.METHOD, coda.METHOD)}
+FAMILIES = (bcos.METHOD, coda.METHOD, ca_stream.METHOD, kmeans.METHOD)
+METHODS: dict[str, Method] = {method.name: method for method in FAMILIES}
 
 
 def find_method(name: str) -> Method:
