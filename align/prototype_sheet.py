@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..convert.files import new_file
-from .shards import ShardIndex, decode, read_at
+from .shards import ShardIndex, decode
 
 __all__ = ["write_prototypes"]
 
@@ -43,8 +43,7 @@ def _card(prototype: dict[str, Any], labels: Sequence[str] | None, index: ShardI
 
 def _thumbnail(index: ShardIndex, id: int) -> str:
     """A data URL of one picture of the shards."""
-    ((shard, offset, length),) = index.places([id]).tolist()
-    picture = decode(read_at(index.files[shard], offset, length))
+    picture = decode(index.read(id))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     picture.convert("RGB").save(buffer, "JPEG", quality=85)

@@ -35,7 +35,7 @@ __all__ = ["PrototypeFit"]
 PICTURES_PER_PROTOTYPE = 5
 LADDER = tuple(2.0**power for power in range(-2, 13))
 CALIBRATION_ROWS = 4096
-PLACES_PER_PICTURE = 16
+PLACES_PER_PICTURE, CONCEPT_ROWS = 16, 8192
 
 
 class PrototypeFit:
@@ -220,7 +220,8 @@ class PrototypeFit:
         for name, parameter in (("b4", concepts.b4), ("b234", concepts.b234)):
             parameter.zero_()
             if self.places[name]:
-                centres, _ = kmeans(torch.cat(self.places[name]), len(parameter), generator)
+                rows = torch.cat(self.places[name])
+                centres, _ = kmeans(rows[:: -(-len(rows) // CONCEPT_ROWS)], len(parameter), generator)
                 parameter[: len(centres)] = centres
                 # Fewer than asked for: the first again, which as the lowest of a tie is the one that is assigned.
                 parameter[len(centres) :] = centres[0]

@@ -131,15 +131,16 @@ class CaStream(nn.Module):
         final, stages = features_of(self, images, self.stream.stages)
         maps = [places(stage) for stage in stages]
         shares, pooled = self._stream_share * self.stream.shares(maps), self._pooled(final, maps)
-        with Linearised(self) as mode:
-            outputs = self.forward_head(self._head_input(mode.follow(pooled), final))
-        pulled = [mode.pull(outputs[:, k].sum(), retain_graph=True) for k in range(outputs.shape[1])]
+        with torch.enable_grad():
+            with Linearised(self) as mode:
+                outputs = self.forward_head(self._head_input(mode.follow(pooled), final))
+            pulled = [mode.pull(outputs[:, k].sum(), retain_graph=True) for k in range(outputs.shape[1])]
         gradients = torch.stack([gradient for (gradient,), _ in pulled], 1).detach()
         names = dict.fromkeys(name for _, constants in pulled for name in constants)
         nothing = outputs.new_zeros(len(outputs))
         constants = {name: torch.stack([c.get(name, nothing) for _, c in pulled], 1).detach() for name in names}
         constants |= {name: torch.einsum("bkd,bd->bk", gradients, value) for name, value in self._added(final).items()}
-        contributions = torch.einsum("bkd,bpd->bkp", gradients, shares)
+        contributions = torch.einsum("bkd,bpd->bkp", gradients, shares.detach())
         return outputs.detach(), contributions.unflatten(-1, stages[-1].shape[-2:]), constants
 
     def _pooled(self, final: Tensor, maps: Sequence[Tensor]) -> Tensor:  # noqa: ARG002 - a class token is in `final`
