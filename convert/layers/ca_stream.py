@@ -98,7 +98,7 @@ class CaStream(nn.Module):
     def open_stream(self, stages: Sequence[int], widths: Sequence[int], value: bool) -> None:
         """Adds the stream over the feature stages of these numbers, the last of which is what the head reads."""
         like = next(self.parameters())
-        self.stream = Stream(stages, widths, value).to(like)
+        self.stream = Stream(stages, widths, value).to(like).train(self.training)
 
     def train(self, mode: bool = True) -> CaStream:
         """Only the stream ever trains: the backbone's statistics and dropout stay as they are in eval mode."""

@@ -132,7 +132,7 @@ class PrototypeMaps(nn.Module):
     def open_concepts(self, stages: tuple[int, ...], widths: tuple[int, ...], count: int) -> None:
         """Room for `count` concepts of these feature stages, the last of which is what the head averages."""
         self.concept_stages = stages
-        self.concepts = Concepts(count, widths).to(next(self.parameters()))
+        self.concepts = Concepts(count, widths).to(next(self.parameters())).train(self.training)
 
     def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """What each place adds to each logit: outputs (B, C), maps (B, C, h, w), constants name -> (B, C)."""

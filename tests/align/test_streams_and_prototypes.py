@@ -122,21 +122,24 @@ def test_alignment_leaves_the_backbone_bit_for_bit(shards, tmp_path):
     assert not any(module.training for module in load(tmp_path / "out").model.modules())
 
 
-def test_the_guard_goes_back_to_the_last_weights_that_agree(shards, tmp_path):
+@pytest.mark.parametrize(
+    ("measured", "seen", "weights_of"),
+    [((1.0, 0.9, 0.5, 0.9), 16, 8), ((1.0, 0.5, 1.0), 8, 0), ((1.0, 0.9, 0.85, 0.8), 24, None)],
+    ids=["falls", "falls-at-once", "holds"],
+)
+def test_the_guard_goes_back_to_the_last_weights_that_agree(measured, seen, weights_of, shards, tmp_path, monkeypatch):
     run = converted(tmp_path, CaStreamConfig())
-    wild = dataclasses.replace(RECIPE, phases=(dataclasses.replace(PHASE, learning_rate=30.0, clip=1e9),))
-    free = align(AlignConfig(run, str(shards), tmp_path / "free", wild, quiet=True))
-    lowest = min(point["top1_agreement"] for point in free["curve"])
-    assert lowest < 1
-    guarded = dataclasses.replace(wild, min_agreement=1.0)
-    result = align(AlignConfig(run, str(shards), tmp_path / "kept", guarded, quiet=True))
-    assert result["guarded"] and result["final"]["top1_agreement"] == 1
-    assert min(point["top1_agreement"] for point in result["curve"]) < 1
-    kept = load(tmp_path / "kept")
-    assert kept.report["alignment"]["final"] == result["final"]
-    start = load_file(run / "model.safetensors")
-    if result["final"]["weights_of"] == 0:
-        assert all(torch.equal(value, start[name]) for name, value in kept.model.state_dict().items())
+    script = iter(measured)
+    monkeypatch.setattr(
+        "bcosify.align.trainer.fidelity", lambda *_: {"centred_cosine": 1.0, "top1_agreement": next(script)}
+    )
+    result = align(
+        AlignConfig(run, str(shards), tmp_path / "out", dataclasses.replace(RECIPE, min_agreement=0.8), quiet=True)
+    )
+    assert next(script, None) is None and result["pictures"] == seen
+    assert result["guarded"] == (weights_of is not None) and result["final"].get("weights_of") == weights_of
+    start, kept = load_file(run / "model.safetensors"), load(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in kept.items()) == (weights_of == 0)
 
 
 # -------------------------------------------------------------------------------------------------------- prototypes
