@@ -11,7 +11,7 @@ from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..errors import PlanError, RecipeError
-from .objectives import OBJECTIVES, observe
+from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .recipe import Need, Recipe, list_recipes, load_recipe
 
 __all__ = ["NEEDS", "check_recipe"]
@@ -40,8 +40,9 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     """
     _check_family(recipe, student)
     _check_sizes(recipe, student, teacher)
+    check_objectives(student, recipe)
     for phase in recipe.phases:
-        OBJECTIVES[phase.objective](student.model, recipe)  # each refuses what it cannot use
+        {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
     if recipe.taps:
         pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
         calls, _ = observe(teacher, pictures, recipe.taps)

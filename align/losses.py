@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = [
     "class_divergence",
     "cosine_distance",
+    "decision_error",
     "magnitude_error",
     "pairwise_error",
     "squared_size",
@@ -25,6 +26,18 @@ def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean of 1 - cos over rows (R, C); in [0, 2]."""
     return 1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1).mean()
+
+
+def decision_error(student: Tensor, teacher: Tensor, anchor: float) -> Tensor:
+    """Cross entropy of logits (B, C) to the teacher's own arg-max, plus `anchor` times KL(teacher || student) (ours).
+
+    Pictures weigh by the teacher's confidence, its largest probability. Not 0 where both are equal: it asks for what
+    the teacher decides, with more confidence than the teacher has.
+    """
+    student, teacher = student.float(), teacher.float()
+    confidence = teacher.softmax(1).amax(1)
+    error = F.cross_entropy(student, teacher.argmax(1), reduction="none")
+    return (confidence * error).sum() / confidence.sum() + anchor * class_divergence(student, teacher)
 
 
 def magnitude_error(student: Tensor, teacher: Tensor) -> Tensor:

@@ -3,6 +3,8 @@ forward.
 
 end-to-end   mean token (1 - cos) at some depths, and (1 - cos) of the output (ALOE, CVPR 2026).
 pairwise     the outputs alone, against the teacher's outputs of the whole batch (B-cosification's loss for CLIP).
+decisions    the logits alone, against the classes that the teacher decides on, and its probabilities. (Ours.)
+prototypes   no descent: k-means and a convex fit (see `prototypes`).
 block-local  every unit of the student is fed what the teacher's unit was fed, and fitted to the teacher's update of it.
              No unit's error runs through the others. (Ours.)
 layer-local  the same for every converted layer. (Ours.)
@@ -20,22 +22,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..convert import Student
 from ..convert.layers import scheduled_layers
-from .losses import class_divergence, cosine_distance, magnitude_error, pairwise_error, squared_size, update_error
+from ..convert.methods import find_method
+from ..errors import RecipeError
+from .losses import (
+    class_divergence,
+    cosine_distance,
+    decision_error,
+    magnitude_error,
+    pairwise_error,
+    squared_size,
+    update_error,
+)
+from .prototypes import PrototypeFit
 from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 
 if TYPE_CHECKING:
     from .recipe import Recipe
 
 __all__ = [
+    "FITS",
     "OBJECTIVES",
     "BlockLocal",
     "BlockOwn",
     "Classes",
+    "Decisions",
     "EndToEnd",
     "LayerLocal",
     "Objective",
     "Pairwise",
+    "check_objectives",
     "observe",
 ]
 
@@ -102,12 +119,33 @@ class Pairwise(Objective):
 class Classes(Objective):
     """The student's class probabilities against the teacher's."""
 
+    name = "classes"
+
     def __init__(self, student: nn.Module, recipe: Recipe) -> None:
         super().__init__(student, recipe, ())
+        if getattr(student, "num_classes", None) == 0:
+            raise RecipeError(
+                f"objective {self.name}: {type(student).__name__} has no classes to decide on. Use the objective "
+                "pairwise, or end-to-end."
+            )
 
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         loss = class_divergence(first_tensor(self.student(pictures)), output)
         return {"classes": loss, "total": loss}
+
+
+class Decisions(Classes):
+    """The student's logits against what the teacher decides; has a gradient at an exact start."""
+
+    name = "decisions"
+
+    def __init__(self, student: nn.Module, recipe: Recipe) -> None:
+        super().__init__(student, recipe)
+        self.anchor = recipe.anchor
+
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+        loss = decision_error(first_tensor(self.student(pictures)), output, self.anchor)
+        return {"output": loss, "total": loss}
 
 
 class BlockLocal(Objective):
@@ -225,8 +263,26 @@ def observe(teacher: nn.Module, pictures: Tensor, taps: tuple[str, ...]) -> tupl
 OBJECTIVES: dict[str, Callable[[nn.Module, Recipe], Objective]] = {
     "end-to-end": EndToEnd,
     "pairwise": Pairwise,
+    "decisions": Decisions,
     "block-local": BlockLocal,
     "layer-local": LayerLocal,
     "block-own": BlockOwn,
     "classes": Classes,
 }
+
+# Phases that gather features of their pictures and solve, instead of descending.
+FITS: dict[str, Callable[[nn.Module, Recipe], PrototypeFit]] = {"prototypes": PrototypeFit.from_recipe}
+
+
+def check_objectives(student: Student, recipe: Recipe) -> None:
+    """Raises RecipeError for an objective that has nothing to teach a student of this method."""
+    method = find_method(student.method)
+    fitting = [method.objectives[swap] for swap in student.plan.counts() if swap in method.objectives]
+    allowed = fitting[0] if fitting else tuple(OBJECTIVES)
+    for number, phase in enumerate(recipe.phases):
+        if phase.objective not in allowed:
+            raise RecipeError(
+                f"phases.{number}.objective {phase.objective}: a student of --method {method.name} "
+                f"({type(student.model).__name__}) learns nothing from it. It takes: {', '.join(allowed)}; see the "
+                f"recipes {method.name}/... that ship."
+            )

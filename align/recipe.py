@@ -53,7 +53,9 @@ class Phase:
             one, also where it ran to its end.
     """
 
-    objective: Literal["end-to-end", "block-local", "block-own", "classes", "layer-local", "pairwise"]
+    objective: Literal[
+        "end-to-end", "block-local", "block-own", "classes", "decisions", "layer-local", "pairwise", "prototypes"
+    ]
     pictures: int
     learning_rate: float
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -99,6 +101,10 @@ class Recipe:
         output_weight: weight of the output's loss beside one for every tap.
         magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
         weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
+        anchor: weight of the divergence from the teacher's probabilities, in the objective `decisions`.
+        min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
+            classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
+            0 guards nothing.
         average: decay of the exponential moving average of the weights that is measured and saved; 0 takes the last.
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
         held_out: pictures kept back for the fidelity curve where no --val is given.
@@ -128,6 +134,8 @@ class Recipe:
     output_weight: float = 1.0
     magnitude_weight: float = 0.0
     weight_norm: float = 0.0
+    anchor: float = 0.1
+    min_agreement: float = 0.0
     average: float = 0.0
     crop_scale: tuple[float, float] = (0.35, 1.0)
     flip: float = 0.5

@@ -15,7 +15,7 @@ import sys
 import threading
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ from ..convert import Student, calibrate, load, save, set_strength
 from ..convert.checkpoint import versions
 from ..convert.files import check_free
 from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
+from ..convert.methods import find_method
 from . import state
 from .checks import check_recipe
 from .compiling import compile_blocks, eager, make_eager
 from .distributed import Prepared, check_sharded, described, make_accelerator, prepare, whole
 from .fidelity import fidelity
-from .loader import Augment, BadSamples, check_batch, held_out_batches, to_model_input, training_batches
+from .loader import Augment, BadSamples, Batch, check_batch, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
-from .objectives import OBJECTIVES, observe
+from .objectives import FITS, OBJECTIVES, observe
 from .optimizers import make_optimizer
 from .prepare import (
     AlignConfig,
@@ -50,6 +51,7 @@ from .prepare import (
     without_checkpointing,
 )
 from .probe import EXPLANATIONS, Probe, make_probe
+from .prototype_sheet import write_prototypes
 from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
@@ -111,7 +113,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         run.restore(resumed[0])
     with _signals_noted() as run.signals:
         for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
-            if number >= len(progress.ends) and not run.stopping:
+            if number >= len(progress.ends) and not (run.stopping or run.guarded):
                 first = progress.ends[-1] if progress.ends else 0
                 inside = resumed is not None and progress.step > first
                 progress = run.phase(number, phase, first, steps, progress, resumed[0] if resumed and inside else None)
@@ -159,7 +161,9 @@ class _Run:
     ) -> None:
         self.config, self.recipe, self.accelerator = config, config.recipe, accelerator
         self.student, self.teacher = student, teacher
-        self.model = student.model.to(accelerator.device).requires_grad_(True)
+        self.model = student.model.to(accelerator.device).requires_grad_(False)
+        # What is not trained gets no gradient at all, so that not even one is computed.
+        self.model.get_submodule(find_method(student.method).trains).requires_grad_(True)
         self.train, self.val = train, val
         self.bad = BadSamples(train, config.work / "bad_samples.jsonl", config.recipe.max_bad)
         self.classifier = student.labels is not None
@@ -170,6 +174,8 @@ class _Run:
         self.signals: list[int] = []
         self.stopping = False
         self.best: dict[str, Tensor] | None = None
+        self.guarded = False
+        self.fitted: dict[str, Any] = {}
 
     # ------------------------------------------------------------------------------------------------ pictures
 
@@ -214,6 +220,8 @@ class _Run:
         self, number: int, phase: Phase, first: int, steps: int, progress: state.Progress, checkpoint: Path | None
     ) -> state.Progress:
         """Runs one phase from `progress.step` to its end."""
+        if phase.objective in FITS:
+            return self._fit(number, phase, first, steps, progress)
         begin = progress.step - first
         self.model.to(self.accelerator.device)  # shards of an earlier phase leave it on the CPU
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
@@ -234,6 +242,8 @@ class _Run:
             if phase.calibrate:
                 gains()
             progress, self.best = progress.in_phase(number, _scales(self.model, phase.relative)), None
+            if self.recipe.min_agreement:  # the weights to go back to, should the first measurement fail
+                progress, self.best = dataclasses.replace(progress, best_step=first), state.snapshot(self.model)
         scales = progress.scales
         prepared = prepare(self.accelerator, objective, lambda model: make_optimizer(model, phase, self.recipe, scales))
         model, optimizer = prepared.model, prepared.optimizer
@@ -284,6 +294,30 @@ class _Run:
         make_eager(self.teacher, model)
         self.seconds += log.seconds
         return progress
+
+    @torch.no_grad()
+    def _fit(self, number: int, phase: Phase, first: int, steps: int, progress: state.Progress) -> state.Progress:
+        """A phase that gathers features of its pictures and then solves; stopped on the way, it starts again."""
+        fit = FITS[phase.objective](self.model, self.recipe)
+        ids: list[Tensor] = []
+        for batch in self._batches(first, first + steps):
+            self.bad.add(batch.bad)
+            fit.gather(self._normalised(batch.pictures))
+            ids.append(batch.ids)
+            self.stopping = self._asked_to_stop(progress.step)
+            if self.stopping:
+                return progress
+        fit.join(self.accelerator.gather)
+        shown = self.accelerator.gather(torch.cat(ids).to(self.accelerator.device))
+        assert isinstance(shown, Tensor)
+        self.fitted = fit.solve([self._normalised(batch.pictures) for batch in self._held_out()])
+        for prototype in self.fitted["prototypes"]:
+            prototype["nearest"] = id = int(shown[prototype["nearest"]])
+            if isinstance(self.train, ShardIndex):
+                prototype["picture"] = f"{Path(self.train.file(id).path).name}:{self.train.key(id)}"
+        progress = dataclasses.replace(progress.in_phase(number, ()), step=first + steps)
+        progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
+        return dataclasses.replace(progress, ends=(*progress.ends, progress.step))
 
     def _backward(self, phase: Phase, taps: tuple[str, ...], prepared: Prepared, pictures: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
@@ -375,6 +409,9 @@ class _Run:
                 if phase.patience and _arrived(phase, k, steps):
                     progress = self._judged(progress)
                     last = last or progress.waited >= phase.patience
+                if self.recipe.min_agreement:
+                    progress = self._held_to_floor(progress)
+                    last = last or self.guarded
             if last:
                 progress = self._ended(progress, where)
             if explain or (last and self.recipe.probe_pictures):
@@ -390,6 +427,17 @@ class _Run:
             self.best = state.snapshot(self._result)
         return progress
 
+    def _held_to_floor(self, progress: state.Progress) -> state.Progress:
+        """`progress` after the evaluation that was just made; keeps the weights where they still agree enough."""
+        point = progress.curve[-1] if self.accelerator.is_main_process else {"centred_cosine": 0.0}
+        score = point.get("top1_agreement", point["centred_cosine"])
+        told = broadcast(torch.tensor(score, dtype=torch.float64, device=self.accelerator.device))
+        self.guarded = float(told) < self.recipe.min_agreement
+        if self.guarded:
+            return progress
+        self.best = state.snapshot(self._result)
+        return dataclasses.replace(progress, best_step=progress.step)
+
     def _ended(self, progress: state.Progress, where: dict[str, Any]) -> state.Progress:
         """`progress` at the end of a phase, with the student as it was at the phase's best evaluation."""
         if self.best is not None and progress.best_step < progress.step:
@@ -401,14 +449,16 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------ measuring
 
+    def _held_out(self) -> Iterable[Batch]:
+        return held_out_batches(self.val, size=self.recipe.image_size, workers=0)
+
     @torch.no_grad()
     def evaluated(self, progress: state.Progress, where: dict[str, Any]) -> state.Progress:
         """`progress` with one more point on its curve; only the main process measures."""
         if not self.accelerator.is_main_process:
             return progress
         theirs = self._teacher_outputs
-        batches = held_out_batches(self.val, size=self.recipe.image_size, workers=0)
-        pictures = [self._normalised(batch.pictures) for batch in batches]
+        pictures = [self._normalised(batch.pictures) for batch in self._held_out()]
         if theirs is None:
             theirs = self._teacher_outputs = torch.cat([first_tensor(self.teacher(batch)) for batch in pictures])
         ours = torch.cat([first_tensor(self._result(batch)) for batch in pictures])
@@ -445,6 +495,7 @@ class _Run:
             "bad_pictures": len(self.bad),
             "seconds": round(self.seconds, 1),
             "stopped": self.stopping,
+            "guarded": self.guarded,
         }
 
     def finish(self, progress: state.Progress) -> dict[str, Any]:
@@ -452,6 +503,9 @@ class _Run:
         result = self.summary(progress)
         if self.accelerator.is_main_process:
             summary = {**{key: result[key] for key in ("pictures", "final", "curve")}, "pressure": self.recipe.pressure}
+            if self.fitted:
+                summary |= {"fit": self.fitted}
+                write_prototypes(self.config.work, self.student.labels, self.train, self.fitted)
             student = dataclasses.replace(self.student, model=self._result.cpu()).with_report(alignment=summary)
             save(student, self.config.out, self.config.overwrite)
         self.accelerator.wait_for_everyone()

@@ -81,6 +81,11 @@ def align(
     show_table(f"held-out fidelity, {recipe}", [name.replace("_", " ") for name in columns], rows)
     if result["bad_pictures"]:
         console.print(f"{result['bad_pictures']} broken pictures: see {config.work / 'bad_samples.jsonl'}")
+    if result["guarded"]:
+        console.print(
+            f"agreement fell below min_agreement {resolved.min_agreement}: the run ended early, with the student of "
+            f"{result['final'].get('weights_of', result['pictures'])} pictures"
+        )
     if result["stopped"]:
         console.print(f"stopped by a signal at {result['pictures']} pictures; go on with the same command and --resume")
     else:

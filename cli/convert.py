@@ -33,10 +33,10 @@ def convert(
     Args:
         reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
         out: folder to write; not needed with --dry-run.
-        method: the target family: `bcos`, `coda` or `fa-cnn`.
+        method: the target family: `bcos`, `coda`, `fa-cnn`, `ca-stream` or `kmeans`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
-        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant), squash=sq (coda) or
-            dampening=branch (fa-cnn).
+        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant), squash=sq (coda),
+            dampening=branch (fa-cnn), stages=3 (ca-stream) or prototypes=5 (kmeans).
         pretrained: take random weights, without the network.
         weights: a .safetensors state dict of your own, in place of the published weights.
         head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
@@ -90,7 +90,8 @@ def convert(
         raise PlanError(f"--calibrate: no layer of a {method} student has a gain. Leave it out, and align.")
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    costs = lossy_steps(student, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, ends)
+    shown = noise_pictures(8, student.preprocess.size) if pictures is None else pictures
+    costs = lossy_steps(student, shown, ends) if ends else []
     if pictures is not None:
         student = _calibrated(student, pictures, ends)
     save(student.with_report(lossy_steps=costs), out, overwrite)
@@ -98,11 +99,12 @@ def convert(
     console.print(f"{reference}: {swapped}")
     console.print(f"identity at {student.start}: relative error {student.report['identity_error']:.1e}")
     what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
-    show_table(
-        f"What each step costs before alignment ({what})",
-        ["step", "cosine to teacher"],
-        [(r["step"], r["cosine"]) for r in costs],
-    )
+    if costs:
+        show_table(
+            f"What each step costs before alignment ({what})",
+            ["step", "cosine to teacher"],
+            [(r["step"], r["cosine"]) for r in costs],
+        )
     if student.text is not None:
         console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
     console.print(f"wrote {out}")

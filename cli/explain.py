@@ -67,6 +67,7 @@ def explain(
         patch=patch,
         zero_shot=zero_shot,
     )
+    question = _with_prototypes(question, getattr(opened, "report", {}))
     files = list(_files(pictures))
     names = _unique([file.stem for file in files])
     pictures_read = [_read(file) for file in files]
@@ -94,6 +95,21 @@ def explain(
     )
     console.print(f"wrote {len(files)} x (.png, .npz, .json) to {out}")
     return rows
+
+
+def _with_prototypes(question: Question, report: dict[str, Any]) -> Question:
+    """The same question; of each class the ledger also says which training pictures its prototypes lie nearest to."""
+    found = report.get("alignment", {}).get("fit", {}).get("prototypes")
+    if not found:
+        return question
+
+    def names(outputs: Any) -> list[list[dict[str, Any]]]:
+        return [
+            [{**facts, "prototypes": [one for one in found if one["class"] == facts["target"]]} for facts in row]
+            for row in question.names(outputs)
+        ]
+
+    return dataclasses.replace(question, names=names)
 
 
 def _open(model: str, head: str, image_size: int | None) -> Any:
@@ -172,6 +188,7 @@ def _explained(
     transform = preprocess.transform()
     inputs = torch.stack([transform(picture) for picture in opened])
     explanation = explain_scores(question.network, inputs, question.target)
+    others = question.network.extra_maps(inputs) if hasattr(question.network, "extra_maps") else {}
     facts = question.names(explanation.outputs)
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
     rows: list[dict[str, Any]] = []
@@ -191,6 +208,7 @@ def _explained(
         panels = [panel(shown, explanation, row["label"], picture=i, score=k) for k, row in enumerate(ledger)]
         _stacked(panels).save(folder / f"{name}.png")
         maps = {key: getattr(explanation, key) for key in ("contributions", "encoded_inputs", "encoded_gradients")}
+        maps |= others
         np.savez_compressed(
             folder / f"{name}.npz", **{key: value[i].numpy() for key, value in maps.items() if value is not None}
         )

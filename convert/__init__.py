@@ -6,8 +6,10 @@ from .calibrate import calibrate
 from .checkpoint import load, save
 from .layers import set_strength
 from .methods.bcos import BcosConfig
+from .methods.ca_stream import CaStreamConfig
 from .methods.coda import CodaConfig
 from .methods.fa_cnn import FaCnnConfig
+from .methods.kmeans import KMeansConfig
 from .plan import Plan
 from .sources import (
     Preprocess,
@@ -24,8 +26,10 @@ from .student import Student, check_teacher, convert, identity_error, lossy_step
 
 __all__ = [
     "BcosConfig",
+    "CaStreamConfig",
     "CodaConfig",
     "FaCnnConfig",
+    "KMeansConfig",
     "Plan",
     "Preprocess",
     "Source",

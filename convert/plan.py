@@ -72,6 +72,9 @@ class Method:
         ends: config -> where alignment usually takes each strength of its layers (see `layers.STRENGTHS`).
         look: (model, size) -> what `decide` needs to have `seen` of a model that runs on a picture of this size. It
             must not depend on the weights, as a saved model is planned again before they are there.
+        whole: whether a swap of the whole model is a conversion; else it only goes with swaps of layers.
+        trains: the one module that alignment trains; empty for the whole model.
+        objectives: name of a swap -> the objectives of alignment that fit a model with it; empty for all that train.
     """
 
     name: str
@@ -80,6 +83,9 @@ class Method:
     swaps: dict[str, Callable[..., None]]
     ends: Callable[[Any], Mapping[str, float]]
     look: Callable[[nn.Module, tuple[int, int]], Any] = trace_forward
+    whole: bool = False
+    trains: str = ""
+    objectives: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def start(self, config: Any) -> dict[str, float]:
         """The strengths at which a student is its teacher."""
@@ -103,7 +109,7 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, size: tuple[i
         try:
             decision = method.decide(name, module, model, seen, config)
         except PlanError as error:
-            refused.append(f"  {name} ({class_path(module)}): {error}")
+            refused.append(f"  {name or '(whole model)'} ({class_path(module)}): {error}")
             continue
         if decision is not None:
             steps.append(Step(name, found, decision.becomes, decision.reason))
@@ -113,10 +119,10 @@ def plan_conversion(model: nn.Module, method: Method, config: Any, size: tuple[i
             f"cannot convert; nothing was changed:\n"
             + "\n".join(refused[:10])
             + (f"\n  and {len(refused) - 10} more" if len(refused) > 10 else "")
-            + "\nTo leave a layer as it is, pass --keep NAME (or --keep 're:PATTERN')."
+            + ("" if method.whole else "\nTo leave a layer as it is, pass --keep NAME (or --keep 're:PATTERN').")
         )
     plan = Plan(method.name, tuple(steps))
-    if not any(step.name for step in plan.swaps):
+    if not any(step.name or method.whole for step in plan.swaps):
         kinds = ", ".join(sorted({step.found for step in steps})) or "no layers"
         raise PlanError(f"nothing in {type(model).__name__} matches --method {method.name}. It has: {kinds}.")
     return plan

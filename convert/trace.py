@@ -25,11 +25,13 @@ class Trace:
         called: modules with own parameters whose forward ran, in the order of their first call.
         readers: the innermost of them whose first argument is the picture itself.
         elsewhere: whether the picture also gets into the model any other way.
+        size: (height, width) of the picture, in pixels.
     """
 
     called: tuple[str, ...]
     readers: frozenset[str]
     elsewhere: bool
+    size: tuple[int, int]
 
 
 def noise_pictures(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
@@ -87,7 +89,7 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
             f"Pass --image-size with a size "
             "that the model takes."
         ) from error
-    return Trace(tuple(called), frozenset(readers), elsewhere=moves)
+    return Trace(tuple(called), frozenset(readers), elsewhere=moves, size=size)
 
 
 def _innermost(names: set[str]) -> set[str]:

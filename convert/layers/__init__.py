@@ -3,10 +3,12 @@
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
 from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
+from .ca_stream import CaStream, CaStreamForToken, Stream
 from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
 from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, squashed
 from .convolution import DynamicConv2d
 from .dampening import DampenedSkip, Dampening
+from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
 from .scheduled import (
     STRENGTHS,
     BiasScheduled,
@@ -36,10 +38,13 @@ __all__ = [
     "BcosConv2dSame",
     "BcosLinear",
     "BiasScheduled",
+    "CaStream",
+    "CaStreamForToken",
     "ClassMaps",
     "CodaConv2d",
     "CodaConv2dSame",
     "CodaLinear",
+    "Concepts",
     "DampenedSkip",
     "Dampening",
     "DynamicConv2d",
@@ -48,6 +53,8 @@ __all__ = [
     "LastTokens",
     "PlaceClassifier",
     "PlaceNorm",
+    "PrototypeLinear",
+    "PrototypeMaps",
     "Rescalable",
     "Scheduled",
     "SeparateAttention",
@@ -59,6 +66,7 @@ __all__ = [
     "SixChannelCodaConv2dSame",
     "SixChannelInput",
     "Squash",
+    "Stream",
     "UncentredBatchNorm",
     "adopt",
     "at_start",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ...errors import PlanError, near_miss
 from ..plan import Method
-from . import bcos, coda, fa_cnn
+from . import bcos, ca_stream, coda, fa_cnn, kmeans
 
 __all__ = ["METHODS", "find_method"]
 
-FAMILIES = (bcos.METHOD, coda.METHOD, fa_cnn.METHOD)
+FAMILIES = (bcos.METHOD, coda.METHOD, fa_cnn.METHOD, ca_stream.METHOD, kmeans.METHOD)
 METHODS: dict[str, Method] = {method.name: method for method in FAMILIES}
 
 

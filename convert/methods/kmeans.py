@@ -1,0 +1,125 @@
+"""Conversion to nearest prototypes, after Boubekki & Clemmensen (`layers.prototypes`).
+
+Published (arXiv 2603.28466, of which only abstract and first page could be had; KMEx, arXiv 2312.07822): the linear
+classifier replaced by k-means over its features, prototypes shown by their nearest training pictures, concepts of the
+last stage (B4) and of the last three (B234). Ours: the start that is the teacher, classes taken from the teacher's
+decisions instead of labels, temperature and offsets, and the shrinkage of thin classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import PlanError
+from ..layers import PrototypeLinear, PrototypeMaps, join
+from ..layers.stages import features_of, places
+from ..plan import Decision, Method, class_path
+from ..sources import Preprocess
+from ..trace import Trace, fitted, noise_pictures
+from .kinds import LINEARS
+from .timm_stages import check_timm, last_stages
+
+__all__ = ["METHOD", "KMeansConfig"]
+
+CONCEPT_STAGES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class KMeansConfig:
+    """Settings of a conversion to nearest prototypes.
+
+    Attributes:
+        prototypes: most prototypes a class; a class gets one for every five pictures that the teacher decides on it.
+        concepts: centres of places in the last stage (B4), and as many in the last three (B234).
+        keep: no layer of the backbone is changed, so this must be empty.
+    """
+
+    prototypes: int = 3
+    concepts: int = 16
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prototypes", "concepts"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name}={getattr(self, name)}: must be at least 1.")
+        if self.keep:
+            raise PlanError(f"--keep {self.keep[0]}: --method kmeans changes the classifier alone. Leave it out.")
+
+
+def _classifier(model: Any) -> str:
+    """Name of the linear classifier; raises PlanError where there is none."""
+    name = type(model).__name__
+    if not getattr(model, "num_classes", 0) or not hasattr(model, "get_classifier"):
+        raise PlanError(f"{name} has no classifier, so there are no classes to have prototypes")
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Module) or class_path(classifier) not in LINEARS:
+        raise PlanError(
+            f"the classifier of {name} is a {type(classifier).__name__}; prototypes take the place of one Linear layer"
+        )
+    return next(path for path, module in model.named_modules() if module is classifier)
+
+
+@torch.no_grad()
+def _averages(model: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """Numbers and widths of the last stages, where the classifier is fed the plain average of the last; else None."""
+    picture = fitted(noise_pictures(1, size), model)
+    stages = last_stages(model, CONCEPT_STAGES)
+    final, maps = features_of(model, picture, stages)
+    pooled, average = model.forward_head(final, pre_logits=True), places(maps[-1]).mean(1)
+    plain = pooled.shape == average.shape and torch.allclose(pooled, average, rtol=1e-4, atol=1e-5)
+    fed = _fed(model, picture)
+    same = plain and fed.shape == average.shape and torch.allclose(fed, average, rtol=1e-4, atol=1e-5)
+    return (stages, tuple(stage.shape[1] for stage in maps)) if same else None
+
+
+def _fed(model: Any, picture: Tensor) -> Tensor:
+    """What the classifier is given."""
+    given: list[Tensor] = []
+    hook = model.get_classifier().register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    try:
+        model(picture)
+    finally:
+        hook.remove()
+    if not given:
+        raise PlanError(f"the forward pass of {type(model).__name__} does not call its classifier")
+    return given[0]
+
+
+def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: KMeansConfig) -> Decision | None:  # noqa: ARG001
+    if not name:
+        check_timm(model)
+        _classifier(model)
+        if _averages(model, trace.size) is None:
+            return None
+        return Decision(PrototypeMaps.__name__, "its classifier reads the average over places: maps without gradients")
+    # What is wrong with the model is said once, of the whole.
+    if class_path(module) not in LINEARS or module is not getattr(model, "get_classifier", lambda: None)():
+        return None
+    return Decision(
+        PrototypeLinear.__name__, f"nearest of {config.prototypes} prototypes a class; at first the class's own weights"
+    )
+
+
+def _swap_classifier(module: nn.Module, preprocess: Preprocess, config: KMeansConfig) -> None:  # noqa: ARG001
+    join(module, PrototypeLinear).start_prototypes(config.prototypes)
+
+
+def _swap_model(module: nn.Module, preprocess: Preprocess, config: KMeansConfig) -> None:
+    found = _averages(module, preprocess.size)
+    assert found is not None
+    join(module, PrototypeMaps).open_concepts(*found, config.concepts)
+
+
+METHOD = Method(
+    name="kmeans",
+    config_class=KMeansConfig,
+    decide=_decide,
+    swaps={PrototypeMaps.__name__: _swap_model, PrototypeLinear.__name__: _swap_classifier},
+    ends=lambda config: {},
+    whole=True,
+    objectives={PrototypeLinear.__name__: ("prototypes",)},
+)

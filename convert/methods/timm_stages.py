@@ -1,0 +1,60 @@
+"""What methods that work beside a frozen backbone must know of a timm model. It is tried out, not guessed by name."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...errors import PlanError
+from ..layers.stages import at_one_place, is_column, places, stage_count
+
+__all__ = ["check_timm", "head_reads", "last_stages"]
+
+
+def check_timm(model: Any) -> None:
+    """Raises PlanError for a model that does not take its stages and its head apart, or has no weights."""
+    name = type(model).__name__
+    if not (hasattr(model, "forward_intermediates") and hasattr(model, "forward_head")):
+        raise PlanError(f"{name} does not show its feature stages as timm's models do (forward_intermediates)")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(f"{name} has no weights to try its head with; load it first")
+
+
+def last_stages(model: Any, count: int) -> tuple[int, ...]:
+    """Numbers of the last `count` of timm's feature stages; of quarters of the depth where there is a stage a block."""
+    known = stage_count(model)
+    quarters = sorted({max(known * quarter // 4, 1) - 1 for quarter in (1, 2, 3, 4)})
+    every = quarters if is_column(model) else list(range(known))
+    if count > len(every):
+        raise PlanError(f"stages={count}: {type(model).__name__} has {len(every)}")
+    return tuple(every[-count:])
+
+
+def head_reads(model: Any, picture: Tensor, final: Tensor, last: Tensor) -> Literal["average", "token"]:
+    """What the head reads of the features `final`, whose places are `last` (B, d, h, w).
+
+    Raises PlanError for any other head.
+    """
+    if not _same(model.forward_head(final), model(picture)):
+        raise PlanError("its forward pass is more than features and then a head, so a head cannot be fed apart")
+    # In front of the classifier, whose weights may be zero in a fresh skeleton.
+    expected = model.forward_head(final, pre_logits=True)
+    if _same(expected, _tried(model, at_one_place(model, places(last).mean(1), final))):
+        return "average"
+    if final.dim() == 3 and _same(expected, _tried(model, final[:, :1])):
+        return "token"
+    raise PlanError("its head neither averages over places first nor reads the class token alone")
+
+
+def _tried(model: Any, features: Tensor) -> Tensor | None:
+    try:
+        return model.forward_head(features, pre_logits=True)
+    except (RuntimeError, IndexError, ValueError):  # a head that needs more tokens says so in its own way
+        return None
+
+
+def _same(expected: Tensor, found: Tensor | None) -> bool:
+    if found is None or found.shape != expected.shape:
+        return False
+    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1e-12))
