@@ -42,6 +42,7 @@ from bcosify.align.recipe import load_recipe, scaled
 from bcosify.align.shards import expand, index_shards
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import Preprocess, convert, load, load_teacher, save
+from bcosify.convert.methods import find_method
 from bcosify.explain import ClassTarget, DirectionTarget, Target, explain
 from PIL import Image
 from torch import Tensor, nn
@@ -173,7 +174,8 @@ class Bench:
         recipe = scaled(load_recipe(experiment.recipe, [*overrides, f"seed={seed}"]), experiment.pictures)
         folder = self.out / experiment.name / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        student = convert(load_teacher(f"bundled:{experiment.teacher}"))
+        config = find_method(recipe.method).config_class()
+        student = convert(load_teacher(f"bundled:{experiment.teacher}"), config)
         save(student, folder / "converted")
         held_out, theirs, objects, target, answer = self.teacher(experiment.teacher, recipe.image_size)
         started, cpu = time.monotonic(), time.process_time()
