@@ -37,6 +37,7 @@ class Method:
     Attributes:
         run: (subject, images (B, 3, H, W), decisions of B, seed) -> signed maps (B, H, W).
         passes: forward and backward passes for one picture, roughly: how dear it is.
+        in_score_units: whether a region's contributions say by how much the score would fall without it.
         source: paper.
     """
 
@@ -44,10 +45,12 @@ class Method:
     run: Callable[[Subject, Tensor, Decisions, int], Tensor]
     passes: int
     source: str
+    in_score_units: bool = True
 
     @property
     def cheap(self) -> bool:
-        return self.passes <= 64
+        """Cheap enough for what explains every picture many times over."""
+        return self.passes <= 4
 
 
 METHODS: dict[str, Method] = {}
@@ -75,9 +78,11 @@ def maps_of(method: Method, subject: Subject, images: Tensor, decisions: Decisio
     return maps
 
 
-def _method(name: str, passes: int, source: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def _method(
+    name: str, passes: int, source: str, in_score_units: bool = True
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def keep(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS[name] = Method(name, run, passes, source)
+        METHODS[name] = Method(name, run, passes, source, in_score_units)
         return run
 
     return keep
@@ -175,7 +180,7 @@ def _lime(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> 
 # ----------------------------------------------------------------------------------------------------------------- RISE
 
 
-@_method("rise", 500, "Petsiuk et al. 2018, arXiv 1806.07421; 500 masks of 8 x 8, half kept")
+@_method("rise", 500, "Petsiuk et al. 2018, arXiv 1806.07421; 500 masks of 8 x 8, half kept", in_score_units=False)
 @torch.no_grad()
 def _rise(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     """Mean of the masks weighted by the confidence under them, minus the plain mean: signed, 0 where none matters."""
@@ -211,7 +216,7 @@ def _rise_masks(count: int, cells: int, size: tuple[int, int], generator: torch.
 # ------------------------------------------------------------------------------------------------------------- Grad-CAM
 
 
-@_method("grad-cam", 2, "Selvaraju et al. 2017, arXiv 1610.02391")
+@_method("grad-cam", 2, "Selvaraju et al. 2017, arXiv 1610.02391", in_score_units=False)
 def _grad_cam(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     """On the last block's maps, or, for tokens, on what goes into the last block: of what comes out of it, only the
     class token counts in many models."""
@@ -319,12 +324,12 @@ def _from_tokens(subject: Subject, images: Tensor, attention: Tensor) -> Tensor:
     return _enlarged(row[:, prefix:].unflatten(1, (rows, columns))[:, None], images)
 
 
-@_method("attention", 1, "the last layer's, mean over heads")
+@_method("attention", 1, "the last layer's, mean over heads", in_score_units=False)
 def _raw_attention(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     return _from_tokens(subject, images, _recorded(subject, images)[-1])
 
 
-@_method("rollout", 1, "Abnar and Zuidema 2020, arXiv 2005.00928")
+@_method("rollout", 1, "Abnar and Zuidema 2020, arXiv 2005.00928", in_score_units=False)
 def _rollout(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     return _from_tokens(subject, images, rollout(_recorded(subject, images)))
 

@@ -41,7 +41,8 @@ class Settings:
         methods: (model, method) pairs; `explanation` of both models comes first in any case.
         unit: pixels of a square that is taken away; None: an eighth of the side.
         removals: (unit, fill) of every pair of curves; None for `unit`.
-        grids: how many grids each GridPG protocol gets.
+        grids: how many 2 x 2 grids GridPG gets; of 3 x 3, as many cells. Windows, nine a grid, and randomisation are for
+            cheap methods.
         confident: the teacher's least probability for a picture to be in a grid.
         cascade_pictures, cascade_steps: of the randomisation check.
         shares, subsets: sizes and number of the random subsets.
@@ -51,7 +52,7 @@ class Settings:
     unit: int | None = None
     removals: tuple[tuple[int | None, str], ...] = ((None, "grey"),)
     protocols: tuple[tuple[str, int], ...] = (("native", 2), ("native", 3), ("windowed", 2))
-    grids: int = 32
+    grids: int = 16
     confident: float = 0.5
     shares: tuple[float, ...] = (0.1, 0.3, 0.5)
     subsets: int = 8
@@ -360,7 +361,10 @@ def _faithfulness(notes: _Notes, explained: Explained, settings: Settings) -> No
                 lambda maps=maps, drawn=drawn, drops=drops: perturbation.sensitivity_n(maps, drawn, drops, unit),
             )
             for metric, values in perturbation.infidelity(maps, drawn, drops, unit).items():
-                notes.measure(row(metric), lambda values=values: values)
+                if metric == "infidelity" and not find_method(method).in_score_units:
+                    notes.absent(row(metric), "its maps are not in units of the score")
+                else:
+                    notes.measure(row(metric), lambda values=values: values)
     _randomised(notes, explained, settings)
 
 
@@ -487,7 +491,7 @@ def _grids(notes: _Notes, explained: Explained, settings: Settings, protocol: st
     for (model, method), row in notes.bar(list(rows.items()), f"GridPG, {variant}"):
         way = find_method(method)
         if protocol == "windowed" and not way.cheap:
-            notes.absent(row, f"nine windows of {way.passes} passes a picture each: too dear")
+            notes.absent(row, f"nine windows, {way.passes} passes each: too dear")
             continue
 
         def maps(images: Tensor, wanted: Decisions, way: Method = way, model: str = model) -> Tensor:
