@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -281,8 +282,9 @@ class AttentionWeights(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
-            with self:
-                return func(*args, **kwargs)
+            given = inspect.signature(func).bind(*args, **kwargs).arguments
+            self.found.append(func(**{**given, "need_weights": True, "average_attn_weights": False})[1].detach())
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             self.found.append(_attention(*args, **kwargs))
             return func(*args, **kwargs)

@@ -21,7 +21,7 @@ def offline(monkeypatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def subject_of() -> Callable[..., Subject]:
     """subject_of(MODEL, ...): a Subject of any module."""
 
@@ -32,13 +32,13 @@ def subject_of() -> Callable[..., Subject]:
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_subject() -> Callable[..., Subject]:
-    """tiny_subject(NAME): a randomised timm model at 64 pixels."""
+    """tiny_subject(ARCHITECTURE): a randomised timm model at 64 pixels."""
 
-    def make(name: str = "test_vit", model: nn.Module | None = None, **more) -> Subject:
+    def make(architecture: str = "test_vit", model: nn.Module | None = None, **more) -> Subject:
         torch.manual_seed(0)
-        teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=64)
+        teacher = load_teacher(f"timm:{architecture}", pretrained=False, image_size=64)
         randomise(teacher.model, noise_pictures(2, (64, 64)))
         preprocess = teacher.preprocess
         tokens = partial(token_grid, teacher.source)

@@ -69,7 +69,7 @@ def test_maps_do_not_depend_on_the_batch_and_leave_nothing_behind(tiny_subject, 
     images, decisions = draw(3, 3, 64, 64), ClassDecisions(torch.tensor([1, 2, 3]))
     subject = tiny_subject("test_vit", batch_size=16)
     if find_method(name).passes > 100:
-        images, decisions = images[:2, :, :, :], decisions.rows(torch.arange(2))
+        images, decisions = images[:1], decisions.rows(torch.arange(1))
     state = torch.random.get_rng_state()
     together = maps_of(find_method(name), subject, images, decisions, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
