@@ -21,9 +21,11 @@ def evaluate(
     against: list[str] | None = None,
     pictures: int = 128,
     grids: int = 16,
+    most_passes: int = 256,
     removals: list[str] | None = None,
     out: Path = Path("report"),
     weights: Path | None = None,
+    image_size: int | None = None,
     batch_size: int = 32,
     device: str = "auto",
     seed: int = 0,
@@ -46,10 +48,12 @@ def evaluate(
             integrated-gradients, grad-cam and occlusion; also lime, rise, attention, rollout; `all`, `none`.
         pictures: at most so many are explained, drawn by --seed.
         grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells).
+        most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
         removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement;
             default patches:grey.
         out: folder for the report.
         weights: the teacher's state dict, where it was converted from a file.
+        image_size: side in pixels, where it is not the model's own.
         batch_size: pictures a forward pass.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
         seed: of every draw.
@@ -71,10 +75,14 @@ def evaluate(
 
     check_free(out, overwrite)
     settings = suite.Settings(
-        _methods(against or CHEAP), grids=grids, removals=_removals(removals or ["patches:grey"]), seed=seed
+        _methods(against or CHEAP),
+        removals=_removals(removals or ["patches:grey"]),
+        grids=grids,
+        most_passes=most_passes,
+        seed=seed,
     )
     student = load(model)
-    preprocess = student.preprocess
+    preprocess = student.preprocess.at(image_size)
     index = find_pictures(data)
     fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), student.labels)
     shown = index if masks is None else find_pictures(masks)

@@ -41,8 +41,9 @@ class Settings:
         methods: (model, method) pairs; `explanation` of both models comes first in any case.
         unit: pixels of a square that is taken away; None: an eighth of the side.
         removals: (unit, fill) of every pair of curves; None for `unit`.
-        grids: how many 2 x 2 grids GridPG gets; of 3 x 3, as many cells. Windows, nine a grid, and randomisation are for
-            cheap methods.
+        grids: how many 2 x 2 grids GridPG gets; of 3 x 3, as many cells.
+        most_passes: a method has no part in a GridPG protocol where a cell would take it more passes of one picture's
+            size than this.
         confident: the teacher's least probability for a picture to be in a grid.
         cascade_pictures, cascade_steps: of the randomisation check.
         shares, subsets: sizes and number of the random subsets.
@@ -53,6 +54,7 @@ class Settings:
     removals: tuple[tuple[int | None, str], ...] = ((None, "grey"),)
     protocols: tuple[tuple[str, int], ...] = (("native", 2), ("native", 3), ("windowed", 2))
     grids: int = 16
+    most_passes: int = 256
     confident: float = 0.5
     shares: tuple[float, ...] = (0.1, 0.3, 0.5)
     subsets: int = 8
@@ -490,8 +492,9 @@ def _grids(notes: _Notes, explained: Explained, settings: Settings, protocol: st
     make = localisation.native_maps if protocol == "native" else localisation.windowed_maps
     for (model, method), row in notes.bar(list(rows.items()), f"GridPG, {variant}"):
         way = find_method(method)
-        if protocol == "windowed" and not way.cheap:
-            notes.absent(row, f"nine windows, {way.passes} passes each: too dear")
+        passes = way.passes * (side**2 if protocol == "native" else (2 * side - 1) ** 2)
+        if passes > settings.most_passes:
+            notes.absent(row, f"{passes} passes a cell are more than {settings.most_passes} (--most-passes)")
             continue
 
         def maps(images: Tensor, wanted: Decisions, way: Method = way, model: str = model) -> Tensor:

@@ -111,12 +111,8 @@ def test_bad_input_is_said_and_nothing_is_written(student, tmp_path, capsys, mem
     shard = write(tmp_path / "objects.tar", **members)
     words = [str(shard) if word == "SHARD" else word for word in words]
     given = ["evaluate", str(student), "--data", str(shard), "--out", str(tmp_path / "report"), *words]
-    labelled = "--labels" in words and "cls" in words
-    code = main(given)
-    error = capsys.readouterr().err
-    if labelled and code == 0:
-        pytest.skip("this student has no label names")
-    assert code == 1 and said.replace("SHARD", str(shard)) in error
+    assert main(given) == 1
+    assert said.replace("SHARD", str(shard)) in capsys.readouterr().err
     assert not (tmp_path / "report").exists() and [path.name for path in tmp_path.iterdir()] == ["objects.tar"]
 
 
@@ -131,7 +127,7 @@ def test_a_box_counts_as_a_mask_and_a_broken_picture_is_named(student, tmp_path)
     with_mask = read_pictures(find_pictures(str(masked)), preprocess, count=2, masks=True)
     assert torch.equal(with_box.masks > 0.5, with_mask.masks > 0.5)
     broken = write(tmp_path / "c.tar", jpg=lambda i: b"no picture")
-    with pytest.raises(DataError, match="s0 in .*c.tar is no picture"):
+    with pytest.raises(DataError, match=r"s\d in .*c.tar is no picture"):
         read_pictures(find_pictures(str(broken)), preprocess, count=2)
 
 
