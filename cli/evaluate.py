@@ -172,4 +172,5 @@ def _summary(evaluation: Any) -> None:
             rows = [
                 [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row] for row in table.rows
             ]
-            show_table(title, [name for name, _ in table.columns], rows)
+            heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]
+            show_table(title, heads, rows)

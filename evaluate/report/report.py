@@ -170,7 +170,8 @@ def _svg(curves: Sequence[Any], colour: dict[str, str]) -> Markup:
         parts.append(f'<line x1="{x}" y1="{y}" x2="{across}" y2="{y}" stroke="#e2e2e7"/>')
         parts.append(f'<text x="{float(x) - 5}" y="{float(y) + 4}" text-anchor="end" fill="#6e6e73">{value:.2f}</text>')
         x, y = axes.point(step / 4, 0).split(",")
-        parts.append(f'<text x="{x}" y="{float(y) + 15}" text-anchor="middle" fill="#6e6e73">{step * 25} %</text>')
+        anchor = "end" if step == 4 else "middle"
+        parts.append(f'<text x="{x}" y="{float(y) + 15}" text-anchor="{anchor}" fill="#6e6e73">{step * 25} %</text>')
     parts.append(
         f'<text x="{axes.width / 2}" y="{axes.height - 3}" text-anchor="middle" fill="#6e6e73">share removed</text>'
     )

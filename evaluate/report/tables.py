@@ -65,13 +65,13 @@ def cell_of(one: Measurement | None, best: bool = False) -> Cell:
 
 
 def fidelity_table(evaluation: Evaluation) -> Table:
-    """Metrics down; where of the model, value."""
+    """Metrics down; value, where in the model, and of which model."""
     rows = [
-        (_word(named(one.metric)), _word(one.variant or "output"), _word(_who(one)), cell_of(one))
+        (_word(named(one.metric)), cell_of(one), _word(one.variant or "output"), _word(one.model))
         for one in evaluation.measurements
         if one.section in ("fidelity", "probes")
     ]
-    return Table((("metric", ""), ("where", ""), ("of", ""), ("value", "mean and 95 % interval")), tuple(rows))
+    return Table((("metric", ""), ("value", "mean and 95 % interval"), ("where", ""), ("of", "")), tuple(rows))
 
 
 def method_tables(evaluation: Evaluation) -> dict[str, Table]:
@@ -97,7 +97,7 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
             ones = [place.get((*column, *pair), absent.get(pair)) for column in columns]
             cells = (cell_of(one, one is not None and one in best) for one in ones)
             rows.append((_word(pair[0]), _word(pair[1]), *cells))
-        heads = [(named(metric, variant), _hint(metric)) for metric, variant in columns]
+        heads = [(named(metric), "; ".join(filter(None, (variant, _hint(metric))))) for metric, variant in columns]
         tables[section] = Table((("model", ""), ("method", ""), *heads), tuple(rows))
     return tables
 
@@ -141,10 +141,6 @@ def _key(one: Measurement) -> tuple[str, str, str, str, str]:
 
 def _hint(metric: str) -> str:
     return {1: "more is better", -1: "less is better", 0: ""}[BETTER.get(metric, 1)]
-
-
-def _who(one: Measurement) -> str:
-    return "student and teacher" if one.model == "both" else one.model
 
 
 def _word(text: str) -> Cell:
