@@ -87,9 +87,7 @@ def main() -> None:
                 seconds[which].append(time.process_time() - start)
         best = [min(several) for several in seconds]
         rows.append({"case": name, "ours": best[0], "quantus": best[1], "times": best[1] / best[0]})
-        print(
-            f"{name:6} ours {best[0]:8.2f} s   Quantus {best[1]:8.2f} s   {best[1] / best[0]:6.1f} x   (CPU, best of runs)"
-        )
+        print(f"{name:6} ours {best[0]:8.2f} s   Quantus {best[1]:8.2f} s   {best[1] / best[0]:6.1f} x   CPU")
     difference = float(np.abs(ours(shares, 1).numpy() - theirs(values // steps)).max())
     print(f"largest difference of a confidence at the same steps: {difference:.1e}")
     if given.out:

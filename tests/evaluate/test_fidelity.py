@@ -22,7 +22,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_a_model_agrees_with_itself_wholly():
     x = draw(12, 7)
     assert fidelity(x, x, classifier=True) == pytest.approx(
-        {"raw_cosine": 1, "centred_cosine": 1, "neighbour_agreement": 1, "top1_agreement": 1}
+        {"raw_cosine": 1, "centred_cosine": 1, "cka": 1, "neighbour_agreement": 1, "top1_agreement": 1}
     )
     found = agreement(x, x)
     assert found["kl"].abs().max() < 1e-6 and found["top5_agreement"].min() == 1
