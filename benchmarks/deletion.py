@@ -4,7 +4,7 @@
 
 Two cases. `steps`: both measure the same curve at the same removed shares, pixel by pixel in order of the map, so both
 run the model equally often. `curve`: both give the area under the deletion curve of whole pictures; Quantus takes one
-step for every `--features` values of the picture, as it has no other, and ours its eight shares of patches.
+step for every `--features` values of the picture, as it has no other, and ours its nine shares of patches.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from bcosify.evaluate.subject import Subject, outputs_of
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reference", default="bundled:efficientnet_lite0")
-    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--image-size", type=int, default=96, help="a multiple of 12")
     parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--features", type=int, default=96, help="values a step of Quantus in the case `curve`")
+    parser.add_argument("--features", type=int, default=288, help="values a step of Quantus in the case `curve`")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -65,7 +65,8 @@ def main() -> None:
         )
         return np.asarray(found)
 
-    steps = 8
+    # Quantus wants a divisor of H · W, and whole pixels are three values.
+    steps = 9
     values = 3 * given.image_size**2
     shares = tuple((k + 1) / steps for k in range(steps))
 

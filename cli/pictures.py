@@ -85,13 +85,14 @@ def read_pictures(
 
 def class_indices(pictures: Any, labels: Sequence[str] | None) -> Any:
     """The same pictures; label numbers count as the classifier's own classes where it has that many."""
-    known = pictures.labels is not None and pictures.label_names is None and labels is not None
-    if known and int(pictures.labels.max()) >= len(labels or ()):
+    if pictures.labels is None or pictures.label_names is not None or labels is None:
+        return pictures
+    if (largest := int(pictures.labels.max())) >= len(labels):
         raise DataError(
-            f"A label is {int(pictures.labels.max())}, but the model has {len(labels or ())} classes, numbered from 0. "
+            f"A label is {largest}, but the model has {len(labels)} classes, numbered from 0. "
             "Leave --labels out, or pass labels of these classes."
         )
-    return dataclasses.replace(pictures, labels_are_classes=known)
+    return dataclasses.replace(pictures, labels_are_classes=True)
 
 
 def _picture(index: Any, i: int) -> Any:

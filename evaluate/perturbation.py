@@ -16,7 +16,7 @@ One code path makes both curves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -74,8 +74,9 @@ FILLS: dict[str, Callable[[Subject, Tensor], Tensor]] = {
 }
 
 
-def regions(height: int, width: int, unit: int) -> tuple[Tensor, int]:
-    """(H, W) the number of each pixel's region, and how many there are; regions at the border may be cut."""
+def regions(size: Sequence[int], unit: int) -> tuple[Tensor, int]:
+    """(H, W) the number of each pixel's region, and how many there are, for `size` (H, W); those at the border may be cut."""
+    height, width = size
     columns = -(-width // unit)
     number = (torch.arange(height) // unit)[:, None] * columns + (torch.arange(width) // unit)[None]
     return number, int(number[-1, -1]) + 1
@@ -98,7 +99,7 @@ def ranks(values: Tensor, order: Order, seed: int = 0) -> Tensor:
 
 def _perturbed(subject: Subject, images: Tensor, removed: Tensor, unit: int, fill: str) -> Iterator[Tensor]:
     """Batches (<= batch size, 3, H, W) of images (B, 3, H, W) without `removed` (B, S, R), picture by picture."""
-    number, _ = regions(*images.shape[-2:], unit)
+    number, _ = regions(images.shape[-2:], unit)
     owners = torch.arange(len(images)).repeat_interleave(removed.shape[1])
     flat = removed.flatten(0, 1)
     for rows in torch.arange(len(owners)).split(subject.batch_size):
@@ -188,7 +189,7 @@ def subset_drops(
         subsets (N, n, K, R) bool, drops (N, n, K): `count` K subsets of each of n sizes, and score(picture) - score(
         picture without the subset).
     """
-    _, total = regions(*images.shape[-2:], unit)
+    _, total = regions(images.shape[-2:], unit)
     generator = torch.Generator().manual_seed(seed)
     places = torch.rand(len(images), len(shares), count, total, generator=generator).argsort(-1).argsort(-1)
     sizes = torch.tensor([min(max(1, round(share * total)), total) for share in shares])
@@ -201,7 +202,7 @@ def subset_drops(
 
 def _attributed(maps: Tensor, subsets: Tensor, unit: int) -> Tensor:
     """(N, n, K) the contribution that maps (N, H, W) give to each subset."""
-    number, total = regions(*maps.shape[-2:], unit)
+    number, total = regions(maps.shape[-2:], unit)
     sums = maps.new_zeros(len(maps), total).index_add_(1, number.flatten(), maps.flatten(1))
     return torch.einsum("nskr,nr->nsk", subsets.to(sums), sums)
 

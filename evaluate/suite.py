@@ -332,8 +332,7 @@ def _faithfulness(notes: _Notes, explained: Explained, settings: Settings) -> No
                 unit=unit,
                 seed=seed,
             )
-        row = Measurement("faithfulness", "confidence", name)
-        notes.measure(row, lambda name=name: whole[name])
+        notes.measure(Measurement("faithfulness", "confidence", name), lambda name=name: whole[name])
     ends: dict[tuple[str, str], Tensor] = {}
     for (model, method), maps in notes.bar(list(explained.maps.items()), "faithfulness"):
         subject = explained.subjects[model]

@@ -41,7 +41,7 @@ class Share(nn.Module):
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 7))
 def test_regions_tile_any_picture_and_hold_their_mean(height, width, unit):
-    number, total = regions(height, width, unit)
+    number, total = regions((height, width), unit)
     assert number.unique().tolist() == list(range(total))
     maps = draw(2, height, width)
     wanted = torch.stack([maps[:, number == k].mean(1) for k in range(total)], 1)
