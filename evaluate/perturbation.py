@@ -75,7 +75,7 @@ FILLS: dict[str, Callable[[Subject, Tensor], Tensor]] = {
 
 
 def regions(size: Sequence[int], unit: int) -> tuple[Tensor, int]:
-    """(H, W) the number of each pixel's region, and how many there are, for `size` (H, W); those at the border may be cut."""
+    """(H, W) the number of each pixel's region, and how many; `size` is (H, W), regions at the border may be cut."""
     height, width = size
     columns = -(-width // unit)
     number = (torch.arange(height) // unit)[:, None] * columns + (torch.arange(width) // unit)[None]
