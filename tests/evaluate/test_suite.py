@@ -17,7 +17,7 @@ from bcosify.convert.trace import noise_pictures
 from bcosify.errors import DataError
 from bcosify.evaluate import suite
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
-from bcosify.evaluate.report import gallery_of, report_page
+from bcosify.evaluate.report import gallery_of, render_page, report_page
 from bcosify.evaluate.report.tables import comparison, method_tables
 from bcosify.evaluate.suite import Pictures, Settings
 
@@ -204,6 +204,35 @@ def test_the_page_holds_everything_itself(measured):
     page = report_page(measured[0], gallery_of(measured[1], None, 2), "a <b> title", "what", ["teacher: explanation"])
     assert "a &lt;b&gt; title" in page and "<svg" in page and page.count('class="map') >= 8
     assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\((?!data:)|https?://""", page)
+
+
+def test_the_demos_page_is_made_of_the_same_parts():
+    row = {
+        **{"picture": "chelsea.png", "model": "teacher", "label": "tiger cat", "target_label": "tiger cat"},
+        **{"second": "tabby", "ahead": 0.1, "agrees": True, "score": 9.2, "input": -2.3, "constants": 11.5},
+        "residual": 1e-6,
+    }
+    point = {
+        "pictures": 640,
+        "raw_cosine": 0.8,
+        "centred_cosine": 0.7,
+        "neighbour_agreement": 0.6,
+        "top1_agreement": 0.5,
+    }
+    page = render_page(
+        "demo.html",
+        **{
+            "reference": "bundled:efficientnet_lite0",
+            "layers": {"Linear": 1},
+            "identity_error": 1e-7,
+            "pressure": "B rises.",
+        },
+        **{"why": "time", "b": [1, 1.5], "beta": [1, 1], "fidelity": [point], "training_pictures": 640, "seconds": 60},
+        rows=[row],
+        pictures={f"chelsea.png:{kind}": "data:," for kind in ("teacher", "start", "end")},
+        explained={"chelsea.png": "a cat"},
+    )
+    assert page.count("<figure>") == 3 and "tiger cat" in page and "<title>bcosify: bundled:" in page
 
 
 CHECK = """
