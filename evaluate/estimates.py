@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,10 +57,13 @@ def bootstrap(values: Tensor, seed: int = 0, level: float = 0.95) -> Estimate:
 def jackknife(statistic: Callable[[Tensor], Tensor], n: int, seed: int = 0) -> Estimate:
     """statistic(rows) of all N pictures, with the normal interval of the grouped jackknife (Quenouille, Tukey).
 
-    For statistics that are no mean: resampling with replacement would compare pictures with themselves.
+    For statistics that are no mean: resampling with replacement would compare pictures with themselves. Raises
+    NotApplicable where the value is not finite.
     """
     everything = torch.arange(n)
     value = float(statistic(everything))
+    if not math.isfinite(value):
+        raise NotApplicable(f"its value on {n} pictures is not finite")
     groups = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tensor_split(min(GROUPS, n))
     if n < 4:
         return Estimate(value, None, None, n)

@@ -28,7 +28,7 @@ from .randomisation import cascade, rank_correlation
 from .record import Curve, Evaluation, Measurement, Seconds
 from .subject import Subject, outputs_of
 
-__all__ = ["Explained", "Pictures", "Settings", "evaluate", "explained_pair"]
+__all__ = ["Explained", "Pictures", "Settings", "evaluate"]
 
 OURS = "explanation"
 
@@ -192,7 +192,7 @@ def evaluate(
     notes = _Notes(settings.seed, progress)
     with notes.timed("fidelity"):
         _fidelity(notes, teacher, student, fidelity_on, texts)
-    explained = explained_pair(notes, teacher, student, explained_on, settings)
+    explained = _explained(notes, teacher, student, explained_on, settings)
     _faithfulness(notes, explained, settings)
     _localisation(notes, explained, settings)
     evaluation = Evaluation(
@@ -282,9 +282,7 @@ def _probes(notes: _Notes, subject: Subject, features: Tensor, pictures: Picture
 # ----------------------------------------------------------------------------------------------------------- explaining
 
 
-def explained_pair(
-    notes: _Notes, teacher: Subject, student: Subject, pictures: Pictures, settings: Settings
-) -> Explained:
+def _explained(notes: _Notes, teacher: Subject, student: Subject, pictures: Pictures, settings: Settings) -> Explained:
     """Maps of every method for the same decisions: the teacher's own, or the labels where these are classes."""
     with notes.timed("decisions"):
         outputs = outputs_of(teacher, pictures.images.split(teacher.batch_size))

@@ -97,6 +97,11 @@ def test_the_jackknifes_interval_is_that_of_the_normal_mean():
     assert found.high - found.value == pytest.approx(1.96 * float(values.std()) / math.sqrt(1000), rel=0.6)
 
 
+def test_a_value_that_is_not_finite_has_no_jackknife():
+    with pytest.raises(NotApplicable, match="on 10 pictures is not finite"):
+        jackknife(lambda rows: torch.tensor(math.nan), 10)
+
+
 # --------------------------------------------------------------------------------------------------------- features
 
 
