@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from torch import nn
 
 from ..convert import Student
+from ..convert.taps import blocks_of
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..errors import PlanError, RecipeError
 from .objectives import OBJECTIVES, observe
 from .recipe import Need, Recipe, list_recipes, load_recipe
-from .taps import blocks_of
 
 __all__ = ["NEEDS", "check_recipe"]
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.layers import scheduled_layers
+from ..convert.taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 from .losses import cosine_distance, magnitude_error, pairwise_error, squared_size, update_error
-from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 
 if TYPE_CHECKING:
     from .recipe import Recipe

@@ -13,10 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..convert.layers import BiasScheduled
 from ..errors import RecipeError, near_miss
+from .layers import BiasScheduled
 
-__all__ = ["Call", "blocks_of", "channels_last", "check_taps", "depth_taps", "find_blocks", "find_units", "record"]
+__all__ = [
+    "Call",
+    "blocks_of",
+    "channels_last",
+    "check_taps",
+    "depth_taps",
+    "find_blocks",
+    "find_units",
+    "first_tensor",
+    "record",
+]
 
 WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
