@@ -22,8 +22,9 @@ from bcosify.align.remote import chunks, fetch, shown
 from bcosify.align.shards import expand, index_shards
 from bcosify.convert.files import cache_root
 from bcosify.errors import DataError
-from loopback import QUICK, Handler, Server, cut, first, silent, status, whole
 from PIL import Image
+
+from loopback import QUICK, Handler, Server, cut, first, silent, status, whole
 
 
 def a_tar(count: int = 3, first: int = 0) -> bytes:

@@ -14,6 +14,7 @@ from bcosify.errors import NotApplicable, TargetError
 from bcosify.evaluate.baselines import METHODS, AttentionWeights, find_method, maps_of, rollout
 from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions
 from torch import nn
+
 from toys import Linear
 
 captum = pytest.importorskip("captum.attr")

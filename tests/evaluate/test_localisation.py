@@ -23,6 +23,7 @@ from bcosify.evaluate.localisation import (
 from bcosify.evaluate.randomisation import shuffle_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from toys import CellSums
 
 

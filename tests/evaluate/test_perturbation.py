@@ -23,6 +23,7 @@ from bcosify.evaluate.randomisation import cascade, rank_correlation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
 from toys import Linear
 
 
