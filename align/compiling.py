@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..convert.layers import scheduled_layers
-from .taps import find_blocks
+from ..convert.taps import find_blocks
 
 __all__ = ["compile_blocks", "eager", "make_eager"]
 

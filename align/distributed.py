@@ -28,11 +28,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..convert.layers import scheduled_layers, set_strength
+from ..convert.taps import find_blocks
 from ..errors import RecipeError
 from .compiling import eager
 from .objectives import Objective
 from .recipe import Recipe
-from .taps import find_blocks
 
 __all__ = ["Prepared", "check_sharded", "described", "make_accelerator", "prepare", "sharded_like", "whole"]
 

@@ -13,6 +13,7 @@ random state. As with any such process, a script that asks for workers needs the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing as mp
 import os
@@ -185,7 +186,8 @@ def size_at(sizes: Sequence[int], seed: int, step: int) -> int:
 
 
 def _crop_seed(seed: int, epoch: int, id: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, id]).generate_state(1, np.uint64)[0])
+    """The same on every machine, and far cheaper than numpy's seed sequences, which cost a tenth of a crop."""
+    return int.from_bytes(hashlib.blake2b(b"%d %d %d" % (seed, epoch, id), digest_size=8).digest(), "little")
 
 
 def to_model_input(

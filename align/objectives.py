@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ..convert import Student
 from ..convert.layers import scheduled_layers
 from ..convert.methods import find_method
+from ..convert.taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 from ..errors import RecipeError
 from .losses import (
     class_divergence,
@@ -36,7 +37,6 @@ from .losses import (
     update_error,
 )
 from .prototypes import PrototypeFit
-from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 
 if TYPE_CHECKING:
     from .recipe import Recipe

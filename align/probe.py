@@ -20,11 +20,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..convert.files import new_file
+from ..convert.taps import first_tensor
 from ..errors import BcosifyError
 from ..explain import ClassTarget, DirectionTarget, Target, explain, panel
 from .loader import held_out_batches
 from .shards import ShardIndex
-from .taps import first_tensor
 
 __all__ = ["EXPLANATIONS", "Probe", "make_probe"]
 

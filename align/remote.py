@@ -36,11 +36,11 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub.utils import WeakFileLock
 
-from ..convert.files import file_digest, new_folder
+from ..convert.files import cache_root, file_digest, new_folder
 from ..errors import CheckpointError, DataError, near_miss
 from . import tar
 
-__all__ = ["Patience", "cache_root", "chunks", "fetch", "is_remote", "reader", "refuse_scheme", "shown"]
+__all__ = ["Patience", "chunks", "fetch", "is_remote", "reader", "refuse_scheme", "shown"]
 
 SCHEME = re.compile(r"(pipe):|(?!file:)([A-Za-z][\w+.-]*)://")
 TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
@@ -258,13 +258,6 @@ def reader(source: Iterator[bytes]) -> io.BufferedReader:
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
-
-
-def cache_root() -> Path:
-    """Where bcosify keeps what can be made again: $BCOSIFY_CACHE, else `bcosify` in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("BCOSIFY_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bcosify"
 
 
 def fetch(

@@ -41,10 +41,10 @@ from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, Trans
 from webdataset.shardlists import expand_urls
 from webdataset.writer import ShardWriter
 
-from ..convert.files import check_free, new_file, new_folder
+from ..convert.files import cache_root, check_free, new_file, new_folder
 from ..errors import BcosifyError, DataError, near_miss
 from . import tar
-from .remote import cache_root, fetch, is_remote, refuse_scheme, shown
+from .remote import fetch, is_remote, refuse_scheme, shown
 from .tar import PICTURES
 
 __all__ = [

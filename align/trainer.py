@@ -32,11 +32,12 @@ from ..convert.checkpoint import versions
 from ..convert.files import check_free
 from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
 from ..convert.methods import find_method
+from ..convert.taps import first_tensor
+from ..evaluate.fidelity import fidelity
 from . import state
 from .checks import check_recipe
 from .compiling import compile_blocks, eager, make_eager
 from .distributed import Prepared, check_sharded, described, make_accelerator, prepare, whole
-from .fidelity import fidelity
 from .loader import Augment, BadSamples, Batch, check_batch, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
 from .objectives import FITS, OBJECTIVES, observe
@@ -56,7 +57,6 @@ from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
 from .stream import Stream
-from .taps import first_tensor
 from .trackers import TRACKED, check_trackers, log_picture, start_trackers
 
 __all__ = ["AlignConfig", "align"]

@@ -18,11 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bcosify.align import remote
-from bcosify.align.remote import cache_root, chunks, fetch, shown
+from bcosify.align.remote import chunks, fetch, shown
 from bcosify.align.shards import expand, index_shards
+from bcosify.convert.files import cache_root
 from bcosify.errors import DataError
-from loopback import QUICK, Handler, Server, cut, first, silent, status, whole
 from PIL import Image
+
+from loopback import QUICK, Handler, Server, cut, first, silent, status, whole
 
 
 def a_tar(count: int = 3, first: int = 0) -> bytes:

@@ -19,8 +19,9 @@ from bcosify.align.stream import SURE, Stream, fingerprints
 from bcosify.errors import DataError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loopback import QUICK, Server, cut, first, whole
 from PIL import Image
+
+from loopback import QUICK, Server, cut, first, whole
 
 SIZE = 8
 

@@ -11,10 +11,11 @@ from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for,
 from bcosify.convert.layers import CodaConv2d, CodaLinear, DynamicConv2d, adopt, scheduled_layers, squashed
 from bcosify.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
-from convolutions import convolutions, source_pads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+
+from convolutions import convolutions, source_pads
 
 SQUASHES = ("l2", "sq")
 both = pytest.mark.parametrize("squash", SQUASHES)

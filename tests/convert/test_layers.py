@@ -21,11 +21,12 @@ from bcosify.convert.layers import (
     scheduled_layers,
     set_strength,
 )
-from convolutions import convolutions, source_pads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import BatchNormAct2d, Conv2dSame, GroupNorm1, LayerNorm2d
 from torch import Tensor, nn
+
+from convolutions import convolutions, source_pads
 
 HALVES = (torch.float32, torch.bfloat16, torch.float16)
 often = settings(max_examples=50, deadline=None, derandomize=True)

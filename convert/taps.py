@@ -9,11 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..convert.blocks import WEIGHT_LAYERS, blocks_of
-from ..convert.layers import BiasScheduled
 from ..errors import RecipeError, near_miss
+from .blocks import WEIGHT_LAYERS, blocks_of
+from .layers import BiasScheduled
 
-__all__ = ["Call", "channels_last", "check_taps", "depth_taps", "find_blocks", "find_units", "record"]
+__all__ = [
+    "Call",
+    "channels_last",
+    "check_taps",
+    "depth_taps",
+    "find_blocks",
+    "find_units",
+    "first_tensor",
+    "record",
+]
 
 
 @dataclasses.dataclass(frozen=True)
