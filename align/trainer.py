@@ -373,7 +373,7 @@ class _Run:
     def _move(self, model: nn.Module, phase: Phase, k: int, steps: int) -> None:
         """The strengths of step `k`."""
         moving = {name: getattr(phase, name) for name in ("b", "beta", "dampening")}
-        strengths = {name: ramp(k, steps, *ends, phase.ramp) for name, ends in moving.items()}
+        strengths = {name: ramp(k, steps, start, end, phase.ramp) for name, (start, end) in moving.items()}
         for moved in dict.fromkeys((model, self._result)):
             set_strength(moved, **strengths)
 
@@ -421,8 +421,7 @@ class _Run:
     def _judged(self, progress: state.Progress) -> state.Progress:
         """`progress` after the evaluation that was just made; keeps the weights where it was the best so far."""
         score = progress.curve[-1]["centred_cosine"] if self.accelerator.is_main_process else 0.0
-        told = broadcast(torch.tensor(score, dtype=torch.float64, device=self.accelerator.device))
-        progress = progress.judged(float(told))
+        progress = progress.judged(self._told(score))
         if progress.best_step == progress.step:
             self.best = state.snapshot(self._result)
         return progress
@@ -430,13 +429,17 @@ class _Run:
     def _held_to_floor(self, progress: state.Progress) -> state.Progress:
         """`progress` after the evaluation that was just made; keeps the weights where they still agree enough."""
         point = progress.curve[-1] if self.accelerator.is_main_process else {"centred_cosine": 0.0}
-        score = point.get("top1_agreement", point["centred_cosine"])
-        told = broadcast(torch.tensor(score, dtype=torch.float64, device=self.accelerator.device))
-        self.guarded = float(told) < self.recipe.min_agreement
+        self.guarded = self._told(point.get("top1_agreement", point["centred_cosine"])) < self.recipe.min_agreement
         if self.guarded:
             return progress
         self.best = state.snapshot(self._result)
         return dataclasses.replace(progress, best_step=progress.step)
+
+    def _told(self, score: float) -> float:
+        """The main process's `score`, in every process."""
+        told = broadcast(torch.tensor(score, dtype=torch.float64, device=self.accelerator.device))
+        assert isinstance(told, Tensor)
+        return float(told)
 
     def _ended(self, progress: state.Progress, where: dict[str, Any]) -> state.Progress:
         """`progress` at the end of a phase, with the student as it was at the phase's best evaluation."""

@@ -79,7 +79,8 @@ def _look(model: Any, size: tuple[int, int], config: CaStreamConfig) -> _Place:
             "pass a larger --image-size"
         )
     widths = tuple(stage.shape[1] for stage in maps)
-    return _Place(stages, widths, tuple(maps[-1].shape[-2:]), READERS[head_reads(model, picture, final, maps[-1])])
+    height, width = maps[-1].shape[-2:]
+    return _Place(stages, widths, (height, width), READERS[head_reads(model, picture, final, maps[-1])])
 
 
 DISTILLED = ("decisions", "pairwise", "end-to-end")
