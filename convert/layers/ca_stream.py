@@ -135,11 +135,10 @@ class CaStream(nn.Module):
             with Linearised(self) as mode:
                 outputs = self.forward_head(self._head_input(mode.follow(pooled), final))
             pulled = [mode.pull(outputs[:, k].sum(), retain_graph=True) for k in range(outputs.shape[1])]
-        unseen = torch.zeros_like(pooled)  # by outputs that do not depend on what is pooled
-        gradients = torch.stack([unseen if pull is None else pull for (pull,), _ in pulled], 1).detach()
+        gradients = torch.stack([gradient for (gradient,), _ in pulled], 1).detach()
         names = dict.fromkeys(name for _, constants in pulled for name in constants)
         nothing = outputs.new_zeros(len(outputs))
-        constants = {name: torch.stack([c.get(name, nothing) for _, c in pulled], 1).detach() for name in names}
+        constants = {name: torch.stack([c[name] if name in c else nothing for _, c in pulled], 1).detach() for name in names}
         constants |= {name: torch.einsum("bkd,bd->bk", gradients, value) for name, value in self._added(final).items()}
         contributions = torch.einsum("bkd,bpd->bkp", gradients, shares.detach())
         return outputs.detach(), contributions.unflatten(-1, stages[-1].shape[-2:]), constants
