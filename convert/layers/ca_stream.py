@@ -138,7 +138,8 @@ class CaStream(nn.Module):
         gradients = torch.stack([gradient for (gradient,), _ in pulled], 1).detach()
         names = dict.fromkeys(name for _, constants in pulled for name in constants)
         nothing = outputs.new_zeros(len(outputs))
-        constants = {name: torch.stack([c[name] if name in c else nothing for _, c in pulled], 1).detach() for name in names}
+        held = {name: [c[name] if name in c else nothing for _, c in pulled] for name in names}
+        constants = {name: torch.stack(values, 1).detach() for name, values in held.items()}
         constants |= {name: torch.einsum("bkd,bd->bk", gradients, value) for name, value in self._added(final).items()}
         contributions = torch.einsum("bkd,bpd->bkp", gradients, shares.detach())
         return outputs.detach(), contributions.unflatten(-1, stages[-1].shape[-2:]), constants
