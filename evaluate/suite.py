@@ -267,8 +267,10 @@ def evaluate(
     notes = _Notes(facts, work, settings.seed, progress)
     notes.step("fidelity", lambda: _fidelity(notes, teacher, student, fidelity_on, texts))
     explained = _explained(notes, teacher, student, explained_on, settings, unit)
+    notes.step("masks", lambda: _masks(notes, explained))
     _faithfulness(notes, explained, settings)
-    _localisation(notes, explained, settings)
+    for protocol, side in settings.protocols:
+        _grids(notes, explained, settings, protocol, side)
     return notes.evaluation(), explained
 
 
@@ -530,12 +532,6 @@ def _randomised(notes: _Notes, explained: Explained, settings: Settings, model: 
 
 
 # --------------------------------------------------------------------------------------------------------- localisation
-
-
-def _localisation(notes: _Notes, explained: Explained, settings: Settings) -> None:
-    notes.step("masks", lambda: _masks(notes, explained))
-    for protocol, side in settings.protocols:
-        _grids(notes, explained, settings, protocol, side)
 
 
 def _masks(notes: _Notes, explained: Explained) -> None:
