@@ -42,8 +42,10 @@ from bcosify.align.shards import expand, index_shards
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import Preprocess, convert, load, load_teacher, save
 from bcosify.convert.methods import find_method
+from bcosify.evaluate.decisions import decide
 from bcosify.evaluate.fidelity import fidelity
-from bcosify.explain import ClassTarget, DirectionTarget, Target, explain
+from bcosify.evaluate.localisation import positive_shares
+from bcosify.explain import Target, explain
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor
@@ -127,18 +129,10 @@ def outputs(model: nn.Module, pictures: Tensor) -> Tensor:
     return torch.cat([model(part) for part in pictures.split(32)])
 
 
-def question(teacher: Tensor, classifier: bool) -> Target:
-    """What is explained: the teacher's class; without classes, its own direction from its mean feature."""
-    if classifier:
-        return ClassTarget(teacher.argmax(1, keepdim=True))
-    return DirectionTarget(nn.functional.normalize(teacher - teacher.mean(0))[:, None])
-
-
 def explained(model: nn.Module, objects: Objects, target: Target) -> dict[str, float]:
     """Share of the positive contribution inside the mask, of the constants in the ledger, and its worst residual."""
     explanation = explain(model, objects.pictures, target, batch_size=16, check=False)
-    positive = explanation.contributions[:, 0].clamp_min(0)
-    inside = (positive * objects.masks).sum((-2, -1)) / positive.sum((-2, -1)).clamp_min(1e-12)
+    inside = positive_shares(explanation.contributions[:, 0], objects.masks)
     inputs, constants = explanation.input_part.abs(), explanation.constant_part.abs()
     residual = explanation.residual.abs() / explanation.scores.abs().clamp_min(1)
     return {
@@ -163,7 +157,7 @@ class Bench:
             batches = held_out_batches(index_shards(expand(str(self.data / "val-*.tar"))), size=size, workers=0)
             held_out = to_model_input(torch.cat([batch.pictures for batch in batches]), mean, std)
             objects = Objects.read(str(self.data / "objects-*.tar"), size, teacher.preprocess)
-            target = question(outputs(teacher.model, objects.pictures), teacher.labels is not None)
+            target = decide(outputs(teacher.model, objects.pictures), teacher.labels is not None).target()
             answer = explained(teacher.model, objects, target)
             self.teachers[name, size] = (held_out, outputs(teacher.model, held_out), objects, target, answer)
         return self.teachers[name, size]

@@ -21,7 +21,7 @@ def evaluate(
     against: list[str] | None = None,
     pictures: int = 128,
     grids: int = 16,
-    most_passes: int = 256,
+    most_passes: int = 128,
     removals: list[str] | None = None,
     out: Path = Path("report"),
     weights: Path | None = None,
@@ -36,7 +36,8 @@ def evaluate(
 
     OUT gets evaluation.json and report.html, which works from disk. Explanations of both models and of the other
     methods are judged on the same pictures, for the teacher's own decisions: no labels are needed. What does not apply
-    is said.
+    is said. What takes long can be stopped: OUT.run has an evaluation.json of every step that was done, and the same
+    command goes on after them.
     Example: bcosify evaluate runs/dino/aligned --data val.tar --masks objects.tar --out report
 
     Args:
@@ -61,6 +62,7 @@ def evaluate(
         json: print the evaluation as JSON on stdout.
     """
     import dataclasses
+    import shutil
 
     import torch
 
@@ -103,6 +105,8 @@ def evaluate(
     texts = None
     if student.text is not None and fidelity_on.label_names:
         texts = embed_texts(student.text, fidelity_on.label_names)
+    # What a stopped evaluation found is beside its report, and is gone when the report is there.
+    work = out.with_name(f"{out.name}.run")
     with new_folder(out, overwrite) as folder:
         evaluation, explained = suite.evaluate(
             teacher,
@@ -118,8 +122,9 @@ def evaluate(
                 "student_weights": weights_digest(ours.model),
                 "versions": versions(),
             },
-            data={"data": index.digest, "masks": None if masks is None else shown.digest},
+            data={"data": index.digest, "masks": None if masks is None else shown.digest, "labels": labels},
             texts=texts,
+            work=work,
         )
         evaluation.write(folder)
         gallery = gallery_of(explained, student.labels)
@@ -129,6 +134,7 @@ def evaluate(
             f"{len(fidelity_on):,} pictures for fidelity, {len(explained_on):,} explained, at {preprocess.size[0]} px."
         )
         (folder / "report.html").write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
+    shutil.rmtree(work, ignore_errors=True)
     _summary(evaluation)
     console.print(f"wrote {out / 'evaluation.json'} and {out / 'report.html'}")
     return dataclasses.asdict(evaluation)

@@ -39,6 +39,7 @@ class Method:
         run: (subject, images (B, 3, H, W), decisions of B, seed) -> signed maps (B, H, W).
         passes: forward and backward passes for one picture, roughly: how dear it is.
         in_score_units: whether a region's contributions say by how much the score would fall without it.
+        shared: whether several decisions about one picture, standing side by side in a batch, share their passes.
         source: paper.
     """
 
@@ -47,6 +48,7 @@ class Method:
     passes: int
     source: str
     in_score_units: bool = True
+    shared: bool = False
 
     @property
     def cheap(self) -> bool:
@@ -80,10 +82,10 @@ def maps_of(method: Method, subject: Subject, images: Tensor, decisions: Decisio
 
 
 def _method(
-    name: str, passes: int, source: str, in_score_units: bool = True
+    name: str, passes: int, source: str, in_score_units: bool = True, shared: bool = False
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def keep(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS[name] = Method(name, run, passes, source, in_score_units)
+        METHODS[name] = Method(name, run, passes, source, in_score_units, shared)
         return run
 
     return keep
@@ -103,6 +105,18 @@ def _explanation(subject: Subject, images: Tensor, decisions: Decisions, seed: i
 def _forward(subject: Subject, decisions: Decisions) -> Callable[[Tensor, Tensor], Tensor]:
     """(images (M, 3, H, W), rows (M,)) -> scores (M,): captum repeats the rows as it repeats the pictures."""
     return lambda images, rows: decisions.rows(rows).scores(main_output(subject.model(images)))
+
+
+def _shared_forward(subject: Subject, decisions: Decisions) -> Callable[[Tensor, Tensor], Tensor]:
+    """`_forward` without gradients: pictures that are equal to the one before them, as in GridPG, share its pass."""
+
+    def scores(images: Tensor, rows: Tensor) -> Tensor:
+        new = torch.ones(len(images), dtype=torch.bool, device=images.device)
+        new[1:] = (images[1:] != images[:-1]).flatten(1).any(1)
+        outputs = main_output(subject.model(images[new]))
+        return decisions.rows(rows).scores(outputs[new.cumsum(0) - 1])
+
+    return scores
 
 
 def _captum(name: str) -> Any:
@@ -134,11 +148,11 @@ def _integrated_gradients(subject: Subject, images: Tensor, decisions: Decisions
     ).sum(1)
 
 
-@_method("occlusion", 50, "Zeiler and Fergus 2014, arXiv 1311.2901; 7 x 7 squares of grey")
+@_method("occlusion", 50, "Zeiler and Fergus 2014, arXiv 1311.2901; 7 x 7 squares of grey", shared=True)
 @torch.no_grad()
 def _occlusion(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     side = -(-min(images.shape[-2:]) // 7)
-    maps = _captum("Occlusion")(_forward(subject, decisions)).attribute(
+    maps = _captum("Occlusion")(_shared_forward(subject, decisions)).attribute(
         images,
         sliding_window_shapes=(3, side, side),
         strides=(3, side, side),

@@ -2,20 +2,26 @@
 
 Costs are shared: random subsets are taken away once a model, the ends of a curve are measured once a model and fill,
 every map is made once. What does not apply becomes a row that says why; a fault of ours or of the data is an error.
+An evaluation is a sequence of named steps; each is kept as soon as it is done, so that what was stopped can go on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..convert.files import new_file
 from ..convert.trace import fitted
 from ..errors import DataError, LedgerError, NotApplicable
 from ..explain import explain
@@ -25,7 +31,7 @@ from .decisions import ClassDecisions, Decisions, decide
 from .estimates import Estimate, bootstrap, jackknife
 from .features import DENSE, OUTPUT, cache_key, features_of
 from .randomisation import cascade, rank_correlation
-from .record import Curve, Evaluation, Measurement, Seconds
+from .record import Curve, Evaluation, Measurement, Seconds, read_evaluation
 from .subject import Subject, outputs_of
 
 __all__ = ["Explained", "Pictures", "Settings", "evaluate"]
@@ -47,6 +53,7 @@ class Settings:
         confident: the teacher's least probability for a picture to be in a grid.
         cascade_pictures, cascade_steps: of the randomisation check.
         shares, subsets: sizes and number of the random subsets.
+        subset_pictures: of sensitivity-n and infidelity, which need shares x subsets passes of each: the first so many.
     """
 
     methods: tuple[tuple[str, str], ...] = ()
@@ -54,10 +61,11 @@ class Settings:
     removals: tuple[tuple[int | None, str], ...] = ((None, "grey"),)
     protocols: tuple[tuple[str, int], ...] = (("native", 2), ("native", 3), ("windowed", 2))
     grids: int = 16
-    most_passes: int = 256
+    most_passes: int = 128
     confident: float = 0.5
     shares: tuple[float, ...] = (0.1, 0.3, 0.5)
     subsets: int = 8
+    subset_pictures: int = 32
     cascade_pictures: int = 16
     cascade_steps: int = 3
     seed: int = 0
@@ -120,31 +128,79 @@ class Pictures:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Explained:
-    """The pictures, the decision about each, and the maps (N, H, W) of every (model, method) that applies."""
+    """The pictures, both models' outputs (N, D), the decisions, and maps (N, H, W) of every pair that applies."""
 
     pictures: Pictures
+    outputs: dict[str, Tensor]
     decisions: Decisions
     subjects: dict[str, Subject]
     maps: dict[tuple[str, str], Tensor]
     unit: int
 
+    def confidence(self, model: str) -> Tensor:
+        """(N,) on the whole pictures."""
+        return self.decisions.confidence(self.outputs[model])
+
 
 class _Notes:
-    """Measurements, curves and seconds as they come in."""
+    """Measurements, curves and seconds as they come in, after those that `folder` holds of the same evaluation.
 
-    def __init__(self, seed: int, progress: bool) -> None:
-        self.seed = seed
-        self.progress = progress
-        self.measurements: list[Measurement] = []
-        self.curves: list[Curve] = []
-        self.seconds: list[Seconds] = []
+    `facts` are what the evaluation is of (model, data, settings); steps of another one in the folder are thrown away.
+    """
 
-    @contextlib.contextmanager
-    def timed(self, step: str) -> Iterator[None]:
+    def __init__(self, facts: dict[str, Any], folder: Path | None, seed: int, progress: bool) -> None:
+        self.facts, self.folder, self.seed, self.progress = facts, folder, seed, progress
+        before = _before(folder, facts)
+        self.measurements: list[Measurement] = list(before.measurements)
+        self.curves: list[Curve] = list(before.curves)
+        self.seconds: list[Seconds] = list(before.seconds)
+        if folder is not None and not before.seconds:
+            for stale in folder.glob("maps-*.safetensors"):
+                stale.unlink()
+
+    def evaluation(self) -> Evaluation:
+        return Evaluation(
+            **self.facts,
+            measurements=tuple(self.measurements),
+            curves=tuple(self.curves),
+            seconds=tuple(self.seconds),
+        )
+
+    def step(self, name: str, run: Callable[[], None]) -> None:
+        """Does a step that was not done before, and keeps what it found at once."""
+        if self.done(name):
+            return
         wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        took = Seconds(step, round(time.perf_counter() - wall, 2), round(time.process_time() - cpu, 2))
+        run()
+        took = Seconds(name, round(time.perf_counter() - wall, 2), round(time.process_time() - cpu, 2))
         self.seconds.append(took)
+        if self.folder is not None:
+            self.evaluation().write(self.folder)
+
+    def done(self, name: str) -> bool:
+        return any(known.step == name for known in self.seconds)
+
+    def maps(self, model: str, method: str, make: Callable[[], Tensor]) -> Tensor | None:
+        """The maps that `make` gives, or gave before; None where there are none, which then is a row."""
+        name, path = f"maps: {model}, {method}", None
+        if self.folder is not None:
+            path = self.folder / f"maps-{model}-{method}.safetensors"
+        if self.done(name):
+            return load_file(path)["maps"] if path is not None and path.is_file() else None
+        found: list[Tensor] = []
+
+        def run() -> None:
+            try:
+                found.append(make())
+            except NotApplicable as error:
+                self.absent(Measurement("faithfulness", "maps", model, method), str(error))
+                return
+            if path is not None:
+                with new_file(path) as scratch:
+                    save_file({"maps": found[0].contiguous()}, scratch)
+
+        self.step(name, run)
+        return found[0] if found else None
 
     def absent(self, row: Measurement, reason: str) -> None:
         """Keeps that there is no such number, and why."""
@@ -163,6 +219,16 @@ class _Notes:
         return tqdm(items, desc=title, disable=not self.progress, leave=False)  # type: ignore[return-value]
 
 
+def _before(folder: Path | None, facts: dict[str, Any]) -> Evaluation:
+    """What `folder` holds of the evaluation with these facts; nothing where it holds none, or another one."""
+    with contextlib.suppress(DataError):
+        if folder is not None:
+            found = read_evaluation(folder)
+            if all(getattr(found, name) == json.loads(json.dumps(fact)) for name, fact in facts.items()):
+                return found
+    return Evaluation(**facts, measurements=())
+
+
 def evaluate(
     teacher: Subject,
     student: Subject,
@@ -173,6 +239,7 @@ def evaluate(
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     texts: Tensor | None = None,
+    work: Path | None = None,
     progress: bool = True,
 ) -> tuple[Evaluation, Explained]:
     """Measures everything that applies.
@@ -182,6 +249,8 @@ def evaluate(
         explained_on: pictures that are explained, with masks where there are some.
         model, data: facts for the record.
         texts: (K, D) embeddings of the label names, for zero-shot accuracy.
+        work: a folder that holds every step as soon as it is done. Given one with steps of the same model, data and
+            settings, which `model` and `data` must tell apart, goes on after them.
 
     Returns:
         The evaluation, and the maps that it was made from.
@@ -189,21 +258,20 @@ def evaluate(
     Raises:
         DataError: the models do not belong together, or there are no pictures.
     """
-    notes = _Notes(settings.seed, progress)
-    with notes.timed("fidelity"):
-        _fidelity(notes, teacher, student, fidelity_on, texts)
-    explained = _explained(notes, teacher, student, explained_on, settings)
+    unit = settings.unit or max(1, min(explained_on.images.shape[-2:]) // 8)
+    facts = {
+        "model": model or {},
+        "data": {"pictures": len(fidelity_on), "explained": len(explained_on), **(data or {})},
+        "settings": {**dataclasses.asdict(settings), "unit": unit},
+    }
+    notes = _Notes(facts, work, settings.seed, progress)
+    notes.step("fidelity", lambda: _fidelity(notes, teacher, student, fidelity_on, texts))
+    explained = _explained(notes, teacher, student, explained_on, settings, unit)
+    notes.step("masks", lambda: _masks(notes, explained))
     _faithfulness(notes, explained, settings)
-    _localisation(notes, explained, settings)
-    evaluation = Evaluation(
-        model=model or {},
-        data={"pictures": len(fidelity_on), "explained": len(explained_on), **(data or {})},
-        settings={**dataclasses.asdict(settings), "unit": explained.unit},
-        measurements=tuple(notes.measurements),
-        curves=tuple(notes.curves),
-        seconds=tuple(notes.seconds),
-    )
-    return evaluation, explained
+    for protocol, side in settings.protocols:
+        _grids(notes, explained, settings, protocol, side)
+    return notes.evaluation(), explained
 
 
 # -------------------------------------------------------------------------------------------------- fidelity and probes
@@ -282,89 +350,105 @@ def _probes(notes: _Notes, subject: Subject, features: Tensor, pictures: Picture
 # ----------------------------------------------------------------------------------------------------------- explaining
 
 
-def _explained(notes: _Notes, teacher: Subject, student: Subject, pictures: Pictures, settings: Settings) -> Explained:
+def _explained(
+    notes: _Notes, teacher: Subject, student: Subject, pictures: Pictures, settings: Settings, unit: int
+) -> Explained:
     """Maps of every method for the same decisions: the teacher's own, or the labels where these are classes."""
-    with notes.timed("decisions"):
-        outputs = outputs_of(teacher, pictures.images.split(teacher.batch_size))
-        ours = outputs_of(student, pictures.images[:1].split(1))
-    if outputs.shape[1] != ours.shape[1]:
+    subjects = {"teacher": teacher, "student": student}
+    outputs = {
+        name: outputs_of(subject, pictures.images.split(subject.batch_size)) for name, subject in subjects.items()
+    }
+    theirs, ours = outputs.values()
+    if theirs.shape[1] != ours.shape[1]:
         raise DataError(
-            f"Teacher and student do not belong together: the teacher gives {outputs.shape[1]} numbers a picture, the "
+            f"Teacher and student do not belong together: the teacher gives {theirs.shape[1]} numbers a picture, the "
             f"student {ours.shape[1]}. Pass the model that the student was converted from."
         )
-    if not outputs.isfinite().all():
+    if not theirs.isfinite().all():
         raise DataError("The teacher's outputs hold NaN or infinity: its weights are broken, or the pictures are.")
-    decisions = decide(outputs, teacher.classifier, pictures.labels if pictures.labels_are_classes else None)
-    subjects = {"teacher": teacher, "student": student}
+    decisions = decide(theirs, teacher.classifier, pictures.labels if pictures.labels_are_classes else None)
     maps: dict[tuple[str, str], Tensor] = {}
     for model, name in notes.bar(settings.pairs, "maps"):
-        with notes.timed(f"maps: {model}, {name}"):
-            try:
-                maps[model, name] = maps_of(
-                    find_method(name), subjects[model], pictures.images, decisions, settings.seed
-                )
-            except NotApplicable as error:
-                notes.absent(Measurement("faithfulness", "maps", model, name), str(error))
-    unit = settings.unit or max(1, min(pictures.images.shape[-2:]) // 8)
-    return Explained(pictures, decisions, subjects, maps, unit)
+        make = functools.partial(maps_of, find_method(name), subjects[model], pictures.images, decisions, settings.seed)
+        if (found := notes.maps(model, name, make)) is not None:
+            maps[model, name] = found
+    return Explained(pictures, outputs, decisions, subjects, maps, unit)
 
 
 # --------------------------------------------------------------------------------------------------------- faithfulness
 
 
 def _faithfulness(notes: _Notes, explained: Explained, settings: Settings) -> None:
-    pictures, decisions, unit, seed = explained.pictures, explained.decisions, explained.unit, settings.seed
-    whole, subsets = {}, {}
-    for name, subject in explained.subjects.items():
-        with notes.timed(f"ledger: {name}"):
-            _ledger(notes, subject, pictures, decisions)
-        with notes.timed(f"random subsets: {name}"):
-            outputs = outputs_of(subject, pictures.images.split(subject.batch_size))
-            whole[name] = decisions.confidence(outputs)
-            subsets[name] = perturbation.subset_drops(
-                subject,
-                pictures.images,
-                decisions,
-                shares=settings.shares,
-                count=settings.subsets,
-                unit=unit,
-                seed=seed,
-            )
-        notes.measure(Measurement("faithfulness", "confidence", name), lambda name=name: whole[name])
-    ends: dict[tuple[str, str], Tensor] = {}
-    for (model, method), maps in notes.bar(list(explained.maps.items()), "faithfulness"):
-        subject = explained.subjects[model]
+    @functools.cache
+    def subsets(model: str) -> tuple[Tensor, Tensor]:
+        few = explained.pictures.images[: settings.subset_pictures]
+        return perturbation.subset_drops(
+            explained.subjects[model],
+            few,
+            explained.decisions.rows(torch.arange(len(few))),
+            shares=settings.shares,
+            count=settings.subsets,
+            unit=explained.unit,
+            seed=settings.seed,
+        )
 
-        def row(metric: str, variant: str = "", model: str = model, method: str = method) -> Measurement:
-            return Measurement("faithfulness", metric, model, method, variant)
+    @functools.cache
+    def ends(model: str, fill: str) -> Tensor:
+        """(N, 2) confidence on the whole pictures and on the fill alone."""
+        subject, images = explained.subjects[model], explained.pictures.images
+        filled = (perturbation.FILLS[fill](subject, part) for part in images.split(subject.batch_size))
+        gone = explained.decisions.confidence(outputs_of(subject, filled))
+        return torch.stack([explained.confidence(model), gone], 1)
 
-        with notes.timed(f"removal curves: {model}, {method}"):
-            for size, fill in settings.removals:
-                if (model, fill) not in ends:
-                    filled = (
-                        perturbation.FILLS[fill](subject, part) for part in pictures.images.split(subject.batch_size)
-                    )
-                    gone = decisions.confidence(outputs_of(subject, filled))
-                    ends[model, fill] = torch.stack([whole[model], gone], 1)
-                _removal(notes, explained, (model, method), ends[model, fill], size or unit, fill, seed)
-        with notes.timed(f"drop, sensitivity, infidelity: {model}, {method}"):
-            masked = perturbation.masked_confidence(subject, pictures.images, maps, decisions)
-            for metric, values in perturbation.average_drop(whole[model], masked).items():
-                notes.measure(
-                    row(metric),
-                    lambda metric=metric, values=values, subject=subject: _if_not_full(subject, metric) or values,
-                )
-            drawn, drops = subsets[model]
-            notes.measure(
-                row("sensitivity_n"),
-                lambda maps=maps, drawn=drawn, drops=drops: perturbation.sensitivity_n(maps, drawn, drops, unit),
+    for model in explained.subjects:
+        notes.step(f"ledger: {model}", functools.partial(_ledger, notes, explained, model))
+    for pair in notes.bar(explained.maps, "faithfulness"):
+        name = ", ".join(pair)
+        for size, fill in settings.removals:
+            variant = _variant(size or explained.unit, fill)
+            notes.step(
+                f"removal curves: {name}, {variant}",
+                functools.partial(_removal, notes, explained, pair, ends, size or explained.unit, fill),
             )
-            for metric, values in perturbation.infidelity(maps, drawn, drops, unit).items():
-                if metric == "infidelity" and not find_method(method).in_score_units:
-                    notes.absent(row(metric), "its maps are not in units of the score")
-                else:
-                    notes.measure(row(metric), lambda values=values: values)
-    _randomised(notes, explained, settings)
+        notes.step(f"average drop: {name}", functools.partial(_drop, notes, explained, pair))
+        notes.step(f"sensitivity, infidelity: {name}", functools.partial(_subsets, notes, explained, pair, subsets))
+    for model in explained.subjects:
+        notes.step(f"randomisation: {model}", functools.partial(_randomised, notes, explained, settings, model))
+
+
+def _drop(notes: _Notes, explained: Explained, pair: tuple[str, str]) -> None:
+    model, method = pair
+    subject, maps = explained.subjects[model], explained.maps[pair]
+    masked = perturbation.masked_confidence(subject, explained.pictures.images, maps, explained.decisions)
+    for metric, values in perturbation.average_drop(explained.confidence(model), masked).items():
+        notes.measure(
+            Measurement("faithfulness", metric, model, method),
+            lambda metric=metric, values=values: _if_not_full(subject, metric) or values,
+        )
+
+
+def _subsets(
+    notes: _Notes,
+    explained: Explained,
+    pair: tuple[str, str],
+    subsets: Callable[[str], tuple[Tensor, Tensor]],
+) -> None:
+    """What random subsets cost is found out by the first method of a model, whose seconds it counts in."""
+    model, method = pair
+    drawn, drops = subsets(model)
+    maps, unit = explained.maps[pair][: len(drawn)], explained.unit
+    row = Measurement("faithfulness", "sensitivity_n", model, method)
+    notes.measure(row, lambda: perturbation.sensitivity_n(maps, drawn, drops, unit))
+    for metric, values in perturbation.infidelity(maps, drawn, drops, unit).items():
+        row = dataclasses.replace(row, metric=metric)
+        if metric == "infidelity" and not find_method(method).in_score_units:
+            notes.absent(row, "its maps are not in units of the score")
+        else:
+            notes.measure(row, lambda values=values: values)
+
+
+def _variant(size: int, fill: str) -> str:
+    return f"{'pixels' if size == 1 else f'patches of {size}'}, {fill}"
 
 
 def _if_not_full(subject: Subject, metric: str) -> None:
@@ -372,10 +456,12 @@ def _if_not_full(subject: Subject, metric: str) -> None:
         raise NotApplicable("a model without classes is wholly confident of its own features from the start")
 
 
-def _ledger(notes: _Notes, subject: Subject, pictures: Pictures, decisions: Decisions) -> None:
-    """How exactly contributions and constants add up, and how much of the score the constants are."""
+def _ledger(notes: _Notes, explained: Explained, model: str) -> None:
+    """How exactly contributions and constants add up, how much of the score the constants are, and how sure it is."""
+    subject, pictures, decisions = explained.subjects[model], explained.pictures, explained.decisions
+    notes.measure(Measurement("faithfulness", "confidence", model), lambda: explained.confidence(model))
     residuals, shares = [], []
-    row = Measurement("faithfulness", "ledger_residual", subject.name, OURS)
+    row = Measurement("faithfulness", "ledger_residual", model, OURS)
     try:
         for rows in torch.arange(len(pictures)).split(subject.batch_size):
             images = fitted(pictures.images[rows], subject.model)
@@ -391,10 +477,15 @@ def _ledger(notes: _Notes, subject: Subject, pictures: Pictures, decisions: Deci
 
 
 def _removal(
-    notes: _Notes, explained: Explained, pair: tuple[str, str], ends: Tensor, size: int, fill: str, seed: int
+    notes: _Notes,
+    explained: Explained,
+    pair: tuple[str, str],
+    ends: Callable[[str, str], Tensor],
+    size: int,
+    fill: str,
 ) -> None:
     model, method = pair
-    variant = f"{'pixels' if size == 1 else f'patches of {size}'}, {fill}"
+    variant, around = _variant(size, fill), ends(model, fill)
     fractions = (0.0, *perturbation.FRACTIONS, 1.0)
     quarter = fractions.index(0.25)
     names: tuple[tuple[perturbation.Order, str, str], ...] = (
@@ -410,43 +501,40 @@ def _removal(
             order,
             unit=size,
             fill=fill,
-            seed=seed,
+            seed=notes.seed,
         )
-        curves = torch.cat([ends[:, :1], inner, ends[:, 1:]], 1)
+        curves = torch.cat([around[:, :1], inner, around[:, 1:]], 1)
         row = Measurement("faithfulness", of_area, model, method, variant)
         notes.measure(row, lambda curves=curves: perturbation.area(curves, fractions))
         notes.measure(dataclasses.replace(row, metric=of_quarter), lambda curves=curves: curves[:, quarter])
         with contextlib.suppress(NotApplicable):  # the rows above say it
-            points = [bootstrap(column, seed) for column in curves.T]
+            points = [bootstrap(column, notes.seed) for column in curves.T]
             value, low, high = (tuple(getattr(point, name) for point in points) for name in ("value", "low", "high"))
             notes.curves.append(Curve(model, method, variant, order, fractions, value, low, high))
 
 
-def _randomised(notes: _Notes, explained: Explained, settings: Settings) -> None:
-    """How much of a map stays when what the student learnt is shuffled away, block by block from the top."""
+def _randomised(notes: _Notes, explained: Explained, settings: Settings, model: str) -> None:
+    """How much of a map stays when what the model learnt is shuffled away, block by block from the top."""
     images = explained.pictures.images[: settings.cascade_pictures]
     decisions = explained.decisions.rows(torch.arange(len(images)))
-    for model, subject in explained.subjects.items():
-        methods = [method for known, method in explained.maps if known == model and find_method(method).cheap]
-        with notes.timed(f"randomisation: {model}"):
-            for share, shuffled in cascade(subject, settings.cascade_steps, settings.seed):
-                for method in methods:
-                    row = Measurement("faithfulness", "randomised", model, method, f"{share:.0%} of the blocks")
-                    before = explained.maps[model, method][: len(images)]
-                    notes.measure(
-                        row,
-                        lambda method=method, shuffled=shuffled, before=before: rank_correlation(
-                            before,
-                            maps_of(find_method(method), shuffled, images, decisions, settings.seed),
-                            explained.unit,
-                        ),
-                    )
+    methods = [method for known, method in explained.maps if known == model and find_method(method).cheap]
+    for share, shuffled in cascade(explained.subjects[model], settings.cascade_steps, settings.seed):
+        for method in methods:
+            before = explained.maps[model, method][: len(images)]
+            notes.measure(
+                Measurement("faithfulness", "randomised", model, method, f"{share:.0%} of the blocks"),
+                lambda method=method, shuffled=shuffled, before=before: rank_correlation(
+                    before,
+                    maps_of(find_method(method), shuffled, images, decisions, settings.seed),
+                    explained.unit,
+                ),
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- localisation
 
 
-def _localisation(notes: _Notes, explained: Explained, settings: Settings) -> None:
+def _masks(notes: _Notes, explained: Explained) -> None:
     masks = explained.pictures.masks
     for (model, method), maps in explained.maps.items():
         row = Measurement("localisation", "energy_in_mask", model, method)
@@ -461,52 +549,43 @@ def _localisation(notes: _Notes, explained: Explained, settings: Settings) -> No
     if masks is not None:
         row = Measurement("localisation", "mask_area", "both")
         notes.measure(row, lambda: (masks > 0.5).float().mean((1, 2)))
-    for protocol, side in settings.protocols:
-        _grids(notes, explained, settings, protocol, side)
 
 
 def _grids(notes: _Notes, explained: Explained, settings: Settings, protocol: str, side: int) -> None:
-    """One GridPG protocol: the same grids, chosen by the teacher alone, for every method; those that fail are rows."""
-    pictures, decisions = explained.pictures, explained.decisions
-    variant = f"{protocol} {side}x{side}"
-    outputs = outputs_of(explained.subjects["teacher"], pictures.images.split(explained.subjects["teacher"].batch_size))
-    eligible = decisions.confidence(outputs) >= settings.confident
-    if isinstance(decisions, ClassDecisions):
-        # With labels, the teacher must be right; without, its own class is the decision.
-        eligible &= outputs.argmax(1) == decisions.classes
-    # As many cells in every protocol.
-    count, rows = max(1, settings.grids * 4 // side**2), {}
-    for model, method in explained.maps:
-        rows[model, method] = Measurement("localisation", "gridpg", model, method, variant)
-    try:
-        grids = localisation.choose_grids(decisions, eligible, side, count, settings.seed)
+    """One GridPG protocol: the same grids, chosen by the teacher alone, for every method."""
+    pictures, decisions, variant = explained.pictures, explained.decisions, f"{protocol} {side}x{side}"
+
+    @functools.cache
+    def grids() -> localisation.Grids:
+        eligible = explained.confidence("teacher") >= settings.confident
+        if isinstance(decisions, ClassDecisions):
+            # With labels, the teacher must be right; without, its own class is the decision.
+            eligible &= explained.outputs["teacher"].argmax(1) == decisions.classes
+        # As many cells in every protocol.
+        count = max(1, settings.grids * 4 // side**2)
+        chosen = localisation.choose_grids(decisions, eligible, side, count, settings.seed)
         for subject in explained.subjects.values():
             runs_on(subject, pictures.images, side if protocol == "native" else 1)
-    except NotApplicable as error:
-        for row in rows.values():
-            notes.absent(row, str(error))
-        return
-    make = localisation.native_maps if protocol == "native" else localisation.windowed_maps
-    for (model, method), row in notes.bar(list(rows.items()), f"GridPG, {variant}"):
-        way = find_method(method)
-        passes = way.passes * (side**2 if protocol == "native" else (2 * side - 1) ** 2)
-        if passes > settings.most_passes:
-            notes.absent(row, f"{passes} passes a cell are more than {settings.most_passes} (--most-passes)")
-            continue
+        return chosen
 
-        def maps(images: Tensor, wanted: Decisions, way: Method = way, model: str = model) -> Tensor:
+    def scores(model: str, way: Method) -> Tensor:
+        passes = way.passes * (side**2 if protocol == "native" else (2 * side - 1) ** 2)
+        passes = -(-passes // side**2) if way.shared else passes
+        if passes > settings.most_passes:
+            raise NotApplicable(f"{passes} passes a cell are more than {settings.most_passes} (--most-passes)")
+
+        def maps(images: Tensor, wanted: Decisions) -> Tensor:
             return maps_of(way, explained.subjects[model], images, wanted, settings.seed)
 
-        with notes.timed(f"GridPG {variant}: {model}, {method}"):
-            # Cells of a grid are not independent: the interval is over grids.
-            notes.measure(
-                row,
-                lambda maps=maps: (
-                    localisation.grid_scores(make(pictures.images, decisions, grids, maps), grids)
-                    .view(len(grids), -1)
-                    .mean(1)
-                ),
-            )
+        make = localisation.native_maps if protocol == "native" else localisation.windowed_maps
+        found = localisation.grid_scores(make(pictures.images, decisions, grids(), maps), grids())
+        # Cells of a grid are not independent: the interval is over grids.
+        return found.view(len(grids()), -1).mean(1)
+
+    for model, method in notes.bar(explained.maps, f"GridPG, {variant}"):
+        row = Measurement("localisation", "gridpg", model, method, variant)
+        value = functools.partial(scores, model, find_method(method))
+        notes.step(f"GridPG {variant}: {model}, {method}", functools.partial(notes.measure, row, value))
 
 
 @torch.no_grad()

@@ -65,6 +65,21 @@ def test_occlusion_and_lime_of_a_linear_model_are_the_squares_drops(linear):
     assert F.cosine_similarity(lime.flatten(1), wanted.flatten(1)).min() > 0.97  # its ridge pulls towards 0
 
 
+def test_occlusion_of_several_decisions_about_one_picture_shares_its_passes(linear):
+    subject, images, decisions, _ = linear
+    images, decisions = images[[0, 0, 1]], decisions.rows(torch.tensor([0, 1, 1]))
+    alone = [
+        maps_of(find_method("occlusion"), subject, images[[i]], decisions.rows(torch.tensor([i]))) for i in range(3)
+    ]
+    seen: list[int] = []
+    handle = subject.model.register_forward_hook(lambda module, args, output: seen.append(len(args[0])))
+    together = maps_of(find_method("occlusion"), subject, images, decisions)
+    handle.remove()
+    torch.testing.assert_close(together, torch.cat(alone))
+    assert not torch.equal(together[0], together[1])
+    assert sum(seen) == 2 * 50  # two pictures, whole and without each of 7 x 7 squares
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_maps_do_not_depend_on_the_batch_and_leave_nothing_behind(tiny_subject, name):
     images, decisions = draw(3, 3, 64, 64), ClassDecisions(torch.tensor([1, 2, 3]))

@@ -98,6 +98,36 @@ def test_the_record_reads_back_as_it_was_written(measured, tmp_path):
     assert {"centred_cosine", "energy_in_mask", "deletion_auc", "insertion_auc"} <= set(again.headline())
 
 
+def test_a_stopped_evaluation_goes_on_where_it_was(pair, measured, tmp_path, monkeypatch):
+    """Stopped in the student's curve: what came before is on disk, is not done again, and the numbers are the same."""
+    facts = {"model": {"weights": "w"}, "progress": False, "work": tmp_path / "work"}
+    removal, fidelity = suite._removal, suite._fidelity
+
+    def stop(notes, explained, pair, *more) -> None:
+        if pair[0] == "student":
+            raise KeyboardInterrupt
+        removal(notes, explained, pair, *more)
+
+    monkeypatch.setattr(suite, "_removal", stop)
+    with pytest.raises(KeyboardInterrupt):
+        suite.evaluate(*pair(), pictures(), pictures(), QUICK, **facts)
+    kept = read_evaluation(tmp_path / "work")
+    assert kept.find("deletion_auc", "teacher", "explanation")
+    assert kept.find("deletion_auc", "student", "explanation") is None
+    monkeypatch.setattr(suite, "_removal", removal)
+    monkeypatch.setattr(suite, "_fidelity", lambda *_: pytest.fail("fidelity was done before"))
+    evaluation, explained = suite.evaluate(*pair(), pictures(), pictures(), QUICK, **facts)
+    assert evaluation.seconds[: len(kept.seconds)] == kept.seconds
+    assert [step.step for step in evaluation.seconds] == [step.step for step in measured[0].seconds]
+    assert evaluation.measurements == measured[0].measurements and evaluation.curves == measured[0].curves
+    for key, maps in measured[1].maps.items():
+        assert torch.equal(explained.maps[key], maps)
+    # Other weights are another evaluation: nothing is taken over.
+    monkeypatch.setattr(suite, "_fidelity", fidelity)
+    other, _ = suite.evaluate(*pair(), pictures(), pictures(), QUICK, **{**facts, "model": {"weights": "v"}})
+    assert other.seconds != evaluation.seconds and other.measurements == evaluation.measurements
+
+
 @pytest.mark.parametrize(
     ("written", "said"),
     [
