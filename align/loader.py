@@ -13,10 +13,11 @@ random state. As with any such process, a script that asks for workers needs the
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing as mp
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -28,7 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import DataError
-from .shards import ShardFile, ShardIndex, batch_indices, decode, order, read_at, reason
+from .shards import ShardIndex, batch_indices, decode, order, reason
+from .stream import Stream
 
 __all__ = [
     "Augment",
@@ -37,9 +39,12 @@ __all__ = [
     "Batch",
     "Batches",
     "CentreCrop",
+    "Picture",
     "PictureSet",
     "Run",
+    "check_batch",
     "held_out_batches",
+    "size_at",
     "to_model_input",
     "training_batches",
 ]
@@ -50,15 +55,32 @@ SUBSTITUTES = 16  # how many pictures in a row may be broken
 # ----------------------------------------------------------------------------------------------------------- contracts
 
 
+class Picture(Protocol):
+    """A picture that can be read, wherever it is. `id`: its position in the index, or in the sequence of a stream."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def key(self) -> str: ...
+
+    @property
+    def shard(self) -> str: ...
+
+    def read(self) -> bytes: ...
+
+
 class BadSample(NamedTuple):
-    """A picture that could not be decoded: its position in the index, and why."""
+    """A picture that could not be decoded, and why."""
 
     id: int
+    key: str
+    shard: str
     reason: str
 
 
 class Batch(NamedTuple):
-    """B pictures; `ids` are the positions in the index of those shown, `bad` are those that others stand in for."""
+    """B pictures; `ids` are the ids of those shown (see Picture), `bad` are those that others stand in for."""
 
     pictures: torch.Tensor  # (B, 3, S, S) uint8
     ids: torch.Tensor  # (B,) int64
@@ -96,20 +118,19 @@ class CentreCrop:
 
 
 class Run(NamedTuple):
-    """A piece of an epoch's order: the first `count` pictures are asked for, those after them are their substitutes."""
+    """A piece of an order: the first `count` pictures are asked for, those after them are their substitutes."""
 
     epoch: int
+    size: int  # side of the views in pixels
     count: int
-    ids: np.ndarray  # (count + SUBSTITUTES,)
-    places: np.ndarray  # (count + SUBSTITUTES, 3), as `ShardIndex.places` gives them
+    pictures: Sequence[Picture]  # count + SUBSTITUTES
 
 
 class PictureSet(Dataset):
     """Runs to batches: reads, decodes and crops. An item is a Batch, or the DataError that stopped it."""
 
-    def __init__(self, files: Sequence[ShardFile], size: int, augment: Augment | CentreCrop, seed: int = 0):
-        self.files = files
-        self.view = augment.view(size)
+    def __init__(self, sizes: Iterable[int], augment: Augment | CentreCrop, seed: int = 0):
+        self.views = {size: augment.view(size) for size in sizes}
         self.seed = seed
 
     def __getitem__(self, run: Run) -> Batch | DataError:
@@ -120,46 +141,53 @@ class PictureSet(Dataset):
             return error
 
     def _batch(self, run: Run) -> Batch:
-        pictures: list[torch.Tensor] = []
+        views: list[torch.Tensor] = []
         ids: list[int] = []
-        bad: dict[int, str] = {}
-        for asked in range(run.count):
-            tries = slice(asked, asked + 1 + len(run.ids) - run.count)  # as many, wherever in a run the picture is
-            for id, place in zip(run.ids[tries].tolist(), run.places[tries], strict=True):
-                picture = self._picture(run.epoch, id, place)
-                if isinstance(picture, torch.Tensor):
-                    pictures.append(picture)
-                    ids.append(id)
-                    break
-                bad[id] = picture
-            else:
-                raise self._none_decodes(run, asked, bad[int(run.ids[asked])])
-        return Batch(torch.stack(pictures), torch.tensor(ids), tuple(BadSample(*item) for item in bad.items()))
+        bad: dict[int, BadSample] = {}
+        # torchvision draws from the global generator: lend it states of the pictures' own. Only the CPU's is touched.
+        with torch.random.fork_rng(devices=[]):
+            for asked in range(run.count):
+                # As many substitutes for each picture, wherever in a run it is.
+                for picture in run.pictures[asked : asked + 1 + len(run.pictures) - run.count]:
+                    view = self._view(run, picture)
+                    if isinstance(view, torch.Tensor):
+                        views.append(view)
+                        ids.append(picture.id)
+                        break
+                    bad[picture.id] = BadSample(picture.id, picture.key, picture.shard, view)
+                else:
+                    raise _none_decodes(bad[run.pictures[asked].id], len(run.pictures) - run.count)
+        return Batch(torch.stack(views), torch.tensor(ids), tuple(bad.values()))
 
-    def _picture(self, epoch: int, id: int, place: np.ndarray) -> torch.Tensor | str:
+    def _view(self, run: Run, picture: Picture) -> torch.Tensor | str:
         """The picture as (3, S, S) uint8, or why it cannot be decoded."""
-        shard, offset, length = map(int, place)
-        data = read_at(self.files[shard], offset, length)
+        data = picture.read()
         try:
             image = decode(data)
         except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
             return reason(error)
-        # torchvision draws from the global generator: lend it a state of this picture's own. Only the CPU's is touched.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(_crop_seed(self.seed, epoch, id))
-            return self.view(image)
+        torch.default_generator.manual_seed(_crop_seed(self.seed, run.epoch, picture.id))
+        return self.views[run.size](image)
 
-    def _none_decodes(self, run: Run, asked: int, why: str) -> DataError:
-        shard, offset, _ = map(int, run.places[asked])
-        return DataError(
-            f"{self.files[shard].path}: the picture at byte {offset} cannot be decoded, nor can any of the "
-            f"{len(run.ids) - run.count} that would stand in for it ({why}). "
-            "Check the shards; to write them again: bcosify shards DIR OUT"
-        )
+
+def _none_decodes(bad: BadSample, substitutes: int) -> DataError:
+    return DataError(
+        f"{bad.shard}: the picture {bad.key!r} cannot be decoded, nor can any of the "
+        f"{substitutes} that would stand in for it ({bad.reason}). "
+        "Check the shards; to write them again: bcosify shards DIR OUT"
+    )
+
+
+def size_at(sizes: Sequence[int], seed: int, step: int) -> int:
+    """The one of `sizes` that step `step` of a run with this seed trains at; all are drawn alike often."""
+    if len(sizes) == 1:
+        return sizes[0]
+    return sizes[int(np.random.default_rng([seed, step]).integers(len(sizes)))]
 
 
 def _crop_seed(seed: int, epoch: int, id: int) -> int:
-    return int(np.random.SeedSequence([seed, epoch, id]).generate_state(1, np.uint64)[0])
+    """The same on every machine, and far cheaper than numpy's seed sequences, which cost a tenth of a crop."""
+    return int.from_bytes(hashlib.blake2b(b"%d %d %d" % (seed, epoch, id), digest_size=8).digest(), "little")
 
 
 def to_model_input(
@@ -196,6 +224,7 @@ class TrainingRuns:
     steps: range
     rank: int
     world_size: int
+    sizes: tuple[int, ...] = (224,)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -205,7 +234,31 @@ class TrainingRuns:
         for step in self.steps:
             epoch, batch, _ = batch_indices(len(self.index), self.seed, self.global_batch, step)
             first = batch * self.global_batch + self.rank * share
-            yield _run(self.index, order(len(self.index), self.seed, epoch), epoch, first, share)
+            size = size_at(self.sizes, self.seed, step)
+            yield _run(self.index, order(len(self.index), self.seed, epoch), epoch, size, first, share)
+
+
+@dataclass(frozen=True)
+class StreamedRuns:
+    """The same of a stream, whose epochs have no length: its sequence goes on over their ends."""
+
+    stream: Stream
+    seed: int
+    global_batch: int
+    steps: range
+    rank: int
+    world_size: int
+    sizes: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Run]:
+        share = self.global_batch // self.world_size
+        for step in self.steps:
+            first = step * self.global_batch + self.rank * share
+            size = size_at(self.sizes, self.seed, step)
+            yield Run(0, size, share, self.stream.take(self.seed, first, share + SUBSTITUTES))
 
 
 @dataclass(frozen=True)
@@ -215,6 +268,7 @@ class HeldOutRuns:
     index: ShardIndex
     count: int
     batch_size: int
+    size: int
 
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
@@ -222,13 +276,13 @@ class HeldOutRuns:
     def __iter__(self) -> Iterator[Run]:
         ids = np.arange(self.count)
         for first in range(0, self.count, self.batch_size):
-            yield _run(self.index, ids, 0, first, min(self.batch_size, self.count - first))
+            yield _run(self.index, ids, 0, self.size, first, min(self.batch_size, self.count - first))
 
 
-def _run(index: ShardIndex, ids: np.ndarray, epoch: int, first: int, count: int) -> Run:
+def _run(index: ShardIndex, ids: np.ndarray, epoch: int, size: int, first: int, count: int) -> Run:
     """`count` pictures of `ids` from `first` on, and the substitutes behind them (from the front again at the end)."""
     picked = ids.take(range(first, first + count + min(SUBSTITUTES, len(ids) - 1)), mode="wrap")
-    return Run(epoch, count, picked, index.places(picked))
+    return Run(epoch, size, count, index.pictures(picked))
 
 
 class Batches:
@@ -262,7 +316,7 @@ class Batches:
 
 
 def training_batches(
-    index: ShardIndex,
+    source: ShardIndex | Stream,
     *,
     seed: int,
     global_batch: int,
@@ -270,15 +324,30 @@ def training_batches(
     steps: int,
     rank: int = 0,
     world_size: int = 1,
-    size: int = 224,
+    size: int | Sequence[int] = 224,
     augment: Augment | CentreCrop | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Batches:
     """This rank's share of the global batches of `steps` steps, the first of which is `first_step`.
 
-    To resume a run of n steps at step t: first_step=t, steps=n - t. `augment` None means Augment(). Raises DataError
-    where the processes cannot share the global batch evenly, or where there are fewer pictures than that.
+    To resume a run of n steps at step t: first_step=t, steps=n - t. `augment` None means Augment(). Of several sizes,
+    each step takes one (`size_at`); pictures and crops are the same at every size. Raises DataError where the processes
+    cannot share the global batch evenly, or where there are fewer pictures than that.
+    """
+    check_batch(source, global_batch, world_size)
+    if not 0 <= rank < world_size or first_step < 0 or steps < 0:
+        raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    these = (seed, global_batch, range(first_step, first_step + steps), rank, world_size, sizes)
+    runs = StreamedRuns(source, *these) if isinstance(source, Stream) else TrainingRuns(source, *these)
+    return Batches(PictureSet(sizes, augment or Augment(), seed), runs, workers, pin_memory)
+
+
+def check_batch(source: ShardIndex | Stream, global_batch: int, world_size: int) -> None:
+    """Raises DataError where processes cannot share a global batch evenly, or pictures are fewer than it takes.
+
+    How many a stream has is not known before it was read.
     """
     if global_batch % world_size:
         lower = global_batch - global_batch % world_size
@@ -286,11 +355,8 @@ def training_batches(
         raise DataError(
             f"A global batch of {global_batch} cannot be shared evenly by {world_size} processes. Use {fits}."
         )
-    if not 0 <= rank < world_size or first_step < 0 or steps < 0:
-        raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
-    batch_indices(len(index), seed, global_batch, first_step)  # refuse what is too small before workers start
-    runs = TrainingRuns(index, seed, global_batch, range(first_step, first_step + steps), rank, world_size)
-    return Batches(PictureSet(index.files, size, augment or Augment(), seed), runs, workers, pin_memory)
+    if isinstance(source, ShardIndex):
+        batch_indices(len(source), 0, global_batch, 0)
 
 
 def held_out_batches(
@@ -311,7 +377,7 @@ def held_out_batches(
     if count < 1 or batch_size < 1:
         raise DataError(f"No held-out pictures: {len(index)} in the shards, limit {limit}, batch size {batch_size}.")
     return Batches(
-        PictureSet(index.files, size, CentreCrop(crop_pct)), HeldOutRuns(index, count, batch_size), workers, pin_memory
+        PictureSet((size,), CentreCrop(crop_pct)), HeldOutRuns(index, count, batch_size, size), workers, pin_memory
     )
 
 
@@ -337,14 +403,15 @@ def _fork_server() -> BaseContext:
 
 
 class BadSamples:
-    """Counts the broken pictures of `index`, lists each once in a JSON Lines file, and stops when they are too many.
+    """Counts the broken pictures of `source`, lists each once in a JSON Lines file, and stops when they are too many.
 
-    The limit is a share of all pictures, so that one early broken picture stops no run. A line of the list is
-    {"key", "shard", "reason"}; lines from before a resume count. Processes may share the list: a line is one write.
+    The limit is a share of all pictures (of a stream: of those that came), so that one early broken picture stops no
+    run. A line of the list is {"key", "shard", "reason"}; lines from before a resume count. Processes may share the
+    list: a line is one write.
     """
 
-    def __init__(self, index: ShardIndex, path: str | os.PathLike[str], limit: float = 0.01):
-        self.index = index
+    def __init__(self, source: Sized, path: str | os.PathLike[str], limit: float = 0.01):
+        self.source = source
         self.path = Path(path)
         self.limit = limit
         self.known = _listed(self.path)
@@ -354,18 +421,17 @@ class BadSamples:
 
     @property
     def share(self) -> float:
-        return len(self.known) / len(self.index)
+        return len(self.known) / len(self.source)
 
     def add(self, bad: Sequence[BadSample]) -> None:
         """Takes a batch's `bad`. Raises DataError when the share of broken pictures is above the limit."""
-        for id, why in bad:
-            key, shard = self.index.key(id), self.index.file(id).path
+        for _, key, shard, why in bad:
             if (key, shard) not in self.known:
                 self.known.add((key, shard))
                 _append(self.path, json.dumps({"key": key, "shard": shard, "reason": why}) + "\n")
         if self.share > self.limit:
             raise DataError(
-                f"{len(self.known)} of {len(self.index)} pictures ({self.share:.2%}) cannot be decoded; the limit is "
+                f"{len(self.known)} of {len(self.source)} pictures ({self.share:.2%}) cannot be decoded; the limit is "
                 f"{self.limit:.2%}. They are listed in {self.path}. Write the shards without them, or raise the limit."
             )
 

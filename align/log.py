@@ -11,23 +11,26 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..convert.layers import scheduled_layers
 from ..errors import BcosifyError
 from . import state
 from .recipe import Recipe
+from .trackers import scalars
 
 __all__ = ["METRICS", "PhaseLog", "strengths", "write_row"]
 
 METRICS = "metrics.jsonl"
 
 
-def write_row(work: Path, row: dict[str, Any], accelerator: Accelerator) -> None:
-    """Appends one row to metrics.jsonl (main process)."""
+def write_row(work: Path, row: dict[str, Any], accelerator: Accelerator, step: int) -> None:
+    """Appends one row to metrics.jsonl, and shows it in the trackers as of `step` (main process)."""
     if accelerator.is_main_process:
         with (work / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
+        accelerator.log(scalars(row), step=step)
 
 
 class PhaseLog:
@@ -37,16 +40,17 @@ class PhaseLog:
         self,
         recipe: Recipe,
         number: int,
+        first: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         work: Path,
         quiet: bool = False,
     ) -> None:
-        """Args: number: which phase of `recipe` this is. work: the run's folder."""
+        """Args: number, first: which phase of `recipe` this is, and its first step. work: the run's folder."""
         self.recipe, self.number, self.phase = recipe, number, recipe.phases[number]
         self.model, self.optimizer, self.accelerator, self.work = model, optimizer, accelerator, work
-        self.first = sum(recipe.steps[:number])
+        self.first = first
         self.end = self.first + recipe.steps[number]
         self.total: Tensor | None = None
         self.count, self.since, self.seconds = 0, time.monotonic(), 0.0
@@ -89,7 +93,7 @@ class PhaseLog:
             **strengths(self.model),
             "pictures_per_second": round(rate, 2),
         }
-        write_row(self.work, row, self.accelerator)
+        write_row(self.work, row, self.accelerator, progress.step)
         self.bar.set_postfix_str(f"loss {mean:.4f}")
         self.total, self.count = None, 0
 
@@ -121,7 +125,10 @@ class PhaseLog:
 @torch.no_grad()
 def _largest_gradient(model: nn.Module) -> str:
     """Name of the parameter whose gradient is largest; one that is no number counts as largest."""
-    sizes = {name: float(p.grad.abs().max()) for name, p in model.named_parameters() if p.grad is not None}
+    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    # Of a gradient in shards this process's part: the others may not have come to this line.
+    here = ((name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients if g is not None)
+    sizes = {name: float(gradient.abs().max()) for name, gradient in here if gradient.numel()}
     return max(sizes, key=lambda name: math.inf if math.isnan(sizes[name]) else sizes[name], default="none")
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cosine_distance", "magnitude_error", "pairwise_error", "update_error"]
+__all__ = ["cosine_distance", "magnitude_error", "pairwise_error", "squared_size", "update_error"]
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,11 +31,21 @@ def pairwise_error(student: Tensor, teacher: Tensor, scale: float = 10.0) -> Ten
     return -F.logsigmoid(labels * logits).sum(1).mean()
 
 
-def update_error(student: Tensor, teacher: Tensor, floor: float = 0.1) -> Tensor:
+def update_error(student: Tensor, teacher: Tensor, mean_size: Tensor | None = None, floor: float = 0.1) -> Tensor:
     """Mean over rows (R, C) of squared error over the teacher's squared size plus `floor` of its mean (ours).
 
     The floor keeps places where the teacher hardly moves from ruling the mean. 1 means as good as no update at all.
+
+    Args:
+        mean_size: the mean of `squared_size` that the floor is a share of; by default that of these rows. One that is
+            fixed makes the loss of a batch the mean of its parts' losses, however it is split.
     """
     error = (student.float() - teacher.float()).square().sum(-1)
-    size = teacher.float().square().sum(-1)
-    return (error / (size + floor * size.mean() + torch.finfo(torch.float32).tiny)).mean()
+    size = squared_size(teacher)
+    mean_size = size.mean() if mean_size is None else mean_size
+    return (error / (size + floor * mean_size + torch.finfo(torch.float32).tiny)).mean()
+
+
+def squared_size(features: Tensor) -> Tensor:
+    """(R,): squared norms of rows (R, C), in float32."""
+    return features.float().square().sum(-1)

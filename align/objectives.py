@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert.layers import scheduled_layers
-from .losses import cosine_distance, magnitude_error, pairwise_error, update_error
-from .taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
+from ..convert.taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
+from .losses import cosine_distance, magnitude_error, pairwise_error, squared_size, update_error
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -92,11 +92,23 @@ class BlockLocal(Objective):
 
     def __init__(self, student: nn.Module, recipe: Recipe) -> None:
         super().__init__(student, recipe, self.units(student))
+        self.mean_sizes: dict[str, Tensor] = {}
 
     @staticmethod
     def units(student: nn.Module) -> tuple[str, ...]:
         """What is fitted on its own."""
         return find_units(student, find_blocks(student))
+
+    @staticmethod
+    def fitted(call: Call, output: Tensor) -> Tensor:
+        """What the student's and the teacher's `output` of a call are compared by."""
+        return _update(call, output)
+
+    def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
+        """Takes the mean size of what is fitted too: a loss must not depend on how a batch is split."""
+        super().centre_on(calls, output)
+        sizes = {name: squared_size(channels_last(self.fitted(call, call.output))) for name, call in calls.items()}
+        self.mean_sizes = {name: size.mean() for name, size in sizes.items()}
 
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
         losses = {name: self._unit(name, calls[name]) for name in self.taps if name in calls}
@@ -111,11 +123,14 @@ class BlockLocal(Objective):
         return first_tensor(self.student.get_submodule(name)(*call.args, **call.kwargs))
 
     def _unit(self, name: str, call: Call) -> Tensor:
-        ours = self._output(name, call)
-        theirs, before = call.output, call.args[0] if call.args else None
-        if isinstance(before, Tensor) and before.shape == theirs.shape:
-            ours, theirs = ours - before, theirs - before
-        return update_error(channels_last(ours), channels_last(theirs))
+        ours, theirs = (self.fitted(call, output) for output in (self._output(name, call), call.output))
+        return update_error(channels_last(ours), channels_last(theirs), self.mean_sizes.get(name))
+
+
+def _update(call: Call, output: Tensor) -> Tensor:
+    """What is added to the input of `call` to give `output`; the output itself where the two differ in shape."""
+    before = call.args[0] if call.args else None
+    return output - before if isinstance(before, Tensor) and before.shape == output.shape else output
 
 
 class LayerLocal(BlockLocal):
@@ -125,8 +140,9 @@ class LayerLocal(BlockLocal):
     def units(student: nn.Module) -> tuple[str, ...]:
         return tuple(name for name, _ in scheduled_layers(student))
 
-    def _unit(self, name: str, call: Call) -> Tensor:
-        return update_error(channels_last(self._output(name, call)), channels_last(call.output))
+    @staticmethod
+    def fitted(call: Call, output: Tensor) -> Tensor:  # noqa: ARG004 - a layer is no residual branch
+        return output
 
 
 class BlockOwn(Objective):

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from ..convert import Student, load, reload_teacher
+from ..convert import Student, check_teacher, load, reload_teacher
 from ..convert.files import new_file
 from ..convert.layers import scheduled_layers
 from ..errors import CheckpointError, DataError, RecipeError
 from . import state
 from .log import METRICS
+from .probe import EXPLANATIONS
 from .recipe import Recipe, difference, dump, load_recipe
+from .remote import shown
 from .shards import ShardIndex, expand, index_shards, overlap, split
+from .stream import Stream, fingerprints
+from .trackers import TRACKED
 
 __all__ = [
     "AlignConfig",
     "checkpoint_gradients",
     "find_data",
-    "make_accelerator",
     "prepare_folder",
     "start_from",
     "teacher_of",
+    "without_checkpointing",
 ]
 
 
@@ -44,6 +49,9 @@ class AlignConfig:
         resume: go on from the newest complete checkpoint.
         init_from: another student of the same conversion, whose weights the run starts from.
         weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
+        trackers: names of trackers that show what metrics.jsonl holds.
+        stream: read `data` from front to end and keep nothing of it (see `stream`); `val` is then needed.
+        cache: where remote shards are kept; None is the user's cache.
     """
 
     run: Path
@@ -56,25 +64,24 @@ class AlignConfig:
     quiet: bool = False
     weights: Path | None = None
     init_from: Path | None = None
+    trackers: tuple[str, ...] = ()
+    stream: bool = False
+    cache: Path | None = None
 
     @property
     def work(self) -> Path:
         return self.out.with_name(f"{self.out.name}.run")
 
 
-def make_accelerator(recipe: Recipe) -> Accelerator:
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = ("bf16" if bf16 else "no") if recipe.precision == "auto" else recipe.precision
-    # Units that a phase does not touch have no gradient; buffers are set alike in every process.
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-    return Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
-
-
 def teacher_of(student: Student, weights: Path | None) -> nn.Module:
     """The frozen original: a copy of the student while it is still identical, else from its source."""
     at_start = all(value == 1 for _, layer in scheduled_layers(student.model) for value in layer.strengths().values())
     identical = at_start and not {"calibration", "alignment"} & set(student.report)
-    model = copy.deepcopy(student.model) if identical else reload_teacher(student.source, weights).model
+    if identical:
+        model = copy.deepcopy(student.model)
+    else:
+        model = reload_teacher(student.source, weights).model
+        check_teacher(student, model)
     return model.eval().requires_grad_(False)
 
 
@@ -92,26 +99,48 @@ def start_from(student: Student, folder: Path | None) -> None:
     student.model.load_state_dict(other.model.state_dict())
 
 
-def checkpoint_gradients(model: nn.Module) -> None:
-    """Turns on the source library's own gradient checkpointing."""
-    for name in ("set_grad_checkpointing", "gradient_checkpointing_enable"):
+def checkpoint_gradients(model: nn.Module, on: bool = True) -> None:
+    """Turns the source library's own gradient checkpointing on or off."""
+    hugging_face = "gradient_checkpointing_enable" if on else "gradient_checkpointing_disable"
+    for name, arguments in (("set_grad_checkpointing", (on,)), (hugging_face, ())):
         for module in model.modules():
             if hasattr(module, name):
-                getattr(module, name)()
+                getattr(module, name)(*arguments)
                 return
     raise RecipeError(
         f"gradient_checkpointing: {type(model).__name__} does not know it. Take it out, and use accumulate."
     )
 
 
-def find_data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
-    train = index_shards(expand(config.data), progress=not config.quiet)
-    if config.val is not None:
-        val = index_shards(expand(config.val), progress=not config.quiet)
-        if same := overlap(train, val):
-            shown = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
+@contextlib.contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Inside, gradient checkpointing is off: it runs blocks again where an explanation cannot see them."""
+    checkpoint_gradients(model, False)
+    try:
+        yield
+    finally:
+        checkpoint_gradients(model)
+
+
+def find_data(config: AlignConfig) -> tuple[ShardIndex | Stream, ShardIndex]:
+    """The pictures to train on, and those to measure on."""
+    shards = expand(config.data)
+    index = functools.partial(index_shards, progress=not config.quiet, cache=config.cache)
+    if config.stream:
+        if config.val is None:
             raise DataError(
-                f"--val is no measure: {len(same)} of its pictures are in --data too ({shown}). Take them out "
+                "--stream holds no pictures back, as it does not know which will come: pass --val SHARDS. "
+                "They are downloaded and indexed, so a few hundred pictures are enough."
+            )
+        val = index(expand(config.val))
+        return Stream(shards, held_out=fingerprints(val)), val
+    train = index(shards)
+    if config.val is not None:
+        val = index(expand(config.val))
+        if same := overlap(train, val):
+            pairs = ", ".join(f"{ours} = {theirs}" for ours, theirs in same[:5])
+            raise DataError(
+                f"--val is no measure: {len(same)} of its pictures are in --data too ({pairs}). Take them out "
                 "of one of the two, or leave --val out, and some pictures of --data are held out."
             )
         return train, val
@@ -119,7 +148,7 @@ def find_data(config: AlignConfig) -> tuple[ShardIndex, ShardIndex]:
 
 
 def prepare_folder(
-    config: AlignConfig, accelerator: Accelerator, train: ShardIndex
+    config: AlignConfig, accelerator: Accelerator, train: ShardIndex | Stream
 ) -> tuple[Path, state.Progress] | None:
     """Makes `work`, or checks that it belongs to the same run; returns the checkpoint to go on from."""
     written = config.work / "recipe.yaml"
@@ -132,7 +161,8 @@ def prepare_folder(
         found = state.latest(config.work / state.CHECKPOINTS)
         if found and found[1].data != train.digest:
             raise RecipeError(
-                f"--resume: {config.data} is not the data that the run was started with (its index differs)."
+                f"--resume: {shown(config.data)} is not the data that the run was started with "
+                f"({'its shards or --stream differ' if config.stream else 'its index differs'})."
             )
         if found:
             _cut_metrics(config.work / METRICS, found[1].step, config.recipe.batch_size, accelerator)
@@ -148,7 +178,8 @@ def prepare_folder(
         config.work.mkdir(parents=True, exist_ok=True)
         for name in (METRICS, "bad_samples.jsonl"):
             (config.work / name).unlink(missing_ok=True)
-        shutil.rmtree(config.work / state.CHECKPOINTS, ignore_errors=True)
+        for name in (state.CHECKPOINTS, EXPLANATIONS, TRACKED):
+            shutil.rmtree(config.work / name, ignore_errors=True)
         with new_file(written) as scratch:
             scratch.write_text(dump(config.recipe))
     accelerator.wait_for_everyone()

@@ -10,18 +10,19 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
-import math
-import types
-import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
+from ..convert.settings import faults, parse
 from ..errors import RecipeError, near_miss
 
-__all__ = ["Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
+__all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
+
+
+Need = Literal["blocks", "batch-norm", "layer-norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,9 @@ class Phase:
             down to `final_learning_rate` (a share of the peak); the peak holds in between.
         clip: largest norm of the gradient. adaptive_clip: largest norm of each unit's gradient as a share of its
             weight's norm (Brock et al. 2021); 0 does not clip.
+        patience: the phase ends when so many evaluations in a row, each with B and beta at their ends, bring no better
+            centred cosine on the held-out pictures than the best one; 0 never. It then hands on the weights of the best
+            one, also where it ran to its end.
     """
 
     objective: Literal["end-to-end", "block-local", "block-own", "layer-local", "pairwise"]
@@ -65,6 +69,12 @@ class Phase:
     final_learning_rate: float = 0.05
     clip: float = 5.0
     adaptive_clip: float = 0.0
+    patience: int = 0
+
+    @property
+    def moving(self) -> bool:
+        """Whether B or beta change inside the phase."""
+        return any(start != end for start, end in (self.b, self.beta))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,10 +83,14 @@ class Recipe:
 
     Attributes:
         pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to
-        learn. image_size: side of the training views in pixels.
+        learn. image_size: side of the training views in pixels, and of all that is measured.
+        image_sizes: every step draws the side of its views from these instead, alike in all processes.
+        method: conversion method that the recipe is for; `any` fits all.
+        needs: what a student must have for the recipe to make sense, of `checks.NEEDS`.
         batch_size: pictures a step, over all processes.
         accumulate: each process takes its share of a batch in so many parts, for less memory; the gradient is the same,
             but for BatchNorm's batch statistics.
+        compile: torch.compile for the blocks of teacher and student, for speed; the first steps take long.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
         taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
@@ -87,6 +101,8 @@ class Recipe:
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
         held_out: pictures kept back for the fidelity curve where no --val is given.
         evaluate_every, checkpoint_every: in pictures seen. log_every: in steps.
+        probe_pictures: so many held-out pictures are explained before the first step, every `probe_every` pictures and
+            at the end of every phase, on one sheet in `<out>.run/explanations`; 0 for none.
         precision: `auto` is bf16 where the device has it, else float32.
         max_bad: largest share of broken pictures before the run stops.
     """
@@ -95,8 +111,12 @@ class Recipe:
     image_size: int
     batch_size: int
     phases: tuple[Phase, ...]
+    image_sizes: tuple[int, ...] = ()
+    method: str = "any"
+    needs: tuple[Need, ...] = ()
     accumulate: int = 1
     gradient_checkpointing: bool = False
+    compile: bool = False
     seed: int = 0
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -113,6 +133,8 @@ class Recipe:
     evaluate_every: int = 1600
     checkpoint_every: int = 1600
     log_every: int = 10
+    probe_pictures: int = 0
+    probe_every: int = 1600
     precision: Literal["auto", "no", "bf16"] = "auto"
     workers: int = 2
     max_bad: float = 0.01
@@ -155,10 +177,9 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_values(values: Any, name: str = "recipe") -> Recipe:
     """Parses plain values (from YAML or JSON) strictly into a Recipe."""
-    faults = list(_faults(Recipe, values, ""))
-    if faults:
-        raise RecipeError(f"recipe {name} has {len(faults)} fault(s):\n" + "\n".join(f"  {fault}" for fault in faults))
-    recipe = _parse(Recipe, values)
+    if found := list(faults(Recipe, values)):
+        raise RecipeError(f"recipe {name} has {len(found)} fault(s):\n" + "\n".join(f"  {fault}" for fault in found))
+    recipe = parse(Recipe, values)
     assert isinstance(recipe, Recipe)
     return recipe
 
@@ -210,67 +231,6 @@ def _override(values: Any, override: str) -> Any:
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise RecipeError(f"--set {override}: the recipe has no place {path!r}") from error
     return values
-
-
-def _faults(kind: Any, value: Any, where: str) -> Iterator[str]:
-    """One line for everything in `value` that does not fit the annotation `kind`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        yield from _dataclass_faults(kind, value, where)
-    elif origin is Literal:
-        if value not in arguments:
-            hint = near_miss(str(value), map(str, arguments))
-            yield f"{where}: must be one of {', '.join(map(repr, arguments))}; got {value!r}.{hint}"
-    elif origin is tuple:
-        if not isinstance(value, list | tuple):
-            yield f"{where}: must be a list; got {value!r}"
-        elif arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            yield f"{where}: must have {len(arguments)} values; got {value!r}"
-        else:
-            for i, item in enumerate(value):
-                yield from _faults(arguments[0], item, f"{where}.{i}")
-    elif origin in (typing.Union, types.UnionType):
-        if not any(not list(_faults(option, value, where)) for option in arguments):
-            yield f"{where}: must be {kind}; got {value!r}"
-    elif kind is float and isinstance(value, str) and _is_number(value):
-        return  # YAML reads 3e-4, without a point, as text
-    else:
-        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-        if not fits:
-            yield f"{where}: must be {kind.__name__}; got {value!r}"
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _dataclass_faults(kind: Any, value: Any, where: str) -> Iterator[str]:
-    if not isinstance(value, dict):
-        yield f"{where or 'the file'}: must be keys and values; got {value!r}"
-        return
-    prefix, hints = f"{where}." if where else "", typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in value:
-        if key not in fields:
-            yield f"unknown key {prefix}{key}.{near_miss(str(key), fields, 1)}"
-        else:
-            yield from _faults(hints[key], value[key], f"{prefix}{key}")
-    for key, field in fields.items():
-        if key not in value and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            yield f"missing key {prefix}{key}"
-
-
-def _parse(kind: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        hints = typing.get_type_hints(kind)
-        return kind(**{key: _parse(hints[key], item) for key, item in value.items()})
-    if origin is tuple:
-        return tuple(_parse(arguments[0], item) for item in value)
-    return float(value) if kind is float else value
 
 
 def _plain(value: Any) -> Any:

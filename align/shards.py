@@ -25,29 +25,31 @@ import io
 import json
 import os
 import re
-import tarfile
+import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, TransferSpeedColumn, track
 from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 from webdataset.writer import ShardWriter
 
-from ..convert.files import check_free, new_file, new_folder
+from ..convert.files import cache_root, check_free, new_file, new_folder
 from ..errors import BcosifyError, DataError, near_miss
+from . import tar
+from .remote import fetch, is_remote, refuse_scheme, shown
+from .tar import PICTURES
 
 __all__ = [
-    "PICTURES",
     "GlobalBatch",
+    "Indexed",
     "Shard",
     "ShardFile",
     "ShardIndex",
@@ -65,39 +67,33 @@ __all__ = [
     "write_shards",
 ]
 
-# Where a sample has several pictures, the first of these names is the one.
-PICTURES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif", "jp2", "avif")
-
-BLOCK = 512  # a tar is made of blocks of this many bytes; two zero ones end it
 SCHEMA = 1  # of the cached index; a new number makes the old files unused
 OPEN_FILES = 128  # per process; below the usual limit of 256 on macOS and 1024 on Linux
 COMPARED = 100_000  # pictures that are read to find out whether train and val overlap
 FEW = 8  # no progress bar for fewer shards
-AGAIN = "Download or write the shard again."
-COMPRESSED = {
-    b"\x1f\x8b": "gunzip",
-    b"BZh": "bunzip2",
-    b"\xfd7zXZ\0": "unxz",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"PK\3\4": "unzip, then tar",
-}
+THREADS = 8
+LISTED = 10  # errors in one message
 
 
 # -------------------------------------------------------------------------------------------------------------- naming
 
 
-def expand(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+def expand(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path | str]:
     """The shards that `data` names, in the order named; a shard named twice counts once.
 
     Takes webdataset's syntax (`train-{0000..0099}.tar`, `a.tar::b.tar`), globs, a folder (all *.tar directly in it),
-    and lists of these. Raises DataError where any of it names nothing.
+    `http://`, `https://` and `pipe:COMMAND` (these stay strings), and lists of all that. Raises DataError where any of
+    it names nothing.
     """
     items = [data] if isinstance(data, str | os.PathLike) else list(data)
-    found: list[Path] = []
+    found: list[Path | str] = []
     missing: list[Path] = []
     for pattern in (pattern for item in items for pattern in _patterns(os.fspath(item))):
         path = Path(pattern).expanduser()
-        if path.is_dir():
+        if is_remote(pattern):
+            refuse_scheme(pattern)
+            found.append(pattern)
+        elif path.is_dir():
             found += _shards_in(path)
         elif path.exists():
             found.append(path)
@@ -116,11 +112,6 @@ def _patterns(item: str) -> list[str]:
     """`item` split at `::` and with its braces expanded; a path that exists is taken as it is."""
     if os.path.exists(item):
         return [item]
-    if re.match(r"pipe:|(?!file:)[A-Za-z][\w+.-]*://", item):
-        raise DataError(
-            f"{item!r}: shards from {item.partition(':')[0]} are not supported yet. "
-            "Download them first, then pass the folder."
-        )
     if not item:
         raise DataError(
             "An empty name among the shards. Pass a folder of .tar files, or a pattern such as 'shards/*.tar'."
@@ -129,7 +120,7 @@ def _patterns(item: str) -> list[str]:
         parts = expand_urls(item)
     except (ValueError, AssertionError) as error:  # unbalanced braces; ${NAME} without WDS_NAME in the environment
         raise DataError(
-            f"{item!r} is no pattern of shards: {error}. Write for example 'train-{{0000..0099}}.tar'."
+            f"{shown(item)!r} is no pattern of shards: {error}. Write for example 'train-{{0000..0099}}.tar'."
         ) from error
     return [re.sub(r"^file:(//)?", "", part) for part in parts if part]
 
@@ -168,6 +159,23 @@ class ShardFile(NamedTuple):
     path: str
     size: int
     mtime_ns: int
+
+
+class Indexed(NamedTuple):
+    """Where a picture is: all that a worker needs to read it."""
+
+    id: int  # its position in the index
+    key: str
+    file: ShardFile
+    offset: int
+    length: int
+
+    @property
+    def shard(self) -> str:
+        return self.file.path
+
+    def read(self) -> bytes:
+        return read_at(self.file, self.offset, self.length)
 
 
 COLUMNS = {"first": np.uint32, "picture": np.uint32, "kinds": np.uint16, "offsets": np.int64, "lengths": np.int64}
@@ -260,15 +268,16 @@ class ShardIndex:
         member = table.picture[row] if extension is None else self._member(i, table, row, extension)
         return read_at(table.file, int(table.offsets[member]), int(table.lengths[member]))
 
-    def places(self, positions: Iterable[int]) -> np.ndarray:
-        """(n, 3) int64: number in `files`, offset and length of these pictures, all that `read_at` needs."""
-        rows = []
-        for i in positions:
+    def pictures(self, positions: Iterable[int]) -> list[Indexed]:
+        """Where these pictures are, without the index."""
+        found = []
+        for i in map(int, positions):
             shard, row = self._find(i)
             table = self.shards[shard]
             member = table.picture[row]
-            rows.append((shard, table.offsets[member], table.lengths[member]))
-        return np.array(rows, np.int64).reshape(-1, 3)
+            key = table.keys[row].decode("utf-8", "surrogateescape")
+            found.append(Indexed(i, key, table.file, int(table.offsets[member]), int(table.lengths[member])))
+        return found
 
     def _find(self, i: int) -> tuple[int, int]:
         """Shard and row of position i."""
@@ -287,57 +296,96 @@ class ShardIndex:
         return int(table.first[row]) + kinds.index(extension)
 
 
-def index_shards(paths: Iterable[str | os.PathLike[str]], progress: bool = True) -> ShardIndex:
+def index_shards(
+    shards: Iterable[str | os.PathLike[str]], progress: bool = True, cache: Path | None = None
+) -> ShardIndex:
     """Scans the headers of each tar, once: what was scanned before comes from the cache. Payloads are not read.
 
-    Raises DataError that lists every shard that is truncated, no tar, without pictures, or that has a key twice.
+    Remote shards are downloaded into `cache` first (see `remote.fetch`). Raises DataError that lists shards that cannot
+    be downloaded, are truncated, no tar, without pictures, or have a key twice.
     """
-    absolute = [Path(path).absolute() for path in paths]
-    # Scanning waits for the disk, often a remote one, so threads pay although Python runs one of them at a time.
-    with ThreadPoolExecutor(8) as pool:
-        results = list(_tracked(pool.map(_shard_or_error, absolute), len(absolute), "indexing shards", progress, FEW))
-    if errors := [result for result in results if isinstance(result, DataError)]:
-        listed = "\n".join(f"  {error}" for error in errors[:10])
-        more = f"\n  ... and {len(errors) - 10} more" if len(errors) > 10 else ""
-        raise DataError(f"{len(errors)} of {len(results)} shards cannot be used:\n{listed}{more}")
-    if not results:
+    sources = list(shards)
+    remote = [str(source) for source in sources if is_remote(source)]
+    files = dict(zip(remote, _fetched(remote, cache, progress), strict=True))
+    paths = [Path(files.get(str(source), source)).absolute() for source in sources]
+    found = _each(_indexed, paths, lambda futures: _tracked(futures, len(paths), "indexing shards", progress, FEW))
+    if not found:
         raise DataError("No shards to index.")
-    return ShardIndex(tuple(result for result in results if isinstance(result, Shard)))
+    return ShardIndex(tuple(found))
 
 
-def _shard_or_error(path: Path) -> Shard | DataError:
+def _fetched(sources: Sequence[str], cache: Path | None, progress: bool) -> list[Path]:
+    """The files of remote shards, with a bar that counts shards and bytes."""
+    columns = (TextColumn("{task.description}"), BarColumn(), FileSizeColumn(), TransferSpeedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not _watched(console, progress)) as bar:
+        task = bar.add_task("downloading shards", total=None)
+
+        stopped = threading.Event()
+
+        def counted(futures: Iterable[Future]) -> Iterator[Future]:
+            for done, future in enumerate(futures):
+                bar.update(task, description=f"downloading shards, {done} of {len(sources)} done")
+                yield future
+
+        def came(count: int) -> None:
+            bar.advance(task, count)
+            if stopped.is_set():
+                raise DataError("stopped")
+
+        return _each(lambda source: fetch(source, cache, came), sources, counted, stopped)
+
+
+def _each(
+    work: Callable[[Any], Any],
+    items: Sequence[Any],
+    tracked: Callable[[Sequence[Future]], Iterable[Future]],
+    stopped: threading.Event | None = None,
+) -> list[Any]:
+    """`work` of each item, in order. DataError lists what failed, and after LISTED failures the rest is left out.
+
+    `stopped` is set where the end is not waited for, so that what takes long can end early.
+    """
+    results: list[Any] = []
+    errors: list[DataError] = []
+    # Scanning waits for the disk, downloading for the net, so threads pay although Python runs one of them at a time.
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for future in tracked([pool.submit(work, item) for item in items]):
+                try:
+                    results.append(future.result())
+                except DataError as error:
+                    errors.append(error)
+                    if len(errors) == LISTED:
+                        break
+        finally:  # all are done, or it was enough, or the user has interrupted
+            if stopped:
+                stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+    if errors:
+        listed = "\n".join(f"  {error}" for error in errors)
+        more = "\n  ... the shards after these were not tried" if len(errors) == LISTED else ""
+        raise DataError(f"{len(errors)} of {len(items)} shards cannot be used:\n{listed}{more}")
+    return results
+
+
+def _indexed(path: Path) -> Shard:
     try:
         stat = path.stat()
         file = ShardFile(str(path), stat.st_size, stat.st_mtime_ns)
         return _cached(file) or _remember(_scan(file))
-    except DataError as error:
-        return error
     except OSError as error:
-        return DataError(f"{path} cannot be read: {error.strerror or error}.")
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def _scan(file: ShardFile) -> Shard:
     """Groups the members of one tar by key."""
-    samples: dict[str, dict[str, tuple[int, int]]] = {}
-    last = None
-    for name, offset, length in _members(file):
-        key, extension = base_plus_ext(name)
-        if key is None or extension is None:
-            continue  # no extension, as webdataset does
-        members = samples.setdefault(key, {})
-        if (extension := extension.lower()) in members:
-            raise DataError(
-                f"{file.path}: {name!r} is there twice, at byte {members[extension][0]} and at byte {offset}. "
-                f"Write the shard again with one {extension!r} a key."
-            )
-        if members and key != last:
-            raise DataError(
-                f"{file.path}: the members of key {key!r} are not next to each other: one is at byte "
-                f"{min(members.values())[0]}, {name!r} at byte {offset}. Write the shard again: tar --sort=name -cf ..."
-            )
-        members[extension] = (offset, length)
-        last = key
-    pictured = {key: members for key, members in samples.items() if any(kind in members for kind in PICTURES)}
+    with open(file.path, "rb") as stream:
+        samples = {
+            key: {kind: (member.offset, member.length) for kind, member in members.items()}
+            for key, members in tar.samples(tar.members(stream, file.path), file.path)
+        }
+    pictured = {key: members for key, members in samples.items() if tar.picture(members)}
     if not pictured:
         raise DataError(_no_picture(file, samples))
     return _columns(file, pictured, len(samples) - len(pictured))
@@ -348,7 +396,7 @@ def _columns(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], wi
     number = {kind: i for i, kind in enumerate(extensions)}
     first = np.cumsum([0, *map(len, samples.values())])
     # The row of a sample's picture, counted from the sample's first row.
-    picture = [next(list(members).index(kind) for kind in PICTURES if kind in members) for members in samples.values()]
+    picture = [list(members).index(tar.picture(members)) for members in samples.values()]
     rows = [(number[kind], *place) for members in samples.values() for kind, place in members.items()]
     kinds, offsets, lengths = zip(*rows, strict=True)
     columns = {"first": first, "picture": first[:-1] + picture, "kinds": kinds, "offsets": offsets, "lengths": lengths}
@@ -376,68 +424,7 @@ def _no_picture(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]])
     return f"{file.path} holds {len(samples)} samples but no picture: found {found}; wanted one of {wanted}.{why}"
 
 
-# ----------------------------------------------------------------------------------------------------------------- tar
-
-
-def _members(file: ShardFile) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and length of each regular file in a tar that is whole; DataError where it is not.
-
-    The standard library's own loop ends quietly at the first header that it cannot read, so the loop is written out.
-    """
-    if file.size == 0:
-        raise DataError(f"{file.path} is empty (0 bytes). {AGAIN}")
-    with open(file.path, "rb") as stream:
-        _refuse_compressed(stream, file)
-        stream.seek(0)
-        try:
-            archive = tarfile.open(fileobj=stream, mode="r:")
-        except (tarfile.TarError, ValueError) as error:
-            raise DataError(f"{file.path} is no tar archive ({error} at byte 0 of {file.size}). {AGAIN}") from error
-        here = 0
-        while not _at_end(stream, here, file):
-            stream.seek(here)
-            try:
-                member = tarfile.TarInfo.fromtarfile(archive)
-            except (tarfile.TarError, ValueError, OverflowError) as error:
-                raise DataError(f"{file.path} is broken at byte {here} of {file.size}: {error}. {AGAIN}") from error
-            if member.size < 0 or member.offset_data + member.size > file.size:
-                raise DataError(
-                    f"{file.path} is truncated: {member.name!r} begins at byte {member.offset_data} and has "
-                    f"{member.size} bytes, but the file ends at byte {file.size}. {AGAIN}"
-                )
-            # What webdataset takes for its own notes is no sample.
-            if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-                yield member.name, member.offset_data, member.size
-            here = archive.offset
-
-
-def _refuse_compressed(stream: BinaryIO, file: ShardFile) -> None:
-    start = stream.read(6)
-    for magic, tool in COMPRESSED.items():
-        if start.startswith(magic):
-            raise DataError(
-                f"{file.path} is compressed, so its pictures have no offsets. Unpack it to a plain tar: {tool}."
-            )
-
-
-def _at_end(stream: BinaryIO, here: int, file: ShardFile) -> bool:
-    """Whether a tar ends here as it should: with a block of zeros, and nothing but zeros after it."""
-    stream.seek(here)
-    block = stream.read(BLOCK)
-    if len(block) < BLOCK:
-        raise DataError(
-            f"{file.path} is truncated: it ends at byte {file.size}, and at byte {here} there should be another member "
-            f"or the end of the archive. {AGAIN}"
-        )
-    if block.strip(b"\0"):
-        return False
-    while chunk := stream.read(1 << 20):
-        if rest := chunk.lstrip(b"\0"):
-            raise DataError(
-                f"{file.path} goes on after its end, at byte {stream.tell() - len(rest)}: two tars were joined, and "
-                "readers stop at the end of the first. Keep them as two files."
-            )
-    return True
+# --------------------------------------------------------------------------------------------------------------- bytes
 
 
 class _Open:
@@ -492,9 +479,8 @@ def reason(error: Exception) -> str:
 
 def _cache_file(file: ShardFile) -> Path:
     """One for each path, so that what is out of date is written over."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(json.dumps([SCHEMA, file.path]).encode()).hexdigest()[:32]
-    return Path(base) / "bcosify" / "index" / f"{name}.json"
+    return cache_root() / "index" / f"{name}.json"
 
 
 def _cached(file: ShardFile) -> Shard | None:
@@ -717,7 +703,12 @@ def _mapped(function: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[
 
 
 def _tracked(items: Iterable[Any], total: int, title: str, progress: bool, few: int = 256) -> Iterable[Any]:
-    """`items` with a progress bar, where there is a terminal, one process looks at it, and there is much to do."""
+    """`items` with a progress bar, where there is much to do and someone to look at it."""
     console = Console(stderr=True)
-    show = progress and total > few and console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
+    show = total > few and _watched(console, progress)
     return track(items, title, total, console=console, transient=True) if show else items
+
+
+def _watched(console: Console, progress: bool) -> bool:
+    """Whether there is a terminal, and this is the process that may write on it."""
+    return progress and console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..convert.files import new_folder
+from .distributed import sharded_like, whole
 
-__all__ = ["CHECKPOINTS", "Progress", "latest", "restore", "write"]
+__all__ = ["CHECKPOINTS", "Progress", "best_of", "latest", "restore", "restore_optimizer", "snapshot", "write"]
 
 CHECKPOINTS = "checkpoints"  # folder inside a run's
 STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.safetensors"
 PROGRESS, MARK = "state.json", "COMPLETE"
+BEST = "best.safetensors"  # the student at the phase's best evaluation, where the phase has patience
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Progress:
         scales: one number a parameter that its learning rate is multiplied by in this phase.
         curve: held-out fidelity so far.
         versions: of the libraries that the run was last started with.
+        ends: the steps at which the finished phases ended, early or not.
+        best, best_step, waited: of this phase's evaluations, the best score, its step, and how many came after it.
+        run_id: what trackers know the run by, also after a resume.
     """
 
     step: int
@@ -45,6 +51,26 @@ class Progress:
     scales: tuple[float, ...] = ()
     curve: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    ends: tuple[int, ...] = ()
+    best: float | None = None
+    best_step: int = 0
+    waited: int = 0
+    run_id: str = ""
+
+    def judged(self, score: float) -> Progress:
+        """After one more evaluation, of this `score` (higher is better; one that is no number is never better)."""
+        if score > (-math.inf if self.best is None else self.best):
+            return dataclasses.replace(self, best=score, best_step=self.step, waited=0)
+        return dataclasses.replace(self, waited=self.waited + 1)
+
+    def in_phase(self, number: int, scales: tuple[float, ...]) -> Progress:
+        """At the start of a phase."""
+        return dataclasses.replace(self, phase=number, scales=scales, best=None, best_step=0, waited=0)
+
+
+def snapshot(student: nn.Module) -> dict[str, Tensor]:
+    """A copy of the state dict in main memory, each tensor on its own: safetensors refuses tied ones."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in student.state_dict().items()}
 
 
 def write(
@@ -54,17 +80,25 @@ def write(
     progress: Progress,
     average: nn.Module | None = None,
     keep: int = 2,
+    best: dict[str, Tensor] | None = None,
+    main: bool = True,
 ) -> Path:
-    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`.
+    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best` is a snapshot to go with it.
+
+    All processes call it, as an optimizer in shards is gathered from all; the `main` one writes.
 
     Raises CheckpointError on a full disk.
     """
     out = folder / f"step-{progress.step:08d}"
+    tensors, plain = _optimizer_state(optimizer, main)
+    if not main:
+        return out
     with new_folder(out, overwrite=True) as scratch:
-        save_file(_copies(student), scratch / STUDENT)
+        save_file(snapshot(student), scratch / STUDENT)
         if average is not None:
-            save_file(_copies(average), scratch / AVERAGE)
-        tensors, plain = _optimizer_state(optimizer)
+            save_file(snapshot(average), scratch / AVERAGE)
+        if best:
+            save_file(best, scratch / BEST)
         save_file(tensors, scratch / OPTIMIZER, metadata={"plain": json.dumps(plain)})
         (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
         (scratch / MARK).touch()
@@ -77,7 +111,8 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     """The newest complete checkpoint in `folder`; a half-written one is passed over."""
     for checkpoint in reversed(_complete(folder)):
         values = json.loads((checkpoint / PROGRESS).read_text())
-        return checkpoint, Progress(**{**values, "curve": tuple(values["curve"]), "scales": tuple(values["scales"])})
+        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+        return checkpoint, Progress(**{**values, **lists})
     return None
 
 
@@ -91,29 +126,48 @@ def restore(
     student.load_state_dict(load_file(checkpoint / STUDENT), strict=True)
     if average is not None:
         average.load_state_dict(load_file(checkpoint / AVERAGE), strict=True)
-    if optimizer is None:
-        return
+    if optimizer is not None:
+        restore_optimizer(checkpoint, optimizer)
+
+
+def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Loads the optimizer's state; each process takes its shards where the weights are in shards."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     with safe_open(checkpoint / OPTIMIZER, "pt") as file:
         plain = json.loads((file.metadata() or {}).get("plain", "{}"))
         values = {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
     for key, value in values.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        place = parameters[int(index)]
+        # The count of steps is one number beside any weight.
+        alike = isinstance(value, Tensor) and value.shape == place.shape
+        state.setdefault(int(index), {})[name] = sharded_like(place, value) if alike else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _copies(model: nn.Module) -> dict[str, Tensor]:
-    """Tied parameters share memory, which safetensors refuses: a copy of each name costs less than a second format."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+def best_of(checkpoint: Path) -> dict[str, Tensor] | None:
+    """The snapshot that was written with `checkpoint`."""
+    path = checkpoint / BEST
+    return load_file(path) if path.is_file() else None
 
 
-def _optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain values (some optimizers keep a flag or a counter) by `index.name`."""
-    state = optimizer.state_dict()["state"]
-    values = {f"{index}.{name}": value for index, part in state.items() for name, value in part.items()}
-    tensors = {key: value.detach().clone().contiguous() for key, value in values.items() if isinstance(value, Tensor)}
-    return tensors, {key: value for key, value in values.items() if key not in tensors}
+def _optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, whole, and plain values (some optimizers keep a flag or a counter) by `index.name`.
+
+    No tensors where this process need not `keep` them: it only helps to gather them.
+    """
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, part in optimizer.state_dict()["state"].items():
+        for name, value in part.items():
+            if not isinstance(value, Tensor):
+                plain[f"{index}.{name}"] = value
+                continue
+            gathered = whole(value.detach())
+            if keep:
+                tensors[f"{index}.{name}"] = gathered.to("cpu", copy=True).contiguous()
+    return tensors, plain
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -13,6 +13,7 @@ import functools
 import signal
 import sys
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,34 +21,41 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.utils import ModelEmaV3
+from accelerate.utils import ProjectConfiguration, broadcast
 from timm.utils.agc import adaptive_clip_grad
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..convert import Student, calibrate, load, save, set_strength
 from ..convert.checkpoint import versions
 from ..convert.files import check_free
-from ..convert.layers import batch_statistics, estimate_statistics
+from ..convert.layers import batch_statistics, estimate_statistics, scheduled_layers
+from ..convert.taps import first_tensor
+from ..evaluate.fidelity import fidelity
 from . import state
-from .fidelity import fidelity
-from .loader import Augment, BadSamples, held_out_batches, to_model_input, training_batches
+from .checks import check_recipe
+from .compiling import compile_blocks, eager, make_eager
+from .distributed import Prepared, check_sharded, described, make_accelerator, prepare, whole
+from .loader import Augment, BadSamples, check_batch, held_out_batches, to_model_input, training_batches
 from .log import PhaseLog, write_row
-from .objectives import OBJECTIVES, Objective, observe
+from .objectives import OBJECTIVES, observe
 from .optimizers import make_optimizer
 from .prepare import (
     AlignConfig,
     checkpoint_gradients,
     find_data,
-    make_accelerator,
     prepare_folder,
     start_from,
     teacher_of,
+    without_checkpointing,
 )
+from .probe import EXPLANATIONS, Probe, make_probe
 from .recipe import Phase, Recipe
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
-from .taps import first_tensor
+from .stream import Stream
+from .trackers import TRACKED, check_trackers, log_picture, start_trackers
 
 __all__ = ["AlignConfig", "align"]
 
@@ -68,34 +76,46 @@ def align(config: AlignConfig) -> dict[str, Any]:
             and a loss that is no number any more (BcosifyError).
     """
     recipe = config.recipe
-    accelerator = make_accelerator(recipe)
+    check_trackers(config.trackers)
+    accelerator = make_accelerator(
+        recipe.precision,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(str(config.work), str(config.work / TRACKED)),
+    )
+    check_sharded(accelerator, recipe)
     check_free(config.out, config.overwrite)
     student = load(config.run)
     teacher = teacher_of(student, config.weights)
     start_from(student, config.init_from)
+    check_recipe(recipe, student, teacher)
     if recipe.gradient_checkpointing:
         checkpoint_gradients(student.model)
     train, val = find_data(config)
+    check_batch(train, recipe.batch_size, accelerator.num_processes)
     resumed = prepare_folder(config, accelerator, train)
     run = _Run(config, accelerator, student, teacher.to(accelerator.device), train, val)
-    progress = _with_versions(resumed[1]) if resumed else state.Progress(0, 0, train.digest, versions=versions())
+    started = state.Progress(0, 0, train.digest, versions=versions(), run_id=uuid.uuid4().hex[:8])
+    progress = _with_versions(resumed[1]) if resumed else started
+    start_trackers(accelerator, recipe, config.out, config.work, progress)
     if resumed is None:
         write_row(
             config.work,
-            {"run": {"processes": accelerator.num_processes, "device": str(accelerator.device)}},
+            {"run": described(accelerator)},
             accelerator,
+            0,
         )
         progress = run.evaluated(progress, {"phase": "start"})
+        if recipe.probe_pictures:
+            run.explained(progress)
     else:
         run.restore(resumed[0])
-    first = 0
     with _signals_noted() as run.signals:
         for number, (phase, steps) in enumerate(zip(recipe.phases, recipe.steps, strict=True)):
-            if progress.step < first + steps and not run.stopping:
+            if number >= len(progress.ends) and not run.stopping:
+                first = progress.ends[-1] if progress.ends else 0
                 inside = resumed is not None and progress.step > first
                 progress = run.phase(number, phase, first, steps, progress, resumed[0] if resumed and inside else None)
                 resumed = None
-            first += steps
     result = run.summary(progress) if run.stopping else run.finish(progress)
     accelerator.end_training()
     return result
@@ -134,7 +154,7 @@ class _Run:
         accelerator: Accelerator,
         student: Student,
         teacher: nn.Module,
-        train: ShardIndex,
+        train: ShardIndex | Stream,
         val: ShardIndex,
     ) -> None:
         self.config, self.recipe, self.accelerator = config, config.recipe, accelerator
@@ -146,8 +166,10 @@ class _Run:
         self.seconds = 0.0
         self._teacher_outputs: Tensor | None = None
         self.average: ModelEmaV3 | None = None
+        self._probe: Probe | None = None
         self.signals: list[int] = []
         self.stopping = False
+        self.best: dict[str, Tensor] | None = None
 
     # ------------------------------------------------------------------------------------------------ pictures
 
@@ -193,6 +215,7 @@ class _Run:
     ) -> state.Progress:
         """Runs one phase from `progress.step` to its end."""
         begin = progress.step - first
+        self.model.to(self.accelerator.device)  # shards of an earlier phase leave it on the CPU
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
         gain_pictures = (
             self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
@@ -207,22 +230,32 @@ class _Run:
             calibrate(self.model, self.teacher, gain_pictures, phase.gain, run)
 
         if checkpoint is None:
-            self._move(phase, 0, steps)
+            self._move(self.model, phase, 0, steps)
             if phase.calibrate:
                 gains()
-            progress = dataclasses.replace(progress, scales=_scales(self.model, phase.relative))
-        optimizer = make_optimizer(self.model, phase, self.recipe, progress.scales)
+            progress, self.best = progress.in_phase(number, _scales(self.model, phase.relative)), None
+        scales = progress.scales
+        prepared = prepare(self.accelerator, objective, lambda model: make_optimizer(model, phase, self.recipe, scales))
+        model, optimizer = prepared.model, prepared.optimizer
         self.average = self._new_average()
-        if checkpoint is not None:
+        if checkpoint is not None and prepared.model is self.model:
             self.restore(checkpoint, optimizer)
-        prepared, optimizer = self.accelerator.prepare(objective, optimizer)
+        elif checkpoint is not None:
+            state.restore_optimizer(checkpoint, optimizer)
+        if checkpoint is not None:
+            self.best = state.best_of(checkpoint)
+        if self.recipe.compile:
+            compile_blocks(self.teacher, objective.taps, moving=False)
+            compile_blocks(model, objective.taps, moving=phase.moving)
         log = PhaseLog(
-            self.recipe, number, self.model, optimizer, self.accelerator, self.config.work, self.config.quiet
+            self.recipe, number, first, model, optimizer, self.accelerator, self.config.work, self.config.quiet
         )
         for k, batch in enumerate(self._batches(progress.step, first + steps), start=begin):
-            self._move(phase, k, steps)
+            if phase.moving:
+                self._move(model, phase, k, steps)
             if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * steps:
-                gains()
+                with prepared.whole(), eager(self.teacher):
+                    gains()
             self.bad.add(batch.bad)
             for group in optimizer.param_groups:
                 rate = learning_rate(
@@ -230,43 +263,41 @@ class _Run:
                 )
                 group["lr"] = rate * group["scale"]
             optimizer.zero_grad()
-            losses = self._backward(phase, objective, prepared, self._normalised(batch.pictures))
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), phase.clip)
+            losses = self._backward(phase, objective.taps, prepared, self._normalised(batch.pictures))
+            norm = self.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
+            norm = None if norm is None else whole(norm)
             if phase.adaptive_clip:
-                adaptive_clip_grad(self.model.parameters(), phase.adaptive_clip)
+                adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
             optimizer.step()
             if self.average is not None:
                 self.average.update(self.model)
-            progress = dataclasses.replace(progress, step=first + k + 1, phase=number)
+            progress = dataclasses.replace(progress, step=first + k + 1)
             log.step(progress, losses, norm)
-            last = k + 1 == steps
-            if last or self._due(progress.step, self.recipe.evaluate_every):
-                if phase.batch_statistics:
-                    self._settle_statistics()
-                progress = self.evaluated(progress, {"phase": number, "objective": phase.objective})
+            progress, last = self._measured(prepared, number, k, steps, progress)
             self.stopping = self._asked_to_stop(progress.step)
             if last or self.stopping or self._due(progress.step, self.recipe.checkpoint_every):
                 log.check(progress, losses, norm)
-                self._checkpoint(optimizer, progress)
-            if self.stopping:
+                self._checkpoint(prepared, progress)
+            if self.stopping or last:
                 break
         log.close()
+        make_eager(self.teacher, model)
         self.seconds += log.seconds
         return progress
 
-    def _backward(self, phase: Phase, objective: Objective, prepared: nn.Module, pictures: Tensor) -> dict[str, Tensor]:
+    def _backward(self, phase: Phase, taps: tuple[str, ...], prepared: Prepared, pictures: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
         parts = pictures.chunk(self.recipe.accumulate)
         sums: dict[str, Tensor] = {}
-        statistics = batch_statistics(self.model) if phase.batch_statistics else contextlib.nullcontext()
+        statistics = batch_statistics(prepared.model) if phase.batch_statistics else contextlib.nullcontext()
         with statistics:
             for i, part in enumerate(parts):
                 share = len(part) / len(pictures)
                 last = i + 1 == len(parts)
-                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared):
+                with contextlib.nullcontext() if last else self.accelerator.no_sync(prepared.module):
                     with self.accelerator.autocast():
-                        calls, output = observe(self.teacher, part, objective.taps)
-                        losses = prepared(part, calls, output)
+                        calls, output = observe(self.teacher, part, taps)
+                        losses = prepared.module(part, calls, output)
                     self.accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
@@ -293,7 +324,7 @@ class _Run:
             steps=end - first,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            size=self.recipe.image_size,
+            size=self.recipe.image_sizes or self.recipe.image_size,
             augment=self._augment(),
             workers=self.recipe.workers,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -305,21 +336,66 @@ class _Run:
         pictures = self._calibration_pictures(STATISTICS_PICTURES)
         estimate_statistics(self._result, pictures.split(STATISTICS_BATCH))
 
-    def _move(self, phase: Phase, k: int, steps: int) -> None:
+    def _move(self, model: nn.Module, phase: Phase, k: int, steps: int) -> None:
         """B and beta of step `k`."""
-        for model in dict.fromkeys((self.model, self._result)):
-            set_strength(model, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
+        for moved in dict.fromkeys((model, self._result)):
+            set_strength(moved, *(ramp(k, steps, *ends, phase.ramp) for ends in (phase.b, phase.beta)))
 
     def _due(self, step: int, every: int) -> bool:
-        """Whether `every` pictures went by within this step."""
-        return step * self.recipe.batch_size // every > (step - 1) * self.recipe.batch_size // every
+        """Whether `every` pictures went by within this step; 0 is never."""
+        return every > 0 and step * self.recipe.batch_size // every > (step - 1) * self.recipe.batch_size // every
 
-    def _checkpoint(self, optimizer: torch.optim.Optimizer, progress: state.Progress) -> None:
+    def _checkpoint(self, prepared: Prepared, progress: state.Progress) -> None:
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        with prepared.whole():
+            folder, main = self.config.work / state.CHECKPOINTS, self.accelerator.is_main_process
             average = self.average and self.average.module
-            state.write(self.config.work / state.CHECKPOINTS, self.model, optimizer, progress, average)
+            state.write(folder, self.model, prepared.optimizer, progress, average, best=self.best, main=main)
         self.accelerator.wait_for_everyone()
+
+    # -------------------------------------------------------------------------------------------- early stopping
+
+    def _measured(
+        self, prepared: Prepared, number: int, k: int, steps: int, progress: state.Progress
+    ) -> tuple[state.Progress, bool]:
+        """What is due after step `k` of a phase: an evaluation, explanations; and whether the phase ends here."""
+        phase, last = self.recipe.phases[number], k + 1 == steps
+        evaluate = last or self._due(progress.step, self.recipe.evaluate_every)
+        explain = self.recipe.probe_pictures > 0 and (last or self._due(progress.step, self.recipe.probe_every))
+        if not (evaluate or explain):
+            return progress, False
+        where = {"phase": number, "objective": phase.objective}
+        with prepared.whole(), eager(self.teacher):
+            if phase.batch_statistics:
+                self._settle_statistics()
+            if evaluate:
+                progress = self.evaluated(progress, where)
+                if phase.patience and _arrived(phase, k, steps):
+                    progress = self._judged(progress)
+                    last = last or progress.waited >= phase.patience
+            if last:
+                progress = self._ended(progress, where)
+            if explain or (last and self.recipe.probe_pictures):
+                self.explained(progress)
+        return progress, last
+
+    def _judged(self, progress: state.Progress) -> state.Progress:
+        """`progress` after the evaluation that was just made; keeps the weights where it was the best so far."""
+        score = progress.curve[-1]["centred_cosine"] if self.accelerator.is_main_process else 0.0
+        told = broadcast(torch.tensor(score, dtype=torch.float64, device=self.accelerator.device))
+        progress = progress.judged(float(told))
+        if progress.best_step == progress.step:
+            self.best = state.snapshot(self._result)
+        return progress
+
+    def _ended(self, progress: state.Progress, where: dict[str, Any]) -> state.Progress:
+        """`progress` at the end of a phase, with the student as it was at the phase's best evaluation."""
+        if self.best is not None and progress.best_step < progress.step:
+            for model in dict.fromkeys((self.model, self._result)):
+                model.load_state_dict(self.best)
+            progress = self.evaluated(progress, {**where, "weights_of": progress.best_step * self.recipe.batch_size})
+        self.best = None
+        return dataclasses.replace(progress, ends=(*progress.ends, progress.step))
 
     # ------------------------------------------------------------------------------------------------ measuring
 
@@ -335,11 +411,26 @@ class _Run:
             theirs = self._teacher_outputs = torch.cat([first_tensor(self.teacher(batch)) for batch in pictures])
         ours = torch.cat([first_tensor(self._result(batch)) for batch in pictures])
         point = {"pictures": progress.step * self.recipe.batch_size, **where, **fidelity(ours, theirs, self.classifier)}
-        write_row(self.config.work, {"held_out": point}, self.accelerator)
+        write_row(self.config.work, {"held_out": point}, self.accelerator, progress.step)
         if not self.config.quiet:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in point.items() if isinstance(value, float))
             tqdm.write(f"{point['pictures']:>8} pictures: {shown}", file=sys.stderr)
         return dataclasses.replace(progress, curve=(*progress.curve, point))
+
+    def explained(self, progress: state.Progress) -> None:
+        """Writes and logs a sheet of explanations; only the main process explains."""
+        if not self.accelerator.is_main_process:
+            return
+        if self._probe is None:
+            count, size = self.recipe.probe_pictures, self.recipe.image_size
+            self._probe = make_probe(self.teacher, self.val, count, size, self._normalised, self.student.labels)
+        pictures = progress.step * self.recipe.batch_size
+        out = self.config.work / EXPLANATIONS / f"{pictures:08d}.png"
+        model = self._result
+        with without_checkpointing(model) if self.recipe.gradient_checkpointing else contextlib.nullcontext():
+            sheet = self._probe.write(model, out)
+        if sheet is not None:
+            log_picture(self.accelerator, EXPLANATIONS, sheet, progress.step)
 
     def summary(self, progress: state.Progress) -> dict[str, Any]:
         """What `align` returns; `stopped` where a signal ended the run, whose last step is in a checkpoint."""
@@ -367,9 +458,22 @@ class _Run:
 
 @torch.no_grad()
 def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
-    """Root mean square of every parameter, or ones; never so small that a parameter could not leave zero."""
-    return tuple(max(float(p.square().mean().sqrt()), 1e-4) if relative else 1.0 for p in model.parameters())
+    """Root mean square of every parameter, or ones; at least the size that a layer names for what starts at zero."""
+    named = {
+        id(layer.get_parameter(name)): size
+        for _, layer in scheduled_layers(model)
+        for name, size in layer.natural_sizes.items()
+    }
+    # Never so small that a parameter could not leave zero.
+    return tuple(
+        max(float(p.square().mean().sqrt()), named.get(id(p), 1e-4)) if relative else 1.0 for p in model.parameters()
+    )
+
+
+def _arrived(phase: Phase, k: int, steps: int) -> bool:
+    """Whether B and beta are at their ends at step `k`: before, the student is nearer to its teacher for free."""
+    return k >= phase.ramp * steps or all(start == end for start, end in (phase.b, phase.beta))
 
 
 def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:
-    return bool(phase.calibrate or recipe.centre)
+    return bool(phase.calibrate or phase.recalibrate_every or recipe.centre or phase.objective.endswith("-local"))

@@ -1,11 +1,11 @@
 """Which architectures convert exactly, explain exactly, and come back from disk: docs/coverage.md, one row each.
 
-    python benchmarks/coverage.py [--only swin vit] [--jobs 2] [--timeout 240]
+    python benchmarks/coverage.py [--method coda] [--only swin vit] [--jobs 2] [--timeout 240]
 
-Every architecture gets random weights, biases and statistics, is converted, and compared with itself: at B = 1 and
-beta = 1 the student must be its teacher. The ledger is checked on the original and on the student, also at B = 1.5 with
-half of the biases; B = 2 without biases must be finite. Models are measured in worker processes, so that a crash or a
-hang costs one row.
+Every architecture gets random weights, biases and statistics, is converted, and compared with itself: where a method
+starts (B = 1, beta = 1) the student must be its teacher. The ledger is checked on the original and on the student,
+also half way to where alignment takes it (B = 1.5, beta = 0.5); the end (B = 2 without biases) must be finite. Models
+are measured in worker processes, so that a crash or a hang costs one row.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from typing import Any
 
 import torch
 from bcosify.convert import Student, Teacher, convert, identity_error, load, save, set_strength
+from bcosify.convert.methods import METHODS, find_method
+from bcosify.convert.plan import Method
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import BcosifyError, PlanError
 from bcosify.explain import explain
@@ -71,7 +73,7 @@ def within(value: float | None) -> bool:
 # ------------------------------------------------------------------------------------------------ measuring one model
 
 
-def measure(entry: Entry) -> Row:
+def measure(entry: Entry, method: Method) -> Row:
     """Everything about one architecture; what fails is in the row."""
     row = Row(entry.library, entry.family, entry.architecture, entry.size)
     try:
@@ -82,7 +84,7 @@ def measure(entry: Entry) -> Row:
         row.ledger_teacher, _ = ledger(teacher.model, pictures)
         started = time.monotonic()
         try:
-            student = convert(teacher)
+            student = convert(teacher, method.config_class())
         except PlanError as error:
             row.refusal = reason(str(error))
             return row
@@ -92,15 +94,20 @@ def measure(entry: Entry) -> Row:
         row.ledger_student, row.input_share = ledger(student.model, pictures)
         row.resize = resized(student, teacher, entry.step)
         row.saved = comes_back(student, pictures)
-        set_strength(student.model, 1.5, 0.5)
+        set_strength(student.model, **half_way(method))
         row.ledger_student = max(row.ledger_student, ledger(student.model, pictures)[0])
-        set_strength(student.model, 2.0, 0.0)
+        set_strength(student.model, **method.ends)
         with torch.no_grad():
             row.finite = bool(student.model(pictures).isfinite().all())
     except Exception as error:  # noqa: BLE001 - one row of the table, not the end of it
         known = isinstance(error, BcosifyError)
         row.failure = f"{type(error).__name__}: {error}" if known else traceback.format_exc(limit=-4)
     return row
+
+
+def half_way(method: Method) -> dict[str, float]:
+    """Strengths between the start, where all are 1, and where alignment takes them."""
+    return {name: (1 + end) / 2 for name, end in method.ends.items()}
 
 
 def ledger(model: torch.nn.Module, pictures: torch.Tensor) -> tuple[float, float]:
@@ -144,7 +151,7 @@ def reason(message: str) -> str:
 # --------------------------------------------------------------------------------------------------- worker processes
 
 
-def serve(connection: Connection) -> None:
+def serve(connection: Connection, method: str) -> None:
     """A worker: measures what it is sent, until it is sent None."""
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -152,16 +159,16 @@ def serve(connection: Connection) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     while (entry := connection.recv()) is not None:
-        connection.send(measure(entry))
+        connection.send(measure(entry, find_method(method)))
 
 
 class Worker:
     """One process that measures one model at a time and can be killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, method: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(theirs,), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, method), daemon=True)
         self.process.start()
         theirs.close()
         self.entry: Entry | None = None
@@ -176,10 +183,10 @@ class Worker:
         self.process.join()
 
 
-def sweep(wanted: list[Entry], jobs: int, timeout: float) -> list[Row]:
+def sweep(wanted: list[Entry], jobs: int, timeout: float, method: str) -> list[Row]:
     """A row for every entry, in their order."""
     waiting, rows = list(reversed(wanted)), {}
-    workers = [Worker() for _ in range(min(jobs, len(wanted)))]
+    workers = [Worker(method) for _ in range(min(jobs, len(wanted)))]
     with tqdm(total=len(wanted), unit="model") as bar:
 
         def done(worker: Worker, row: Row) -> None:
@@ -193,7 +200,7 @@ def sweep(wanted: list[Entry], jobs: int, timeout: float) -> list[Row]:
             worker.stop()
             assert worker.entry is not None
             done(worker, Row(*dataclasses.astuple(worker.entry)[:4], failure=why))
-            workers[index] = Worker()
+            workers[index] = Worker(method)
 
         while len(rows) < len(wanted):
             for worker in workers:
@@ -255,17 +262,18 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
-def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
+def markdown(rows: list[Row], machine: dict[str, Any], method: Method) -> str:
+    half = ", ".join(f"{name}={value:g}" for name, value in half_way(method).items())
     lines = [
         "# Coverage",
         "",
-        "Written by `python benchmarks/coverage.py`; do not edit. Random weights, biases and BatchNorm statistics; "
-        f"float32; {', '.join(f'{name} {version}' for name, version in machine.items())}.",
+        f"Written by `python benchmarks/coverage.py --method {method.name}`; do not edit. Random weights, biases and "
+        f"BatchNorm statistics; float32; {', '.join(f'{name} {version}' for name, version in machine.items())}.",
         "",
-        "- identity error: largest difference of student (B = 1, beta = 1) and original, over the largest output",
+        f"- identity error: largest difference of student ({method.start}) and original, over the largest output",
         "- ledger: largest |score - input part - constants| over max(1, |score|); of the student the worse of "
-        "B = 1, beta = 1 and B = 1.5, beta = 0.5; of the original as it is",
-        "- input's share: |input part| in |input part| + |constants|, at B = 1, beta = 1",
+        f"{method.start} and {half}; of the original as it is",
+        f"- input's share: |input part| in |input part| + |constants|, at {method.start}",
         "- save/load: the folder loads strictly and computes the same",
         "- another size: the student equals its original at a size that the conversion did not see",
         "",
@@ -285,12 +293,16 @@ def markdown(rows: list[Row], machine: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--method", choices=METHODS, default="bcos", help="the target family")
     parser.add_argument("--only", nargs="+", default=[], help="entries whose library, family or name holds a word")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md")
-    parser.add_argument("--json", type=Path, default=ROOT / "runs" / "coverage.json")
+    parser.add_argument("--out", type=Path, help="default: docs/coverage.md, of another method docs/coverage-METHOD.md")
+    parser.add_argument("--json", type=Path, help="default: runs/coverage.json, or runs/coverage-METHOD.json")
     options = parser.parse_args()
+    stem = "coverage" if options.method == "bcos" else f"coverage-{options.method}"
+    options.out = options.out or ROOT / "docs" / f"{stem}.md"
+    options.json = options.json or ROOT / "runs" / f"{stem}.json"
     wanted = [
         entry
         for entry in entries()
@@ -298,16 +310,21 @@ def main() -> None:
         or any(word in f"{entry.library}/{entry.family}/{entry.architecture}" for word in options.only)
     ]
     started = time.monotonic()
-    rows = sweep(wanted, options.jobs, options.timeout)
+    rows = sweep(wanted, options.jobs, options.timeout, options.method)
     machine = {"Python": platform.python_version(), "torch": torch.__version__}
     for library in ("timm", "open_clip", "transformers"):
         machine[library] = __import__(library).__version__
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": machine, "summary": summary(rows), "rows": [dataclasses.asdict(row) for row in rows]}
+    result = {
+        "method": options.method,
+        "machine": machine,
+        "summary": summary(rows),
+        "rows": [dataclasses.asdict(row) for row in rows],
+    }
     options.json.write_text(json.dumps(result, indent=1))
     if not options.only:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(markdown(rows, machine))
+        options.out.write_text(markdown(rows, machine, find_method(options.method)))
     for row in rows:
         if not row.converts:
             why = row.refusal or row.failure or "not exact"

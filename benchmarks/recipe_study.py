@@ -36,12 +36,12 @@ from typing import Any
 
 import torch
 import yaml
-from bcosify.align.fidelity import fidelity
 from bcosify.align.loader import held_out_batches, to_model_input
 from bcosify.align.recipe import load_recipe, scaled
 from bcosify.align.shards import expand, index_shards
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import Preprocess, convert, load, load_teacher, save
+from bcosify.evaluate.fidelity import fidelity
 from bcosify.explain import ClassTarget, DirectionTarget, Target, explain
 from PIL import Image
 from torch import Tensor, nn

@@ -19,8 +19,11 @@ def align(
     out: Path | None = None,
     weights: Path | None = None,
     init_from: Path | None = None,
+    tracker: list[str] | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    stream: bool = False,
+    cache: Path | None = None,
     json: bool = False,
 ) -> dict[str, Any] | None:
     """Trains a converted student towards its frozen teacher, on pictures without labels.
@@ -31,7 +34,8 @@ def align(
 
     Args:
         run: folder of a converted model.
-        data: shards: a folder, a glob, brace syntax, or several joined by ::
+        data: shards: a folder, a glob, brace syntax, http(s):// URLs, pipe:COMMAND (run by your shell, as you typed
+            it), or several of these joined by ::
         recipe: a recipe that ships with bcosify (bcos/vit, bcos/cnn, smoke) or a YAML file.
         set: changes to the recipe, such as phases.0.pictures=800 or batch_size=8.
         pictures: stretch all phases so that together they see this many pictures.
@@ -39,8 +43,11 @@ def align(
         out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
         weights: the teacher's state dict, where it was converted from a file and gains were calibrated since.
         init_from: another student of the same conversion, whose weights a new run starts from.
+        tracker: also show the run in tensorboard, wandb or trackio (several may be given).
         resume: go on from the newest checkpoint of OUT.run.
         overwrite: replace an earlier run.
+        stream: read --data from front to end and keep none of it, for what does not fit on a disk; needs --val.
+        cache: folder where remote shards are kept; default $BCOSIFY_CACHE/shards, else ~/.cache/bcosify/shards.
         json: print the result as JSON on stdout.
     """
     from accelerate import PartialState
@@ -52,7 +59,18 @@ def align(
     resolved = load_recipe(recipe, set or ())
     resolved = resolved if pictures is None else scaled(resolved, pictures)
     config = AlignConfig(
-        run, data, out or run / "aligned", resolved, val, resume, overwrite, weights=weights, init_from=init_from
+        run,
+        data,
+        out or run / "aligned",
+        resolved,
+        val,
+        resume,
+        overwrite,
+        weights=weights,
+        init_from=init_from,
+        trackers=tuple(tracker or ()),
+        stream=stream,
+        cache=cache,
     )
     result = align_model(config)
     if not PartialState().is_main_process:

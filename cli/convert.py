@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,30 @@ def convert(
     out: Path | None = None,
     method: str = "bcos",
     keep: list[str] | None = None,
-    scale: str = "cosine",
+    set: list[str] | None = None,  # noqa: A002 - the flag reads --set
     pretrained: bool = True,
     weights: Path | None = None,
     head: str = "auto",
     image_size: int | None = None,
     calibrate: str | None = None,
     calibration_pictures: int = 64,
-    b: float = 2.0,
+    b: float | None = None,
     dry_run: bool = False,
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
-    """Turns a pretrained model into an interpretable student, and checks that at B=1 it is still the same function.
+    """Turns a pretrained model into an interpretable student, and checks that it is still the same function.
 
-    Nothing is trained here. What B and the missing biases will cost before alignment is measured and printed.
+    Nothing is trained here. What the method takes away (biases, responses off the weight's direction) will cost
+    something before alignment; that is measured and printed.
     Example: bcosify convert timm:resnet50.a1_in1k --out runs/resnet50
 
     Args:
         reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
         out: folder to write; not needed with --dry-run.
-        method: the target family; `bcos`.
+        method: the target family; `bcos` or `coda`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
-        scale: `cosine` (in [0, 1]), or `unbounded` (B-cosification's own variant).
+        set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant) or squash=sq (coda).
         pretrained: take random weights, without the network.
         weights: a .safetensors state dict of your own, in place of the published weights.
         head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
@@ -44,7 +44,7 @@ def convert(
         image_size: side in pixels to use the model at, where it is not its own.
         calibrate: shards; the student is saved at --b without biases, its gains fitted on a few of these pictures.
         calibration_pictures: how many.
-        b: the B that --calibrate and the cost table go to.
+        b: the B that --calibrate and the cost table go to, where the method has one; by default 2.
         dry_run: print the plan, every layer with its reason, and write nothing.
         overwrite: replace the folder if it exists.
         json: print the result as JSON on stdout.
@@ -53,18 +53,22 @@ def convert(
     from ..convert import load_teacher, lossy_steps, plan_for, save
     from ..convert.files import check_free
     from ..convert.methods import find_method
+    from ..convert.settings import from_assignments
     from ..convert.trace import noise_pictures
     from ..errors import CheckpointError, PlanError
 
-    if not 1 <= b < math.inf:
-        raise PlanError(f"--b {b}: B is at least 1 (1 is the source model, 2 the usual end).")
+    family = find_method(method)
+    if b is not None and ("b" not in family.ends or not 1 <= b < float("inf")):
+        known = "B is at least 1 (1 is the source model, 2 the usual end)" if "b" in family.ends else "it has no B"
+        raise PlanError(f"--b {b} --method {method}: {known}.")
+    ends = {**family.ends, **({} if b is None else {"b": b})}
     if calibrate and calibration_pictures < 1:
         raise PlanError(f"--calibration-pictures {calibration_pictures}: at least one is needed; 64 are enough.")
     if not dry_run:
         if out is None:
             raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
         check_free(out, overwrite)
-    config = find_method(method).config_class(keep=tuple(keep or ()), scale=scale)
+    config = from_assignments(family.config_class, set or (), keep=keep or [])
     teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
     plan = plan_for(teacher, config)
     if dry_run:
@@ -81,13 +85,13 @@ def convert(
     student = convert_model(teacher, config, plan=plan)
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    costs = lossy_steps(student, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, b)
+    costs = lossy_steps(student, noise_pictures(8, student.preprocess.size) if pictures is None else pictures, ends)
     if pictures is not None:
-        student = _calibrated(student, pictures, b)
+        student = _calibrated(student, pictures, ends)
     save(student.with_report(lossy_steps=costs), out, overwrite)
     swapped = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
     console.print(f"{reference}: {swapped}")
-    console.print(f"identity at B=1, beta=1: relative error {student.report['identity_error']:.1e}")
+    console.print(f"identity at {family.start}: relative error {student.report['identity_error']:.1e}")
     what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
     show_table(
         f"What each step costs before alignment ({what})",
@@ -121,12 +125,12 @@ def _pictures(shards: str, count: int, student: Any) -> Any:
     return to_model_input(torch.cat([batch.pictures for batch in batches]), preprocess.mean, preprocess.std)
 
 
-def _calibrated(student: Any, pictures: Any, b: float) -> Any:
+def _calibrated(student: Any, pictures: Any, ends: dict[str, float]) -> Any:
     import copy
 
     from ..convert import calibrate, set_strength
 
     original = copy.deepcopy(student.model)
-    set_strength(student.model, b, 0.0)
+    set_strength(student.model, **ends)
     gains = calibrate(student.model, original, pictures)
-    return student.with_report(calibration={"pictures": len(pictures), "b": b, "layers": len(gains)})
+    return student.with_report(calibration={"pictures": len(pictures), **ends, "layers": len(gains)})

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import importlib.resources
 import importlib.util
-import io
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +42,7 @@ def demo(
     from ..convert import convert, load, load_teacher, save
     from ..convert.files import check_free, new_file
     from ..convert.methods.bcos import BcosConfig
+    from ..evaluate.report import render_page
 
     started = time.monotonic()
     check_free(out, overwrite)
@@ -88,7 +86,7 @@ def demo(
         "rows": rows,
     }
     with new_file(out / "report.html") as scratch:
-        scratch.write_text(_page(facts, pictures))
+        scratch.write_text(render_page("demo.html", **facts, pictures=pictures, explained=EXPLAINED))
     shown = "picture model label second ahead score input constants".split()
     show_table(
         f"{REFERENCE}: teacher, start (B={facts['b'][0]:g}) and end (B={facts['b'][1]:g}, biases "
@@ -145,6 +143,7 @@ def _explain(
     """Ledger rows of the teacher's own decision in all three models, and a panel of each as a data URL."""
     import torch
 
+    from ..evaluate.report import data_url
     from ..explain import explain
     from ..explain.render import panel
     from ..explain.targets import ClassTarget
@@ -179,7 +178,7 @@ def _explain(
             )
             picture = None if explanation.encoded_inputs.shape[1] == 6 else _seen(student, inputs[i])
             caption = f"{kind}: {student.labels[int(decisions[i])]}"
-            pictures[f"{name}:{kind}"] = _data_url(panel(picture, explanation, caption, picture=i))
+            pictures[f"{name}:{kind}"] = data_url(panel(picture, explanation, caption, picture=i))
     return rows, pictures
 
 
@@ -190,17 +189,3 @@ def _seen(student: Any, normalised: Any) -> Any:
 
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (student.preprocess.mean, student.preprocess.std))
     return to_pil_image((normalised * std + mean).clamp(0, 1))
-
-
-def _data_url(picture: Any) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _page(facts: dict[str, Any], pictures: dict[str, str]) -> str:
-    import jinja2
-
-    template = (importlib.resources.files("bcosify.cli") / "report.html").read_text()
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.from_string(template).render(**facts, pictures=pictures, explained=EXPLAINED)

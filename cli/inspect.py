@@ -63,8 +63,8 @@ def _converted(folder: Path) -> dict[str, Any]:
 
 
 def _reference(reference: str, pretrained: bool) -> dict[str, Any]:
-    from ..align.taps import depth_taps, find_blocks
     from ..convert import BcosConfig, load_teacher, plan_for
+    from ..convert.taps import depth_taps, find_blocks
 
     teacher = load_teacher(reference, pretrained=pretrained)
     plan = plan_for(teacher, BcosConfig())

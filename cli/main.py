@@ -27,6 +27,8 @@ VERBS = {
     "convert": "turn a pretrained model into an interpretable student that starts equal to it",
     "align": "train a converted student towards its teacher on unlabelled pictures",
     "explain": "explain decisions on pictures exactly, with a ledger that adds up",
+    "evaluate": "measure a student against its teacher and other methods, and write a report",
+    "compare": "put several evaluations side by side",
     "inspect": "show what a model is, and what a conversion would do to it",
     "shards": "pack a folder of pictures into tar shards",
     "demo": "convert, align and explain a real model in a few minutes, and write a report",

@@ -6,6 +6,7 @@ from .calibrate import calibrate
 from .checkpoint import load, save
 from .layers import set_strength
 from .methods.bcos import BcosConfig
+from .methods.coda import CodaConfig
 from .plan import Plan
 from .sources import (
     Preprocess,
@@ -18,10 +19,11 @@ from .sources import (
     reload_teacher,
     token_grid,
 )
-from .student import Student, convert, identity_error, lossy_steps, plan_for
+from .student import Student, check_teacher, convert, identity_error, lossy_steps, plan_for
 
 __all__ = [
     "BcosConfig",
+    "CodaConfig",
     "Plan",
     "Preprocess",
     "Source",
@@ -29,6 +31,7 @@ __all__ = [
     "Teacher",
     "Text",
     "calibrate",
+    "check_teacher",
     "convert",
     "embed_texts",
     "identity_error",

@@ -3,8 +3,8 @@
 |cos|^(B-1) shrinks every response, and removed biases shift it. Layer by layer, in the order of the forward pass, each
 output channel of the student is scaled by the one number that brings it closest to the teacher's same channel (least
 squares), or to its size (root mean square); later layers see the corrected input. A positive gain folds into the
-weights, because a cosine does not see it: nothing is left behind. (Ours; data-dependent initialisation, LSUV, is its
-ancestor.)
+weights of a B-cos layer, because a cosine does not see it, and into the gain that an alignment unit has anyway: nothing
+is left behind. (Ours; data-dependent initialisation, LSUV, is its ancestor.)
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .layers.batch_norm import UncentredBatchNorm
-from .layers.bcos import _Bcos
-from .layers.scheduled import BiasScheduled, scheduled_layers
+from .layers.scheduled import BiasScheduled, Rescalable, scheduled_layers
 
 __all__ = ["Gain", "calibrate"]
 
@@ -50,7 +48,7 @@ def calibrate(
     Returns:
         Mean gain of every calibrated layer.
     """
-    layers = {name: layer for name, layer in scheduled_layers(student) if isinstance(layer, _Bcos | UncentredBatchNorm)}
+    layers = {name: layer for name, layer in scheduled_layers(student) if isinstance(layer, Rescalable)}
     targets: dict[str, Tensor] = {}
     gains: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
@@ -71,7 +69,9 @@ def calibrate(
             if name not in targets:
                 return None
             rows = _rows(module, _response(module, args[0], output))[places.pop(name)] - _constant(layers[name])
-            gains[name] = _scale(layers[name], _gain(rows, targets.pop(name), gain))
+            found = _gain(rows, targets.pop(name), gain)
+            layers[name].rescale(found)
+            gains[name] = float(found.mean())
             return module.forward(*args)
 
         return hook
@@ -115,10 +115,3 @@ def _gain(rows: Tensor, target: Tensor, kind: Gain) -> Tensor:
     gain = (rows * target).sum(0) / energy if kind == "least-squares" else (wanted / energy).sqrt()
     alive = (energy > 0) & (wanted > 0) & gain.isfinite()
     return torch.where(alive, gain.clamp(SMALLEST, LARGEST), torch.ones_like(gain))
-
-
-def _scale(layer: BiasScheduled, gain: Tensor) -> float:
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    weight.mul_(gain.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
-    return float(gain.mean())

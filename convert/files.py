@@ -14,7 +14,14 @@ from safetensors import SafetensorError
 
 from ..errors import CheckpointError
 
-__all__ = ["check_free", "file_digest", "new_file", "new_folder"]
+__all__ = ["cache_root", "check_free", "file_digest", "new_file", "new_folder"]
+
+
+def cache_root() -> Path:
+    """Where bcosify keeps what can be made again: $BCOSIFY_CACHE, else `bcosify` in $XDG_CACHE_HOME or ~/.cache."""
+    if own := os.environ.get("BCOSIFY_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bcosify"
 
 
 def file_digest(path: Path) -> str:

@@ -7,7 +7,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -68,12 +68,20 @@ class Method:
         container).
             Raises PlanError, with the reason alone, for a layer that it cannot convert.
         swaps: name of a swap -> function(module, preprocess, config) that changes the module in place.
+        ends: strength of its layers -> where alignment usually takes it; all start at 1, where the student is its
+            teacher.
     """
 
     name: str
     config_class: type
     decide: Callable[[str, nn.Module, nn.Module, Trace, Any], Decision | None]
     swaps: dict[str, Callable[..., None]]
+    ends: Mapping[str, float]
+
+    @property
+    def start(self) -> str:
+        """Where a student is its teacher, in words, such as `B=1, beta=1`."""
+        return ", ".join(f"{'B' if name == 'b' else name}=1" for name in self.ends)
 
 
 def plan_conversion(model: nn.Module, method: Method, config: Any, trace: Trace) -> Plan:

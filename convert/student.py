@@ -1,15 +1,16 @@
-"""Conversion: a Teacher becomes a Student that is the same function, with layers whose B and beta can move."""
+"""Conversion: a Teacher becomes a Student that is the same function, with layers whose strengths can move."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import LedgerError
+from ..errors import LedgerError, SourceError
 from .calibrate import Gain, calibrate
 from .layers import set_strength
 from .methods import find_method
@@ -18,10 +19,15 @@ from .plan import Plan, plan_conversion
 from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .trace import fitted, noise_pictures, trace_forward
 
-__all__ = ["Student", "convert", "identity_error", "lossy_steps", "output_of"]
+__all__ = ["Student", "check_teacher", "convert", "identity_error", "lossy_steps", "output_of"]
 
 # A larger relative difference than float32 rounding through a deep network explains: the student is another function.
 IDENTITY_LIMIT = 1e-4
+# What a value of a strength means.
+WORDS: dict[str, Callable[[float], str]] = {
+    "b": lambda value: "" if value == 1 else f"B={value:g}",
+    "beta": lambda value: "biases removed" if value == 0 else "biases kept" if value == 1 else f"{value:.0%} of biases",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,11 +88,11 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
         _take_precision(model, teacher.model)
     if not error <= IDENTITY_LIMIT:
         raise LedgerError(
-            f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at B=1, beta=1 (limit "
-            f"{IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; nothing was written. "
-            "See `bcosify convert REF --dry-run`, and leave layers out with --keep."
+            f"{teacher.source.reference}: the student differs from its teacher by {error:.1e} at "
+            f"{find_method(plan.method).start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently "
+            "in this model; nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
-    return student.with_report(identity_error=error)
+    return student.with_report(identity_error=error, teacher=_fingerprint(original, teacher.preprocess.size))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -142,35 +148,67 @@ def identity_error(student: nn.Module, teacher: nn.Module, pictures: Tensor) -> 
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
+FINGERPRINT = 16  # outputs in a fingerprint
+# What other versions and machines may change in a fingerprint, over its largest number; other weights change far more.
+SAME_TEACHER = 1e-2
+
+
+@torch.no_grad()
+def _fingerprint(model: nn.Module, size: tuple[int, int]) -> list[float]:
+    """Outputs on one noise picture, evenly chosen: tells one set of weights from another."""
+    output = output_of(model, fitted(noise_pictures(1, size), model)).flatten().float()
+    return output[:: -(-len(output) // FINGERPRINT)].tolist()
+
+
+def check_teacher(student: Student, model: nn.Module) -> None:
+    """Raises SourceError where `model`, loaded again, is not what `student` was converted from.
+
+    Hub repositories and folders change. A student without a record of its teacher passes.
+    """
+    recorded = student.report.get("teacher")
+    if recorded is None:
+        return
+    wanted = torch.tensor(recorded)
+    found = torch.tensor(_fingerprint(model, student.preprocess.size))
+    scale = wanted.abs().max().clamp_min(1e-12)
+    if wanted.shape != found.shape or not (wanted - found).abs().max() <= SAME_TEACHER * scale:
+        raise SourceError(
+            f"{student.source.reference} is not the teacher that this student was converted from: it computes "
+            "something else now, so its files were changed or replaced. Put the old ones back, or convert again."
+        )
+
+
 @torch.no_grad()
 def lossy_steps(
-    student: Student, pictures: Tensor, b: float = 2.0, gain: Gain = "least-squares"
+    student: Student, pictures: Tensor, ends: Mapping[str, float] | None = None, gain: Gain = "least-squares"
 ) -> list[dict[str, Any]]:
     """What each step away from identity costs: mean cosine of outputs to the teacher's on pictures (N, 3, H, W).
 
     Args:
-        student: at B = 1 and beta = 1, so that it is its teacher; comes back as it was.
+        student: with all strengths at 1, so that it is its teacher; comes back as it was.
+        ends: where strengths go, such as {"b": 1.5}; by default, and those not named, where its method takes them.
     """
     model = student.model
     theirs = output_of(model, pictures)
 
-    def row(what: str, changed: nn.Module, strength: tuple[float, float]) -> dict[str, Any]:
+    ends = {**find_method(student.method).ends, **(ends or {})}
+    start = dict.fromkeys(ends, 1.0)
+
+    def row(changed: nn.Module, strengths: dict[str, float], more: str = "") -> dict[str, Any]:
+        words = filter(None, (WORDS[name](value) for name, value in strengths.items()))
+        what = "identity" if strengths == start else ", ".join([*words, *filter(None, [more])])
         cosine = nn.functional.cosine_similarity(output_of(changed, pictures), theirs, dim=-1).mean()
-        return {"step": what, "b": strength[0], "beta": strength[1], "cosine": round(float(cosine), 4)}
+        return {"step": what, **strengths, "cosine": round(float(cosine), 4)}
 
     rows = []
+    alone = [{**start, name: ends[name]} for name in reversed(ends)]
     try:
-        for what, strength in (
-            ("identity", (1.0, 1.0)),
-            ("biases removed", (1.0, 0.0)),
-            (f"B={b:g}, biases kept", (b, 1.0)),
-            (f"B={b:g}, biases removed", (b, 0.0)),
-        ):
-            set_strength(model, *strength)
-            rows.append(row(what, model, strength))
+        for strengths in (start, *alone, *([ends] if len(ends) > 1 else [])):
+            set_strength(model, **strengths)
+            rows.append(row(model, strengths))
     finally:
-        set_strength(model, 1.0, 1.0)
+        set_strength(model, **start)
     scaled = copy.deepcopy(model)
-    set_strength(scaled, b, 0.0)
+    set_strength(scaled, **ends)
     calibrate(scaled, model, pictures, gain)
-    return [*rows, row(f"B={b:g}, biases removed, gains calibrated", scaled, (b, 0.0))]
+    return [*rows, row(scaled, ends, "gains calibrated")]

@@ -14,6 +14,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "LedgerError",
+    "NotApplicable",
     "PlanError",
     "RecipeError",
     "SourceError",
@@ -52,6 +53,10 @@ class RecipeError(BcosifyError):
 
 class TargetError(BcosifyError):
     """A target to explain does not exist in this model."""
+
+
+class NotApplicable(BcosifyError):
+    """A metric or a method has no meaning for this model or these pictures; a report says so, and why."""
 
 
 def near_miss(word: str, known: Iterable[str], count: int = 3) -> str:

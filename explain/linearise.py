@@ -13,8 +13,9 @@ is put back when the mode ends, also after an exception.
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate), `input_encoding` (picture to channels that are explained), and
-`input_colours` (the picture as it is, explained by its colours).
+which torch does not know: `gated` (x times a gate), `dynamic_linear` (linear in x, by weights that may depend on it),
+`input_encoding` (picture to channels that are explained), and `input_colours` (the picture as it is, explained by its
+colours).
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -34,9 +35,9 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torch.utils._pytree import tree_leaves
 
 from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, colours, encoding, gate, resolve
+from .rules import OPERATIONS, Operation, Rule, colours, encoding, gate, linear, resolve
 
-__all__ = ["Linearised", "gated", "input_colours", "input_encoding"]
+__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding"]
 
 P = ParamSpec("P")
 
@@ -132,6 +133,14 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     In explanation mode it is x · sg(f(x, *others) / x): the gate and all the others are constants.
     """
     return _declared(function, gate)
+
+
+def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares an f(x, *others) that is linear in x: dynamic weights, made of the others, times x.
+
+    In explanation mode all the others are constants.
+    """
+    return _declared(function, linear)
 
 
 def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "colours", "encoding", "gate", "resolve"]
+__all__ = ["OPERATIONS", "Operation", "Rule", "colours", "encoding", "gate", "linear", "resolve"]
 
 Run = Callable[..., Any]
 

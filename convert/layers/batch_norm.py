@@ -20,12 +20,12 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from .scheduled import BiasScheduled, faded
+from .scheduled import Rescalable, faded, is_exactly
 
 __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
 
 
-class UncentredBatchNorm(BiasScheduled):
+class UncentredBatchNorm(Rescalable):
     """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma)."""
 
     eps: float
@@ -45,21 +45,23 @@ class UncentredBatchNorm(BiasScheduled):
     @property
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's; in training mode with the batch's mean in it."""
-        bias = faded(self._parameters.get("bias"), self._beta)
-        if self._moments is None or self._beta == 0:
+        beta = self._strength("beta")
+        bias = faded(self._parameters.get("bias"), beta)
+        if self._moments is None or is_exactly(beta, 0):
             return bias
         weight = self.weight
         assert weight is not None  # in training mode it holds the batch's 1 / sigma
-        shift = self._beta * weight * self._moments[0]
+        shift = beta * weight * self._moments[0]
         return -shift if bias is None else bias - shift
 
     @property
     def running_mean(self) -> Tensor | None:
         """(C,): beta times the buffer; zeros, never None, at beta = 0, as `batch_norm` needs one."""
         mean = self._buffers.get("running_mean")
-        if mean is None or (self._beta == 1 and self._moments is None):
+        beta = self._strength("beta")
+        if mean is None or (is_exactly(beta, 1) and self._moments is None):
             return mean
-        return torch.zeros_like(mean) if self._moments else mean * self._beta
+        return torch.zeros_like(mean) if self._moments else mean * beta
 
     @property
     def running_var(self) -> Tensor | None:

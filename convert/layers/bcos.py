@@ -8,14 +8,13 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import gated
-from .scheduled import BiasScheduled
+from .convolution import DynamicConv2d, SamePadding, sum_of_squares
+from .scheduled import Rescalable, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
 
@@ -29,7 +28,7 @@ class _BcosScale(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float) -> Tensor:
+    def forward(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
         return o * _scale(o, patch_norm_sq, weight_norm_sq, b)
 
     @staticmethod
@@ -49,9 +48,9 @@ class _BcosScale(torch.autograd.Function):
         return ctx.b * scaled_grad, grad_q, grad_w2, None
 
 
-def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float) -> Tensor:
+def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
     cosine = o.abs() * q.clamp_min(TINY).rsqrt() * w2.clamp_min(TINY).rsqrt()
-    return (cosine if b == 2 else cosine.pow(b - 1)).to(o.dtype)
+    return (cosine if is_exactly(b, 2) else cosine.pow(b - 1)).to(o.dtype)
 
 
 def _over(total: Tensor, q: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
 
 
 @gated
-def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float) -> Tensor:
+def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
     `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Explanation mode
@@ -68,12 +67,7 @@ def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: floa
     return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
 
 
-def _sum_of_squares(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    # float32 squares: 300 squared is already infinite in float16.
-    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim, keepdim=keepdim)
-
-
-class _Bcos(BiasScheduled):
+class _Bcos(Rescalable):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
     b: Tensor
@@ -90,7 +84,7 @@ class _Bcos(BiasScheduled):
 
     def _weight_norm_sq(self) -> Tensor:
         """(C_out,) float32: squared norm of every filter; ones for the unbounded variant."""
-        squares = _sum_of_squares(self.weight.flatten(1), 1)
+        squares = sum_of_squares(self.weight.flatten(1), 1)
         return squares if self.bounded else torch.ones_like(squares)
 
 
@@ -98,83 +92,30 @@ class BcosLinear(_Bcos):
     """B-cos over `nn.Linear`: (..., C_in) -> (..., C_out)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._b == 1:
+        b = self._strength("b")
+        if is_exactly(b, 1):
             return F.linear(x, self.weight, self.bias)
         o = F.linear(x, self.weight)
-        y = bcos_scale(o, _sum_of_squares(x, -1, keepdim=True), self._weight_norm_sq(), self._b)
+        y = bcos_scale(o, sum_of_squares(x, -1, keepdim=True), self._weight_norm_sq(), b)
         return y if self.bias is None else y + self.bias
 
 
-class BcosConv2d(_Bcos):
-    """B-cos over `nn.Conv2d`, any stride, padding, padding mode, dilation and groups: (B, C_in, H, W) -> (B, C_out,
-    H', W').
+class BcosConv2d(_Bcos, DynamicConv2d):
+    """B-cos over `nn.Conv2d`: (B, C_in, H, W) -> (B, C_out, H', W').
 
     The patch norm comes from one pooled map of the channels' sum of squares per group, not from a second convolution.
     """
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    padding_mode: str
-    _reversed_padding_repeated_twice: tuple[int, int, int, int]
-
-    def pads(self, height: int, width: int) -> tuple[int, int, int, int]:  # noqa: ARG002 - sizes matter to subclasses
-        """(left, right, top, bottom) that the source pads a picture of this size with."""
-        return self._reversed_padding_repeated_twice  # torch's own, in this order, with `same` and `valid` resolved
-
-    def forward(self, x: Tensor) -> Tensor:
-        left, right, top, bottom = self.pads(*x.shape[-2:])
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return self._bcos(x, (top, left))
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return self._bcos(F.pad(x, (left, right, top, bottom), mode=mode), (0, 0))
-
-    def _bcos(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        if self._b == 1:
+    def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
+        b = self._strength("b")
+        if is_exactly(b, 1):
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
         o = F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
         grouped = o.unflatten(1, (self.groups, -1))
         weight_norm_sq = self._weight_norm_sq().view(self.groups, -1, 1, 1)
-        y = bcos_scale(grouped, self._patch_norm_sq(x, padding), weight_norm_sq, self._b).flatten(1, 2)
+        y = bcos_scale(grouped, self.patch_norm_sq(x, padding), weight_norm_sq, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
-    def _patch_norm_sq(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        """(B, G, 1, H', W') float32: sum of squares under every patch, per group of channels."""
-        per_pixel = _sum_of_squares(x.unflatten(1, (self.groups, -1)), 2)
-        area = math.prod(self.kernel_size)
-        if area == 1:
-            pooled = F.pad(per_pixel, _four(padding))[..., :: self.stride[0], :: self.stride[1]]
-        elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
-            pooled = F.avg_pool2d(per_pixel, self.kernel_size, self.stride, padding) * area
-        else:
-            # A pool cannot do it, and a convolution would take the sums in float16 or TF32 where those are switched on.
-            pooled = F.pad(per_pixel, _four(padding))
-            for dim, kernel, dilation in zip((-2, -1), self.kernel_size, self.dilation, strict=True):
-                size = pooled.shape[dim] - dilation * (kernel - 1)
-                pooled = torch.stack([pooled.narrow(dim, k * dilation, size) for k in range(kernel)]).sum(0)
-            pooled = pooled[..., :: self.stride[0], :: self.stride[1]]
-        return pooled.unsqueeze(2)
 
-
-def _four(padding: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(rows, columns) as `F.pad` wants it."""
-    return padding[1], padding[1], padding[0], padding[0]
-
-
-class BcosConv2dSame(BcosConv2d):
-    """B-cos over timm's `Conv2dSame`: TensorFlow's padding, which depends on the picture's size."""
-
-    def pads(self, height: int, width: int) -> tuple[int, int, int, int]:
-        (top, bottom), (left, right) = (
-            self._same(size, kernel, stride, dilation)
-            for size, kernel, stride, dilation in zip(
-                (height, width), self.kernel_size, self.stride, self.dilation, strict=True
-            )
-        )
-        return left, right, top, bottom
-
-    @staticmethod
-    def _same(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
-        total = max((math.ceil(size / stride) - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
-        return total // 2, total - total // 2
+class BcosConv2dSame(SamePadding, BcosConv2d):
+    """B-cos over timm's `Conv2dSame`."""

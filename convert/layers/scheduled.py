@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BiasScheduled", "adopt", "faded", "join", "scheduled_layers", "set_strength"]
+__all__ = [
+    "BiasScheduled",
+    "Rescalable",
+    "adopt",
+    "faded",
+    "is_exactly",
+    "join",
+    "scheduled_layers",
+    "set_strength",
+]
 
 
 class BiasScheduled(nn.Module):
@@ -27,6 +37,8 @@ class BiasScheduled(nn.Module):
 
     beta: Tensor
     _beta: float
+    # Whether forward reads the buffers, not their mirrors: in a compiled model each new float is a new program.
+    reads_buffers: bool = False
 
     def start_schedule(self) -> None:
         """Called once, by `adopt`: beta = 1, the source's own function."""
@@ -38,22 +50,31 @@ class BiasScheduled(nn.Module):
         setattr(self, f"_{name}", value)
 
     def set_strength(self, name: str, value: float) -> None:
-        """Moves one buffer (`beta`, or `b` where the layer has it) and its mirror."""
+        """Moves one buffer (`beta`, or `b` where the layer has it) and its mirror, without reading the device."""
         getattr(self, name).fill_(value)
-        self._mirror(name)
+        self._mirror(name, float(np.float32(value)))
 
-    def _mirror(self, name: str) -> None:
+    def _mirror(self, name: str, value: float) -> None:
         # Rounded: 1.7 must come back as 1.7 from a float32 buffer, or a resumed run is not the same run.
-        setattr(self, f"_{name}", round(float(getattr(self, name)), 6))
+        setattr(self, f"_{name}", round(value, 6))
 
     def strengths(self) -> dict[str, float]:
         """The current value of every buffer that the schedule moves."""
         return {"beta": self._beta}
 
+    def _strength(self, name: str) -> float | Tensor:
+        """What forward multiplies by: the mirror, or the buffer () itself."""
+        return getattr(self, name if self.reads_buffers else f"_{name}")
+
+    @property
+    def natural_sizes(self) -> Mapping[str, float]:
+        """Sizes of parameters that start at zero, by name: what a learning rate in units of a weight's size goes by."""
+        return {}
+
     @property
     def bias(self) -> Tensor | None:
         """(C,) or None: beta times the source's bias."""
-        return faded(self._parameters.get("bias"), self._beta)
+        return faded(self._parameters.get("bias"), self._strength("beta"))
 
     def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
         super()._apply(fn, recurse)
@@ -68,18 +89,33 @@ class BiasScheduled(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.strengths():
             if not getattr(self, name).is_meta:
-                self._mirror(name)
+                self._mirror(name, float(getattr(self, name)))
 
     def extra_repr(self) -> str:
         values = ", ".join(f"{name}={value:g}" for name, value in self.strengths().items())
         return ", ".join(part for part in (super().extra_repr(), values) if part)
 
 
-def faded(bias: Tensor | None, beta: float) -> Tensor | None:
+class Rescalable(BiasScheduled):
+    """Mixin: a scheduled layer whose response, without its bias, can be multiplied by a gain for every channel."""
+
+    def rescale(self, gain: Tensor) -> None:
+        """Multiplies the responses by `gain` (C,), positive; in the weight, in place."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        weight.mul_(gain.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
+
+
+def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:
     """beta times `bias`; None where nothing is left of it."""
-    if bias is None or beta == 0:
+    if bias is None or is_exactly(beta, 0):
         return None
-    return bias if beta == 1 else bias * beta
+    return bias if is_exactly(beta, 1) else bias * beta
+
+
+def is_exactly(strength: float | Tensor, value: float) -> bool:
+    """Whether a short cut may be taken; never for a buffer, which only the device could tell."""
+    return not isinstance(strength, Tensor) and strength == value
 
 
 def _fading(name: str) -> property:
@@ -88,7 +124,8 @@ def _fading(name: str) -> property:
 
     def read(layer: BiasScheduled) -> Tensor | None:
         constant = layer._parameters.get(name, layer._buffers.get(name))
-        return constant if constant is None or layer._beta == 1 else constant * layer._beta
+        beta = layer._strength("beta")
+        return constant if constant is None or is_exactly(beta, 1) else constant * beta
 
     return property(read, doc=f"beta times the source's {name}")
 

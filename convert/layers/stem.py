@@ -29,10 +29,15 @@ from torch import Tensor, nn
 
 from ...explain.linearise import input_colours, input_encoding
 from .bcos import BcosConv2d, BcosConv2dSame
+from .coda import CodaConv2d, CodaConv2dSame
+from .convolution import DynamicConv2d
 
 __all__ = [
+    "SixChannel",
     "SixChannelBcosConv2d",
     "SixChannelBcosConv2dSame",
+    "SixChannelCodaConv2d",
+    "SixChannelCodaConv2dSame",
     "SixChannelInput",
     "from_six_channels",
     "six_channels",
@@ -79,8 +84,8 @@ class SixChannelInput(nn.Module):
         return super().forward(from_six_channels(x, mean, std), *args, **kwargs)  # type: ignore[misc]
 
 
-class _SixChannel(BcosConv2d):
-    """Mixin over a B-cos convolution: encodes the picture first."""
+class SixChannel(DynamicConv2d):
+    """Mixin over a convolution: encodes the picture first."""
 
     mean: Tensor
     std: Tensor
@@ -112,12 +117,20 @@ class _SixChannel(BcosConv2d):
                 f"channels are made inside the model"
             )
         mean, std = self.mean.to(x.dtype), self.std.to(x.dtype)
-        return self._bcos(six_channels(x, mean, std, self.pads(*x.shape[-2:])), (0, 0))
+        return self._respond(six_channels(x, mean, std, self.pads(*x.shape[-2:])), (0, 0))
 
 
-class SixChannelBcosConv2d(_SixChannel):
-    """Six-channel stem over `nn.Conv2d`."""
+class SixChannelBcosConv2d(SixChannel, BcosConv2d):
+    """Six-channel stem over `nn.Conv2d`, B-cos."""
 
 
-class SixChannelBcosConv2dSame(_SixChannel, BcosConv2dSame):
-    """Six-channel stem over timm's `Conv2dSame`."""
+class SixChannelBcosConv2dSame(SixChannel, BcosConv2dSame):
+    """Six-channel stem over timm's `Conv2dSame`, B-cos."""
+
+
+class SixChannelCodaConv2d(SixChannel, CodaConv2d):
+    """Six-channel stem over `nn.Conv2d`, of alignment units."""
+
+
+class SixChannelCodaConv2dSame(SixChannel, CodaConv2dSame):
+    """Six-channel stem over timm's `Conv2dSame`, of alignment units."""

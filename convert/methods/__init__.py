@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ...errors import PlanError, near_miss
 from ..plan import Method
-from . import bcos
+from . import bcos, coda
 
 __all__ = ["METHODS", "find_method"]
 
-METHODS: dict[str, Method] = {method.name: method for method in (bcos.METHOD,)}
+METHODS: dict[str, Method] = {method.name: method for method in (bcos.METHOD, coda.METHOD)}
 
 
 def find_method(name: str) -> Method:

@@ -1,46 +1,26 @@
-"""B-cos conversion: which layer becomes what (the rules of B-cosification, arXiv 2411.00715, with an exact start).
+"""B-cos conversion (the rules of B-cosification, arXiv 2411.00715, with an exact start).
 
-B-cos: stem, convolutions, MLP layers, attention's output projection, head. Plain with a fading bias: query, key,
-value (the softmax over them is a frozen gate in an explanation) and all norms. BatchNorm: uncentred.
-Everything else (activations, pools, LayerScale, position tables, class and register tokens) stays, and what it adds
-is named in the ledger.
-
-Rules are keyed by exact class (see `kinds`): a subclass may act differently in forward (`StdConv2d` does), so an
-unknown one is refused by name, never guessed.
+Which layer becomes what: `dynamic_linear`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import nn
 
 from ...errors import PlanError, near_miss
-from ..layers import (
-    BcosConv2d,
-    BcosConv2dSame,
-    BcosLinear,
-    BiasScheduled,
-    SeparateAttention,
-    SeparateAttentionPool2d,
-    SixChannelBcosConv2d,
-    SixChannelBcosConv2dSame,
-    SixChannelInput,
-    UncentredBatchNorm,
-    adopt,
-    join,
-)
-from ..plan import Decision, Method, class_path
-from ..sources import Preprocess
+from ..layers import BcosConv2d, BcosConv2dSame, BcosLinear, SixChannelBcosConv2d, SixChannelBcosConv2dSame
+from ..plan import Decision, Method
 from ..trace import Trace
-from . import kinds
+from . import dynamic_linear
 
 __all__ = ["METHOD", "BcosConfig"]
 
 Scale = Literal["cosine", "unbounded"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
+LAYERS = dynamic_linear.Layers(BcosLinear, BcosConv2d, BcosConv2dSame, SixChannelBcosConv2d, SixChannelBcosConv2dSame)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,205 +40,12 @@ class BcosConfig:
             raise PlanError(f"no scale {self.scale!r}.{near_miss(self.scale, SCALES)} There are: {', '.join(SCALES)}.")
 
 
-# Classes that carry weights which must not be converted by guess.
-WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.batchnorm._NormBase, nn.MultiheadAttention)
-RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Place:
-    """A layer and where it sits, as rules see it."""
-
-    name: str
-    module: nn.Module
-    model: nn.Module
-    trace: Trace
-
-    @property
-    def reads_picture(self) -> bool:
-        """Whether it is given the picture itself, and will encode it."""
-        return self.name in self.trace.readers and not _at_the_entrance(self.model, self.trace)
-
-    @property
-    def parent(self) -> nn.Module:
-        return self.model.get_submodule(self.name.rpartition(".")[0])
-
-    @property
-    def called(self) -> bool:
-        """Whether its forward runs, or will once the attention that it belongs to is taken apart."""
-        return self.name in self.trace.called or class_path(self.parent) in kinds.ATTENTIONS
-
-
-def _at_the_entrance(model: nn.Module, trace: Trace) -> bool:
-    """Whether the picture is encoded before the model sees it: not all of it is read by layers that could do it."""
-    return trace.elsewhere or not all(_can_encode(model.get_submodule(name)) for name in trace.readers)
-
-
-def _can_encode(module: nn.Module) -> bool:
-    known = (*kinds.CONVOLUTIONS, *kinds.SAME_CONVOLUTIONS, *kinds.STANDARDISED)
-    return (
-        class_path(module) in known
-        and isinstance(module, nn.Conv2d)
-        and (module.groups, module.in_channels, module.padding_mode) == (1, 3, "zeros")
-    )
-
-
-def _linear(place: _Place) -> Decision:
-    if place.name.rpartition(".")[2] in kinds.PLAIN_PROJECTIONS:
-        return Decision("BiasScheduled", "query, key and value stay linear: the softmax over them is a gate")
-    return Decision("BcosLinear", "linear layer")
-
-
-def _conv2d(place: _Place, same: str = "") -> Decision:
-    if place.reads_picture:
-        reason = "reads the picture: [r, 1-r] with the normalisation folded in"
-        return Decision(f"SixChannelBcosConv2d{same}", reason)
-    return Decision(f"BcosConv2d{same}", "convolution")
-
-
-def _conv2d_same(place: _Place) -> Decision:
-    return _conv2d(place, "Same")
-
-
-def _standardised(place: _Place) -> Decision:
-    decision = _conv2d(place, "Same" if getattr(place.module, "same_pad", False) else "")
-    return Decision(decision.becomes, f"{decision.reason}; its standardisation is folded into plain weights")
-
-
-def _other_convolution(place: _Place) -> Decision:
-    return Decision("BiasScheduled", "stays linear: only two-dimensional convolutions have a patch norm here")
-
-
-def _norm(place: _Place) -> Decision:
-    if getattr(place.module, "bias", None) is None:
-        return Decision(None, "norm without a bias")
-    return Decision("BiasScheduled", "norm; its bias fades")
-
-
-def _batch_norm(place: _Place) -> Decision:
-    if getattr(place.module, "running_mean", None) is None:
-        raise PlanError("keeps no running statistics, so it is a different function for every batch")
-    return Decision("UncentredBatchNorm", "uncentred; bias and mean fade")
-
-
-def _attention(place: _Place) -> Decision:
-    own = {id(parameter) for parameter in place.module.parameters(recurse=False)}
-    holders = {
-        id(module)
-        for module in place.model.modules()
-        if any(id(parameter) in own for parameter in module.parameters(recurse=False))
-    }
-    if len(holders) > 1:
-        raise PlanError("another module holds the same packed weights; taken apart, they would come untied")
-    return Decision(kinds.ATTENTIONS[class_path(place.module)], "separate query, key, value and output layers")
-
-
-def _constants(place: _Place) -> Decision | None:
-    present = [name for name in _fading(place.module) if getattr(place.module, name, None) is not None]
-    return Decision("BiasScheduled", f"{' and '.join(present)} fade") if present else None
-
-
-def _fading(module: nn.Module) -> tuple[str, ...]:
-    """Constants that the class adds by itself, beside the bias that any layer may have."""
-    return kinds.FADING_CONSTANTS.get(class_path(module), ())
-
-
-RULES: dict[str, Callable[[_Place], Decision | None]] = {
-    **dict.fromkeys(kinds.LINEARS, _linear),
-    **dict.fromkeys(kinds.CONVOLUTIONS, _conv2d),
-    **dict.fromkeys(kinds.SAME_CONVOLUTIONS, _conv2d_same),
-    **dict.fromkeys(kinds.STANDARDISED, _standardised),
-    **dict.fromkeys(kinds.OTHER_CONVOLUTIONS, _other_convolution),
-    **dict.fromkeys(kinds.NORMS, _norm),
-    **dict.fromkeys(kinds.BATCH_NORMS, _batch_norm),
-    **dict.fromkeys(kinds.ATTENTIONS, _attention),
-    **dict.fromkeys(kinds.FADING_CONSTANTS, _constants),
-}
-
-
 def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: BcosConfig) -> Decision | None:  # noqa: ARG001
-    if not name:
-        reason = "the picture gets in by other ways than a convolution: [r, 1-r] is explained at the entrance"
-        return Decision("SixChannelInput", reason) if _at_the_entrance(model, trace) else None
-    place = _Place(name, module, model, trace)
-    own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
-    rule = RULES.get(class_path(module))
-    if rule is None:
-        return _without_rule(module, own)
-    if _inside_gate(name, model):
-        return Decision(None, "inside a gate, which an explanation freezes")
-    if own and not place.called:
-        return Decision(None, "forward never calls it; its parent reads the weights")
-    return rule(place)
+    return dynamic_linear.decide(name, module, model, trace, LAYERS)
 
 
-def _without_rule(module: nn.Module, own: list[str]) -> Decision | None:
-    if isinstance(module, RECURRENT):
-        raise PlanError("a recurrent layer multiplies and squashes inside one call, which no ledger can follow")
-    if isinstance(module, WEIGHTED):
-        supported = sorted({path.rpartition(".")[2] for path in RULES})
-        raise PlanError(f"not supported; supported are exactly {', '.join(supported)}")
-    if own:
-        return Decision(None, f"{', '.join(own)}: stays; what it adds is named in the ledger")
-    return None if any(True for _ in module.children()) else Decision(None, "no weights")
+def _prepare(layer: BcosLinear | BcosConv2d, config: BcosConfig) -> None:
+    layer.bounded = config.scale == "cosine"
 
 
-def _inside_gate(name: str, model: nn.Module) -> bool:
-    parts = name.split(".")
-    return any(type(model.get_submodule(".".join(parts[:n]))).__name__ in kinds.GATES for n in range(1, len(parts)))
-
-
-def _fold_standardisation(module: nn.Module) -> None:
-    """Replaces the weight of a `StdConv2d` or a scaled one by what its forward makes of it."""
-    assert isinstance(module, nn.Conv2d)
-    settings: Any = module  # `scale` and `eps` are timm's
-    gain = module._parameters.pop("gain", None)
-    scale = None if gain is None else (gain.detach() * settings.scale).view(-1)
-    flat = module.weight.detach().reshape(1, module.out_channels, -1)
-    folded = nn.functional.batch_norm(flat, None, None, scale, training=True, momentum=0.0, eps=settings.eps)
-    module.weight = nn.Parameter(folded.reshape_as(module.weight), module.weight.requires_grad)
-
-
-def _bcos(layer: type[BcosLinear] | type[BcosConv2d]) -> Callable[..., None]:
-    def swap(module: nn.Module, preprocess: Preprocess, config: BcosConfig) -> None:
-        if class_path(module) in kinds.STANDARDISED:
-            _fold_standardisation(module)
-        adopted = adopt(module, layer)
-        adopted.bounded = config.scale == "cosine"
-        if isinstance(adopted, SixChannelBcosConv2d | SixChannelBcosConv2dSame):
-            adopted.encode_with(preprocess.mean, preprocess.std)
-
-    return swap
-
-
-def _scheduled(layer: type[BiasScheduled]) -> Callable[..., None]:
-    def swap(module: nn.Module, preprocess: Preprocess, config: BcosConfig) -> None:  # noqa: ARG001
-        adopt(module, layer, _fading(module))
-
-    return swap
-
-
-def _separate(module: nn.Module, preprocess: Preprocess, config: BcosConfig) -> None:  # noqa: ARG001
-    constants = tuple(name for name in ("bias_k", "bias_v") if getattr(module, name) is not None)
-    adopt(module, SeparateAttention, constants)
-
-
-def _separate_pool(module: nn.Module, preprocess: Preprocess, config: BcosConfig) -> None:  # noqa: ARG001
-    join(module, SeparateAttentionPool2d)
-
-
-def _at_entrance(module: nn.Module, preprocess: Preprocess, config: BcosConfig) -> None:  # noqa: ARG001
-    join(module, SixChannelInput).encode_with(preprocess.mean, preprocess.std)
-
-
-SWAPS: dict[str, Callable[..., None]] = {
-    **{
-        layer.__name__: _bcos(layer)
-        for layer in (BcosLinear, BcosConv2d, BcosConv2dSame, SixChannelBcosConv2d, SixChannelBcosConv2dSame)
-    },
-    **{layer.__name__: _scheduled(layer) for layer in (BiasScheduled, UncentredBatchNorm)},
-    SeparateAttention.__name__: _separate,
-    SeparateAttentionPool2d.__name__: _separate_pool,
-    SixChannelInput.__name__: _at_entrance,
-}
-METHOD = Method(name="bcos", config_class=BcosConfig, decide=_decide, swaps=SWAPS)
+METHOD = Method("bcos", BcosConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends={"b": 2.0, "beta": 0.0})

@@ -24,6 +24,7 @@ from bcosify.align.loader import (
     CentreCrop,
     TrainingRuns,
     held_out_batches,
+    size_at,
     to_model_input,
     training_batches,
 )
@@ -119,6 +120,24 @@ def test_processes_share_the_same_global_batches(index, world_size):
         assert torch.cat([part.ids for part in parts]).tolist() == whole.ids.tolist()
 
 
+def test_steps_of_several_sizes_show_the_same_pictures(index):
+    """Whatever the workers, the processes, and the step that a run is resumed at."""
+    sizes = (32, SIZE)
+    whole = train(index, size=sizes)
+    assert {batch.pictures.shape[-1] for batch in whole} == set(sizes)
+    for step, (batch, single) in enumerate(zip(whole, train(index), strict=True)):
+        assert batch.ids.tolist() == single.ids.tolist()
+        size = size_at(sizes, 3, step)
+        assert batch.pictures.shape[-2:] == (size, size)
+        assert size != SIZE or torch.equal(batch.pictures, single.pictures)
+    assert_same(whole, train(index, size=sizes, workers=1))
+    assert_same(whole, train(index, size=sizes, workers=2))
+    assert_same(whole[3:], train(index, size=sizes, first_step=3, steps=5))
+    ranks = [train(index, size=sizes, rank=rank, world_size=2) for rank in range(2)]
+    for batch, *parts in zip(whole, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.pictures for part in parts]), batch.pictures)
+
+
 @pytest.mark.parametrize("step", [1, 6, 7])  # COUNT / 4 = 6 steps an epoch
 def test_resuming_is_a_slice(index, step):
     assert_same(train(index)[step:], train(index, first_step=step, steps=8 - step))
@@ -150,7 +169,7 @@ def test_global_random_states_are_neither_used_nor_moved(index, workers):
     assert_same(first, train(index, steps=2, workers=workers))
 
 
-class Places:
+class Counted:
     """An index that knows only how many pictures it has."""
 
     def __init__(self, count: int):
@@ -159,8 +178,8 @@ class Places:
     def __len__(self) -> int:
         return self.count
 
-    def places(self, positions) -> np.ndarray:
-        return np.stack([np.asarray(positions)] * 3, 1)
+    def pictures(self, positions) -> list[int]:
+        return [int(i) for i in positions]
 
 
 @given(st.data(), st.integers(0, 2**40), st.integers(1, 4), st.integers(1, 6))
@@ -169,19 +188,18 @@ def test_rank_slices_make_up_the_global_batch(data, seed, world_size, share):
     count = data.draw(st.integers(batch, 80))
     first = data.draw(st.integers(0, 50))
     ranks = [
-        TrainingRuns(Places(count), seed, batch, range(first, first + 3), rank, world_size)
+        TrainingRuns(Counted(count), seed, batch, range(first, first + 3), rank, world_size)
         for rank in range(world_size)
     ]
     for step, runs in enumerate(zip(*ranks, strict=True), first):
-        asked = np.concatenate([run.ids[: run.count] for run in runs])
+        asked = [id for run in runs for id in run.pictures[: run.count]]
         epoch, number, positions = batch_indices(count, seed, batch, step)
-        assert asked.tolist() == positions.tolist()
+        assert asked == positions.tolist()
         ids = order(count, seed, epoch).tolist()
         for rank, run in enumerate(runs):
             at = number * batch + rank * share
             assert run.epoch == epoch
-            assert run.ids.tolist() == [ids[(at + i) % count] for i in range(share + min(SUBSTITUTES, count - 1))]
-            assert run.places[:, 0].tolist() == run.ids.tolist()
+            assert run.pictures == [ids[(at + i) % count] for i in range(share + min(SUBSTITUTES, count - 1))]
 
 
 def test_processes_must_share_the_batch_evenly(index):
@@ -311,9 +329,7 @@ def test_ranks_agree_on_substitutes(broken):
 def test_too_many_broken_in_a_row_stop(folder, tmp_path, workers):
     good = int(order(COUNT, 3, 0)[0])
     index = shards_with_bad(folder, tmp_path / "bad.tar", {i: b"x" for i in range(COUNT) if i != good})
-    with pytest.raises(
-        DataError, match=rf"bad\.tar: the picture at byte \d+ .* any of the {SUBSTITUTES} that"
-    ) as caught:
+    with pytest.raises(DataError, match=rf"bad\.tar: the picture '\d+' .* any of the {SUBSTITUTES} that") as caught:
         train(index, workers=workers)
     assert "Traceback" not in str(caught.value)
 
@@ -368,21 +384,21 @@ def test_a_run_that_resumes_goes_on_counting(broken, tmp_path):
     index, _ = broken
     path = tmp_path / "bad_samples.jsonl"
     first, second = BadSamples(index, path, limit=1), None
-    first.add([BadSample(0, "x"), BadSample(1, "y")])
+    first.add([BadSample(0, "a", "s.tar", "x"), BadSample(1, "b", "s.tar", "y")])
     with path.open("a") as stream:
         stream.write('{"key": "cut he')  # a crash in the middle of a line
     second = BadSamples(index, path, limit=1)
     assert len(second) == 2
-    second.add([BadSample(0, "x"), BadSample(1, "y")])
+    second.add([BadSample(0, "a", "s.tar", "x"), BadSample(1, "b", "s.tar", "y")])
     assert len(second) == 2 and len(path.read_text().splitlines()) == 3
 
 
 def test_too_many_bad_samples_stop(broken, tmp_path):
     index, _ = broken
     bad = BadSamples(index, tmp_path / "bad_samples.jsonl", limit=3 / COUNT)
-    bad.add([BadSample(i, "x") for i in range(3)])
+    bad.add([BadSample(i, str(i), "s.tar", "x") for i in range(3)])
     with pytest.raises(DataError, match=r"4 of 24 pictures \(16\.67%\) .* limit is 12\.50%.*bad_samples\.jsonl"):
-        bad.add([BadSample(3, "x")])
+        bad.add([BadSample(3, "3", "s.tar", "x")])
     assert len(bad.path.read_text().splitlines()) == 4
 
 

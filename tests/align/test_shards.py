@@ -24,7 +24,6 @@ from bcosify.align.shards import (
     index_shards,
     order,
     overlap,
-    read_at,
     split,
     write_shards,
 )
@@ -114,10 +113,31 @@ def test_expand_says_that_the_folder_is_missing(tmp_path):
         expand(f"{tmp_path}/nowhere/a.tar")
 
 
-@pytest.mark.parametrize("source", ["http://x.org/a.tar", "https://x/{0..3}.tar", "pipe:cat a.tar", "s3://b/a.tar"])
-def test_expand_refuses_what_is_not_local_yet(source):
-    with pytest.raises(DataError, match="not supported yet. Download"):
+def test_expand_leaves_remote_shards_as_they_are_spelt(three):
+    data = [f"http://host/{{0..1}}.tar?v=2::pipe:cat {three}/train-{{00000..00001}}.tar | cat", three]
+    assert expand(data) == [
+        "http://host/0.tar?v=2",
+        "http://host/1.tar?v=2",
+        f"pipe:cat {three}/train-00000.tar | cat",
+        f"pipe:cat {three}/train-00001.tar | cat",
+        *sorted(three.glob("*.tar")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("s3://b/a.tar", r"s3:// are not supported; .* Read it as 'pipe:aws s3 cp s3://b/a.tar -'"),
+        ("htps://b/a.tar", "htps:// are not supported; .* Did you mean 'https'"),
+        ("pipe: ", "names no command"),
+        ("https:///a.tar", "a URL is https://HOST/PATH"),
+        ("https://me:secret@host/a.tar?key=hidden", "password is needed: 'pipe:curl"),
+    ],
+)
+def test_expand_refuses_what_it_cannot_read(source, says):
+    with pytest.raises(DataError, match=says) as caught:
         expand(source)
+    assert "secret" not in str(caught.value) and "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("pattern", ["", [], "a{0..1.tar", "${NOT_SET_ANYWHERE}/a.tar"])
@@ -153,11 +173,14 @@ def test_index_finds_what_webdataset_reads(tmp_path):
         assert index.file(i).path == str(paths[i // 6])
 
 
-def test_places_are_what_read_reads(tmp_path):
+def test_pictures_read_without_the_index(tmp_path):
     index = index_shards([simple_tar(tmp_path / "a.tar"), simple_tar(tmp_path / "b.tar", 3, 5)])
     positions = [7, 0, 4, 5]
-    for i, (shard, offset, length) in zip(positions, index.places(positions).tolist(), strict=True):
-        assert read_at(index.files[shard], offset, length) == index.read(i)
+    pictures = pickle.loads(pickle.dumps(index.pictures(positions)))
+    assert [picture.id for picture in pictures] == positions
+    for i, picture in zip(positions, pictures, strict=True):
+        assert picture.read() == index.read(i)
+        assert (picture.key, picture.shard) == (index.key(i), index.file(i).path)
 
 
 @pytest.mark.parametrize("i", [-1, 5])

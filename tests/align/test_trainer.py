@@ -14,84 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bcosify.align import state
+from bcosify.align import compiling, log, state, trainer
 from bcosify.align.objectives import OBJECTIVES, observe
-from bcosify.align.recipe import Phase, Recipe, dump, from_values, list_recipes, load_recipe
-from bcosify.align.shards import write_shards
+from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
-from bcosify.convert import convert, load, load_teacher, save, set_strength
+from bcosify.convert import load, set_strength
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
-from PIL import Image
 from safetensors.torch import load_file
 
-PHASES = (
-    Phase("block-local", 40, 1e-3, calibrate=8),
-    Phase("end-to-end", 40, 1e-3, b=(2.0, 2.0)),
-)
-RECIPE = Recipe(
-    "B is 2 and biases are gone",
-    64,
-    4,
-    PHASES,
-    held_out=8,
-    evaluate_every=40,
-    checkpoint_every=20,
-    log_every=1,
-    workers=0,
-)
+from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows
 
-
-@pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """48 crops of photographs from scikit-image."""
-    from skimage import data
-
-    folder = tmp_path_factory.mktemp("pictures")
-    for name, array in {"cat": data.chelsea(), "coffee": data.coffee(), "rocket": data.rocket()}.items():
-        picture = Image.fromarray(array)
-        for i in range(16):
-            left, top = 12 * i, 6 * i
-            picture.crop((left, top, left + 160, top + 160)).resize((96, 96)).save(folder / f"{name}-{i}.jpg")
-    out = tmp_path_factory.mktemp("shards") / "all"
-    write_shards(folder, out, size=None, per_shard=20, progress=False)
-    return out
-
-
-def converted(name: str, folder: Path) -> Path:
-    """The folder of a converted tiny timm model with random weights."""
-    torch.manual_seed(0)
-    return save(convert(load_teacher(f"timm:{name}", pretrained=False, image_size=64)), folder / name)
-
-
-@pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT."""
-    return converted("test_vit", tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture(scope="session")
-def cnn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CNN with BatchNorm."""
-    return converted("test_resnet", tmp_path_factory.mktemp("run"))
-
-
-CNN_PHASES = (Phase("end-to-end", 80, 5e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.5, batch_statistics=True),)
-CNN_RECIPE = dataclasses.replace(RECIPE, phases=CNN_PHASES)
 # Everything that a checkpoint must carry beside weights and moments.
 MUON_RECIPE = dataclasses.replace(
     RECIPE, phases=(PHASES[0], dataclasses.replace(PHASES[1], optimizer="muon", adaptive_clip=0.01)), average=0.9
 )
-
-
-def aligned(run: Path, shards: Path, out: Path, recipe: Recipe = RECIPE, **options) -> list[dict]:
-    align(AlignConfig(run, str(shards), out, recipe, quiet=True, **options))
-    return rows(out)
-
-
-def rows(out: Path) -> list[dict]:
-    """metrics.jsonl without what the clock decides."""
-    lines = (out.with_name(f"{out.name}.run") / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k != "pictures_per_second"} for line in lines]
 
 
 def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
@@ -193,9 +129,10 @@ def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, req
     two = rows(tmp_path / "two")
     assert [rows_[0]["run"]["processes"] for rows_ in (one, two)] == [1, 2]
     assert [row.get("step") for row in one] == [row.get("step") for row in two]
-    for ours, theirs in zip(one, two, strict=True):
-        if "loss" in ours:
-            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-4)
+    losses = [(ours["loss"], theirs["loss"]) for ours, theirs in zip(one, two, strict=True) if "loss" in ours]
+    assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-5)
+    # Rounding grows from step to step: Adam's first steps are signs of gradients, however small these are.
+    assert all(theirs == pytest.approx(ours, rel=1e-3) for ours, theirs in losses)
 
 
 def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
@@ -242,6 +179,53 @@ def test_gradient_checkpointing_changes_memory_alone(run, shards, tmp_path):
     for ours, theirs in zip(plain, checkpointed, strict=True):
         if "loss" in ours:
             assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5)
+
+
+def test_a_compiled_run_is_the_plain_run(run, shards, tmp_path, monkeypatch):
+    """Gains that follow and measuring included, which look inside the blocks."""
+    monkeypatch.setattr(compiling, "BACKEND", "aot_eager")
+    local = dataclasses.replace(PHASES[0], pictures=20, b=(1.0, 2.0), beta=(1.0, 0.0), recalibrate_every=2)
+    recipe = dataclasses.replace(RECIPE, phases=(local, dataclasses.replace(PHASES[1], pictures=20)))
+    plain, compiled = (
+        aligned(run, shards, tmp_path / str(on), dataclasses.replace(recipe, compile=on)) for on in (False, True)
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert len(plain) == len(compiled)
+    for ours, theirs in zip(plain, compiled, strict=True):
+        if "loss" in ours:
+            assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("model", ["run", "cnn"])
+def test_no_step_but_one_that_is_logged_reads_the_device(model, shards, tmp_path, request, monkeypatch):
+    """`.item()` and its like, by which Python waits for the device: none in 19 of 20 steps."""
+    reads, per_step = [], []
+    for name in ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "__index__"):
+        plain = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, *a, _p=plain, _n=name, **k: (reads.append(_n), _p(self, *a, **k))[1]
+        )
+    step = log.PhaseLog.step
+
+    def noted(self, progress, losses, norm):
+        per_step.append(len(reads))
+        step(self, progress, losses, norm)
+        if progress.step % 10 == 0:
+            assert len(reads) > per_step[-1]  # the row: the counter counts
+
+    batches = trainer._Run._batches
+
+    def fetched(self, first, end):
+        for batch in batches(self, first, end):
+            reads.clear()  # cropping asks for numbers, on the CPU and usually in a worker
+            yield batch
+
+    monkeypatch.setattr(log.PhaseLog, "step", noted)
+    monkeypatch.setattr(trainer._Run, "_batches", fetched)
+    phase = Phase("end-to-end", 80, 1e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.9, batch_statistics=model == "cnn")
+    recipe = dataclasses.replace(RECIPE, phases=(phase,), log_every=10, evaluate_every=1000, checkpoint_every=1000)
+    aligned(request.getfixturevalue(model), shards, tmp_path / "out", recipe)
+    assert per_step == [0] * 20
 
 
 def test_a_new_run_starts_from_another_students_weights(run, cnn, shards, tmp_path):
@@ -356,3 +340,54 @@ def test_recipes_round_trip_and_name_every_fault():
         load_recipe("smoke", ["phases.7.pictures=1"])
     assert load_recipe("smoke", ["phases.0.pictures=8"]).phases[0].pictures == 8
     assert load_recipe("smoke", ["phases.0.learning_rate=3e-4"]).phases[0].learning_rate == 3e-4
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """The run dies after this step."""
+    plain = log.PhaseLog.step
+
+    def dying(self, progress, losses, norm):
+        plain(self, progress, losses, norm)
+        if progress.step == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(log.PhaseLog, "step", dying)
+
+
+def test_a_stream_is_trained_on_resumed_and_refused_where_it_changes(run, shards, tmp_path, monkeypatch):
+    """Sources that nothing is kept of; five steps a checkpoint, ten steps a phase."""
+    monkeypatch.setenv("BCOSIFY_CACHE", str(tmp_path / "cache"))
+    data = f"pipe:cat {shards}/{{00000..00001}}.tar"
+    options = {"stream": True, "val": str(shards / "00002.tar")}
+
+    def aligned_on(data: str, name: str, **changes) -> list[dict]:
+        align(AlignConfig(run, data, tmp_path / name, RECIPE, quiet=True, **options, **changes))
+        return rows(tmp_path / name)
+
+    whole = aligned_on(data, "whole")
+    assert len([row for row in whole if "loss" in row]) == 20
+    assert not (tmp_path / "cache/shards").exists()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 13)
+        aligned_on(data, "parts")
+    with pytest.raises(RecipeError, match=r"is not the data .*\(its shards or --stream differ"):
+        aligned_on(f"pipe:cat {shards}/{{00001..00000}}.tar", "parts", resume=True)
+    assert aligned_on(data, "parts", resume=True) == whole
+    left, right = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_stream_needs_val_and_none_of_its_pictures(run, shards, tmp_path):
+    with pytest.raises(DataError, match="--stream holds no pictures back.* pass --val SHARDS"):
+        aligned(run, shards, tmp_path / "out", stream=True)
+    with pytest.raises(DataError, match=r"--val is no measure: its picture 'rocket-\d+' .* is in --data too"):
+        aligned(run, shards, tmp_path / "out", stream=True, val=str(shards / "00002.tar"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_remote_shards_are_kept_where_the_run_says(run, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, phases=PHASES[:1])
+    data = f"pipe:cat {shards}/{{00000..00002}}.tar"
+    align(AlignConfig(run, data, tmp_path / "away", recipe, quiet=True, cache=tmp_path / "kept"))
+    assert len([path for path in (tmp_path / "kept").iterdir() if path.name != ".locks"]) == 3
+    assert rows(tmp_path / "away") == aligned(run, shards, tmp_path / "local", recipe)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from bcosify.cli import main as command
 from bcosify.cli.main import VERBS, main
-from bcosify.convert import load, load_teacher
+from bcosify.convert import CodaConfig, load, load_teacher
 from bcosify.errors import BcosifyError
 from safetensors.torch import save_file
 
@@ -191,6 +191,18 @@ def test_convert_prints_only_json_on_stdout(run, tmp_path):
     assert result["counts"]["SixChannelBcosConv2d"] == 1 and result["lossy_steps"][0]["cosine"] == 1
 
 
+def test_convert_to_another_method_with_its_own_settings(run, tmp_path):
+    words = ("--method", "coda", "--set", "squash=sq", "rank=2", "--keep", "fc")
+    code, _, err = run("convert", *TINY, "--out", tmp_path / "student", *words)
+    assert code == 0 and "identity at beta=1: relative error" in err and "biases removed, gains calibrated" in err
+    student = load(tmp_path / "student")
+    assert student.config == CodaConfig(keep=("fc",), squash="sq", rank=2)
+    assert [row["beta"] for row in student.report["lossy_steps"]] == [1, 0, 0]
+    code, out, _ = run("inspect", tmp_path / "student", "--json")
+    facts = json.loads(out)
+    assert (facts["method"], facts["b_and_beta"]) == ("coda", {"beta": "1"})
+
+
 @pytest.mark.parametrize("json_too", [False, True])
 def test_a_dry_run_shows_every_layer_and_writes_nothing(run, tmp_path, monkeypatch, json_too):
     monkeypatch.chdir(tmp_path)
@@ -225,7 +237,15 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
         (("timm:test_resnet", "--out", "{tmp}"), "--no-pretrained"),
         (("timm:sequencer2d_s", "--no-pretrained", "--out", "{tmp}"), "--keep NAME"),
         ((*TINY, "--out", "{tmp}", "--method", "bcoss"), "Did you mean 'bcos'"),
-        ((*TINY, "--out", "{tmp}", "--scale", "cosin"), "Did you mean 'cosine'"),
+        ((*TINY, "--out", "{tmp}", "--set", "scale=cosin"), "Did you mean 'cosine'"),
+        (
+            (*TINY, "--out", "{tmp}", "--set", "scal=1", "keep=3"),
+            "2 fault(s):\n  keep: must be a list; got 3\n  unknown key scal",
+        ),
+        ((*TINY, "--out", "{tmp}", "--set", "scale"), "--set scale: write it as key=value"),
+        ((*TINY, "--out", "{tmp}", "--set", "scale=["), "--set scale=[: the value is not YAML"),
+        ((*TINY, "--out", "{tmp}", "--method", "coda", "--b", "2"), "--b 2.0 --method coda: it has no B"),
+        ((*TINY, "--out", "{tmp}", "--method", "coda", "--set", "rank=0"), "rank=0: must be at least 1"),
         ((*TINY, "--out", "{tmp}", "--keep", "fcc"), "--keep fcc names no module of the model. Did you mean 'fc'"),
         ((*TINY, "--out", "{tmp}", "--weights", "none.safetensors"), "there is no such file"),
         ((*TINY, "--out", "{tmp}", "--b", "0.5"), "--b 0.5"),
@@ -262,7 +282,7 @@ def test_convert_calibrates_on_pictures_from_shards(run, tmp_path, shards, count
     words = ("--calibrate", shards, "--calibration-pictures", count, "--b", "1.5", "--keep", "fc")
     code, _, err = run("convert", *TINY, *words, "--out", tmp_path / "student")
     opened = load(tmp_path / "student")
-    assert code == 0 and opened.report["calibration"] == {"pictures": count, "b": 1.5, "layers": 30}
+    assert code == 0 and opened.report["calibration"] == {"pictures": count, "b": 1.5, "beta": 0.0, "layers": 30}
     assert f"({count} pictures from" in err and opened.model.layer1[0].conv1.strengths() == {"b": 1.5, "beta": 0}
 
 

@@ -13,9 +13,10 @@ import torch
 from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from configs import VISION, WORDS
 from PIL import Image
 from torch import Tensor, nn
+
+from configs import VISION, WORDS
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 

@@ -17,8 +17,9 @@ from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import PlanError
 from bcosify.explain import explain
-from configs import VISION
 from torch import nn
+
+from configs import VISION
 
 # name: (size, what is special)
 FAMILIES = {

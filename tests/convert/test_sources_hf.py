@@ -16,9 +16,10 @@ from bcosify.convert import Source, Teacher, convert, load, load_teacher, save, 
 from bcosify.convert.sources import build as build_skeleton
 from bcosify.convert.sources import bundled, reload_teacher
 from bcosify.errors import PlanError, SourceError
-from configs import VISION, WORDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from configs import VISION, WORDS
 
 NAFLEX = {key: value for key, value in VISION.items() if key != "image_size"} | {"num_patches": 16}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}

@@ -175,7 +175,7 @@ def test_lossy_steps_measure_each_step_and_leave_the_student_alone(tiny):
     teacher = tiny("test_resnet")
     student = convert(teacher)
     before = copy.deepcopy(student.model.state_dict())
-    rows = lossy_steps(student, torch.randn(8, 3, 64, 64), b=1.5)
+    rows = lossy_steps(student, torch.randn(8, 3, 64, 64), {"b": 1.5})
     assert [(row["b"], row["beta"]) for row in rows] == [(1, 1), (1, 0), (1.5, 1), (1.5, 0), (1.5, 0)]
     assert rows[0]["cosine"] == 1 and all(-1 <= row["cosine"] < 1 for row in rows[1:])
     assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())

@@ -13,10 +13,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..convert.layers import BiasScheduled
 from ..errors import RecipeError, near_miss
+from .layers import BiasScheduled
 
-__all__ = ["Call", "channels_last", "check_taps", "depth_taps", "find_blocks", "find_units", "record"]
+__all__ = [
+    "Call",
+    "blocks_of",
+    "channels_last",
+    "check_taps",
+    "depth_taps",
+    "find_blocks",
+    "find_units",
+    "first_tensor",
+    "record",
+]
 
 WEIGHT_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -33,8 +43,14 @@ class Call:
 
 def find_blocks(model: nn.Module) -> tuple[str, ...]:
     """Qualified names of the blocks, in the order of definition; of all weight layers where a model has no blocks."""
-    blocks = tuple(_blocks_below(model, ""))
-    return blocks or tuple(name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS))
+    return blocks_of(model) or tuple(
+        name for name, module in model.named_modules() if isinstance(module, WEIGHT_LAYERS)
+    )
+
+
+def blocks_of(model: nn.Module) -> tuple[str, ...]:
+    """The blocks alone, so none where a model has none."""
+    return tuple(_blocks_below(model, ""))
 
 
 def _blocks_below(module: nn.Module, prefix: str) -> list[str]:

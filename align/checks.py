@@ -1,0 +1,103 @@
+"""Does this recipe fit this student? Asked of everything that would stop a run later, before anything is written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from torch import nn
+
+from ..convert import Student
+from ..convert.taps import blocks_of
+from ..convert.trace import fitted, noise_pictures, trace_forward
+from ..errors import PlanError, RecipeError
+from .objectives import OBJECTIVES, observe
+from .recipe import Need, Recipe, list_recipes, load_recipe
+
+__all__ = ["NEEDS", "check_recipe"]
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _has_layer_norm(model: nn.Module) -> bool:
+    kinds = (kind.__name__ for module in model.modules() for kind in type(module).__mro__)
+    return any(re.search("(layer|rms)_?norm", kind, re.IGNORECASE) for kind in kinds)
+
+
+NEEDS: dict[Need, Callable[[nn.Module], bool]] = {
+    "blocks": lambda model: bool(blocks_of(model)),
+    "batch-norm": _has_batch_norm,
+    "layer-norm": _has_layer_norm,
+}
+
+
+def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
+    """Raises RecipeError where `recipe` is for other students, names no module of this one, or a size it cannot take.
+
+    The student is run a few times on noise; nothing of it is left.
+    """
+    _check_family(recipe, student)
+    _check_sizes(recipe, student, teacher)
+    for phase in recipe.phases:
+        OBJECTIVES[phase.objective](student.model, recipe)  # each refuses what it cannot use
+    if recipe.taps:
+        pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
+        calls, _ = observe(teacher, pictures, recipe.taps)
+        if silent := [name for name in recipe.taps if name not in calls]:
+            raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
+
+
+def _check_family(recipe: Recipe, student: Student) -> None:
+    reasons = list(_misfits(recipe, student))
+    if not reasons:
+        return
+    others = {name: load_recipe(name) for name in list_recipes()}
+    fitting = [name for name, other in others.items() if other.needs and not [*_misfits(other, student)]]
+    advice = f"Use --recipe {' or '.join(fitting)}" if fitting else "No recipe that ships with bcosify is made for it"
+    raise RecipeError(
+        f"this recipe is not for {student.source.reference}: {', and '.join(reasons)}. {advice}; to run it all the "
+        "same, take the condition out: --set method=any needs=[]"
+    )
+
+
+def _misfits(recipe: Recipe, student: Student) -> Iterator[str]:
+    """Why the recipe is for other students."""
+    if recipe.method not in ("any", student.method):
+        yield f"it is for students made by --method {recipe.method}, this one was made by --method {student.method}"
+    missing = [need for need in recipe.needs if not NEEDS[need](student.model)]
+    if missing:
+        yield f"it needs a model with {' and '.join(missing)}, which {type(student.model).__name__} has not"
+
+
+def _check_sizes(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
+    models = (student.model, teacher)
+    wanted = sorted({recipe.image_size, *recipe.image_sizes})
+    refused = {size: why for size in wanted if (why := _refusal(size, models))}
+    if not refused:
+        return
+    own = max(student.preprocess.size)
+    near = sorted({own, *(_nearest(size, step) for size in refused for step in (14, 16, 32))} - set(refused))
+    taken = [str(size) for size in near if not _refusal(size, models)]
+    size, why = next(iter(refused.items()))
+    key = "image_sizes" if size in recipe.image_sizes else "image_size"
+    raise RecipeError(
+        f"{key}: {student.source.reference} takes no pictures of {', '.join(map(str, refused))} pixels ({why}). "
+        f"It takes, for instance, {' and '.join(taken) or 'none that was tried'}: --set {key}=..."
+    )
+
+
+def _refusal(size: int, models: Iterable[nn.Module]) -> str:
+    """Why one of `models` does not run on pictures of `size`; empty where all do."""
+    for model in models:
+        try:
+            trace_forward(model, (size, size))
+        except PlanError as error:
+            cause = str(error.__cause__ or error).strip().splitlines()
+            return cause[0] if cause else type(error.__cause__).__name__
+    return ""
+
+
+def _nearest(size: int, step: int) -> int:
+    return max(1, round(size / step)) * step

@@ -1,0 +1,163 @@
+"""Shards to what `bcosify evaluate` measures on: normalised pictures, with masks and labels where samples hold them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import DataError
+
+__all__ = ["class_indices", "find_pictures", "read_pictures"]
+
+MASKS = ("mask.png", "mask.webp", "mask.jpg")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """Pictures of an index, read when they are asked for: as many as there are need not fit into memory."""
+
+    index: Any
+    positions: Sequence[int]
+    transform: Callable[[Any], Any]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def split(self, split_size: int, /) -> Iterator[Any]:
+        import torch
+
+        for start in range(0, len(self), split_size):
+            batch = self.positions[start : start + split_size]
+            yield torch.stack([self.transform(_picture(self.index, i)) for i in batch])
+
+
+def find_pictures(data: str) -> Any:
+    """The index of shards; raises DataError where there are none."""
+    from ..align.shards import expand, index_shards
+
+    return index_shards(expand(data))
+
+
+def read_pictures(
+    index: Any,
+    preprocess: Any,
+    *,
+    count: int | None = None,
+    masks: bool = False,
+    label: str | None = None,
+    seed: int = 0,
+) -> Any:
+    """`evaluate.suite.Pictures` of an index.
+
+    Args:
+        count: so many pictures, drawn by `seed`, read into memory; None: all, read batch by batch.
+        masks: read the mask of every sample, or draw it from its box.
+        label: key of the label in a sample's json; or `cls`, its member.
+
+    Raises:
+        DataError: a picture cannot be read; a mask is missing or of another size; a label is missing.
+    """
+    import torch
+
+    from ..align.shards import order
+    from ..evaluate.suite import Pictures
+
+    positions = list(range(len(index)))
+    if count is not None and count < len(index):
+        positions = sorted(int(i) for i in order(len(index), seed, 0)[:count])
+    transform = preprocess.transform()
+    lazy = Decoded(index, positions, transform)
+    digest = None if count is not None else f"{index.digest} {preprocess}"
+    labels, names = _labels(index, positions, label) if label else (None, None)
+    return Pictures(
+        lazy if count is None else torch.cat(list(lazy.split(64))),
+        tuple(index.key(i) for i in positions),
+        torch.stack([_mask(index, i, preprocess, transform) for i in positions]) if masks else None,
+        labels,
+        names,
+        digest=digest,
+    )
+
+
+def class_indices(pictures: Any, labels: Sequence[str] | None) -> Any:
+    """The same pictures; label numbers count as the classifier's own classes where it has that many."""
+    if pictures.labels is None or pictures.label_names is not None or labels is None:
+        return pictures
+    if (largest := int(pictures.labels.max())) >= len(labels):
+        raise DataError(
+            f"A label is {largest}, but the model has {len(labels)} classes, numbered from 0. "
+            "Leave --labels out, or pass labels of these classes."
+        )
+    return dataclasses.replace(pictures, labels_are_classes=True)
+
+
+def _picture(index: Any, i: int) -> Any:
+    from ..align.shards import decode, reason
+
+    try:
+        return decode(index.read(i))
+    except Exception as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{index.key(i)} in {index.file(i).path} is no picture that can be read: {reason(error)}."
+        ) from error
+
+
+def _mask(index: Any, i: int, preprocess: Any, transform: Callable[[Any], Any]) -> Any:
+    """(H, W) in [0, 1], through the picture's own resizing and cropping."""
+    import torch
+    from PIL import Image, ImageDraw
+
+    size = _picture(index, i).size
+    kind = next((name for name in MASKS if name in index.extensions(i)), None)
+    if kind is not None:
+        mask = Image.open(io.BytesIO(index.read(i, kind))).convert("L")
+    elif (box := _facts(index, i).get("box")) is not None:
+        mask = Image.new("L", size)
+        ImageDraw.Draw(mask).rectangle([float(edge) for edge in box], fill=255)
+    else:
+        raise DataError(
+            f"--masks: {index.key(i)} in {index.file(i).path} has no {MASKS[0]}, and no box [left, top, right, bottom] "
+            "in its json. Pass shards whose samples have one, or leave --masks out."
+        )
+    if mask.size != size:
+        raise DataError(
+            f"--masks: {index.key(i)} in {index.file(i).path}: the mask has {mask.size[0]}x{mask.size[1]} pixels, its "
+            f"picture {size[0]}x{size[1]}. A mask must be as large as its picture."
+        )
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
+    return (transform(Image.merge("RGB", [mask] * 3)) * std + mean).mean(0).clamp(0, 1)
+
+
+def _facts(index: Any, i: int) -> dict[str, Any]:
+    """The json of a sample; empty where it has none."""
+    if "json" not in index.extensions(i):
+        return {}
+    try:
+        found = json.loads(index.read(i, "json"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{index.key(i)}.json in {index.file(i).path} is not JSON: {error}.") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _labels(index: Any, positions: Sequence[int], key: str) -> tuple[Any, tuple[str, ...] | None]:
+    """(N,) labels, and their names where they are words."""
+    import torch
+
+    def label(i: int) -> Any:
+        found = index.read(i, "cls").decode().strip() if key == "cls" and "cls" in index.extensions(i) else None
+        found = _facts(index, i).get(key) if found is None else found
+        if found is None:
+            raise DataError(f"--labels {key}: {index.key(i)} in {Path(index.file(i).path).name} has no such label.")
+        return found
+
+    values = [str(label(i)) for i in positions]
+    if all(value.isdecimal() for value in values):
+        return torch.tensor([int(value) for value in values]), None
+    names = tuple(sorted(set(values)))
+    return torch.tensor([names.index(value) for value in values]), names

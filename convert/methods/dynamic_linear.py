@@ -1,0 +1,265 @@
+"""Rules that all methods share which turn every linear map into a dynamic-linear one.
+
+A method brings `Layers`, its own linear map and convolutions, and a function that prepares them. Dynamic-linear: stem,
+convolutions, MLP layers, attention's output projection, head. Plain with a fading bias: query, key, value (the softmax
+over them is a frozen gate in an explanation) and all norms. BatchNorm: uncentred. Everything else (activations, pools,
+LayerScale, position tables, class and register tokens) stays, and what it adds is named in the ledger.
+
+Rules are keyed by exact class (see `kinds`): a subclass may act differently in forward (`StdConv2d` does), so an
+unknown one is refused by name, never guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ...errors import PlanError
+from ..layers import (
+    BiasScheduled,
+    DynamicConv2d,
+    SeparateAttention,
+    SeparateAttentionPool2d,
+    SixChannel,
+    SixChannelInput,
+    UncentredBatchNorm,
+    adopt,
+    join,
+)
+from ..plan import Decision, class_path
+from ..sources import Preprocess
+from ..trace import Trace
+from . import kinds
+
+__all__ = ["Layers", "decide", "swaps"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """The dynamic-linear layers of one method; `same` is over timm's `Conv2dSame`, `stem*` encode the picture."""
+
+    linear: type[BiasScheduled]
+    convolution: type[DynamicConv2d]
+    same: type[DynamicConv2d]
+    stem: type[SixChannel]
+    stem_same: type[SixChannel]
+
+    @property
+    def types(self) -> tuple[type[BiasScheduled], ...]:
+        """All of them."""
+        return self.linear, self.convolution, self.same, self.stem, self.stem_same
+
+    @property
+    def names(self) -> frozenset[str]:
+        """What a plan calls them."""
+        return frozenset(layer.__name__ for layer in self.types)
+
+
+# Classes that carry weights which must not be converted by guess.
+WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.batchnorm._NormBase, nn.MultiheadAttention)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A layer and where it sits, as rules see it."""
+
+    name: str
+    module: nn.Module
+    model: nn.Module
+    trace: Trace
+    layers: Layers
+
+    @property
+    def reads_picture(self) -> bool:
+        """Whether it is given the picture itself, and will encode it."""
+        return self.name in self.trace.readers and not _at_the_entrance(self.model, self.trace)
+
+    @property
+    def parent(self) -> nn.Module:
+        return self.model.get_submodule(self.name.rpartition(".")[0])
+
+    @property
+    def called(self) -> bool:
+        """Whether its forward runs, or will once the attention that it belongs to is taken apart."""
+        return self.name in self.trace.called or class_path(self.parent) in kinds.ATTENTIONS
+
+
+def _at_the_entrance(model: nn.Module, trace: Trace) -> bool:
+    """Whether the picture is encoded before the model sees it: not all of it is read by layers that could do it."""
+    return trace.elsewhere or not all(_can_encode(model.get_submodule(name)) for name in trace.readers)
+
+
+def _can_encode(module: nn.Module) -> bool:
+    known = (*kinds.CONVOLUTIONS, *kinds.SAME_CONVOLUTIONS, *kinds.STANDARDISED)
+    return (
+        class_path(module) in known
+        and isinstance(module, nn.Conv2d)
+        and (module.groups, module.in_channels, module.padding_mode) == (1, 3, "zeros")
+    )
+
+
+def _linear(place: _Place) -> Decision:
+    if place.name.rpartition(".")[2] in kinds.PLAIN_PROJECTIONS:
+        return Decision("BiasScheduled", "query, key and value stay linear: the softmax over them is a gate")
+    return Decision(place.layers.linear.__name__, "linear layer")
+
+
+def _conv2d(place: _Place, same: bool = False) -> Decision:
+    layers = place.layers
+    if place.reads_picture:
+        stem = layers.stem_same if same else layers.stem
+        return Decision(stem.__name__, "reads the picture: [r, 1-r] with the normalisation folded in")
+    return Decision((layers.same if same else layers.convolution).__name__, "convolution")
+
+
+def _conv2d_same(place: _Place) -> Decision:
+    return _conv2d(place, same=True)
+
+
+def _standardised(place: _Place) -> Decision:
+    decision = _conv2d(place, same=getattr(place.module, "same_pad", False))
+    return Decision(decision.becomes, f"{decision.reason}; its standardisation is folded into plain weights")
+
+
+def _other_convolution(place: _Place) -> Decision:
+    return Decision("BiasScheduled", "stays linear: only two-dimensional convolutions have a patch norm here")
+
+
+def _norm(place: _Place) -> Decision:
+    if getattr(place.module, "bias", None) is None:
+        return Decision(None, "norm without a bias")
+    return Decision("BiasScheduled", "norm; its bias fades")
+
+
+def _batch_norm(place: _Place) -> Decision:
+    if getattr(place.module, "running_mean", None) is None:
+        raise PlanError("keeps no running statistics, so it is a different function for every batch")
+    return Decision("UncentredBatchNorm", "uncentred; bias and mean fade")
+
+
+def _attention(place: _Place) -> Decision:
+    own = {id(parameter) for parameter in place.module.parameters(recurse=False)}
+    holders = {
+        id(module)
+        for module in place.model.modules()
+        if any(id(parameter) in own for parameter in module.parameters(recurse=False))
+    }
+    if len(holders) > 1:
+        raise PlanError("another module holds the same packed weights; taken apart, they would come untied")
+    return Decision(kinds.ATTENTIONS[class_path(place.module)], "separate query, key, value and output layers")
+
+
+def _constants(place: _Place) -> Decision | None:
+    present = [name for name in _fading(place.module) if getattr(place.module, name, None) is not None]
+    return Decision("BiasScheduled", f"{' and '.join(present)} fade") if present else None
+
+
+def _fading(module: nn.Module) -> tuple[str, ...]:
+    """Constants that the class adds by itself, beside the bias that any layer may have."""
+    return kinds.FADING_CONSTANTS.get(class_path(module), ())
+
+
+RULES: dict[str, Callable[[_Place], Decision | None]] = {
+    **dict.fromkeys(kinds.LINEARS, _linear),
+    **dict.fromkeys(kinds.CONVOLUTIONS, _conv2d),
+    **dict.fromkeys(kinds.SAME_CONVOLUTIONS, _conv2d_same),
+    **dict.fromkeys(kinds.STANDARDISED, _standardised),
+    **dict.fromkeys(kinds.OTHER_CONVOLUTIONS, _other_convolution),
+    **dict.fromkeys(kinds.NORMS, _norm),
+    **dict.fromkeys(kinds.BATCH_NORMS, _batch_norm),
+    **dict.fromkeys(kinds.ATTENTIONS, _attention),
+    **dict.fromkeys(kinds.FADING_CONSTANTS, _constants),
+}
+
+
+def decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, layers: Layers) -> Decision | None:
+    """What becomes of one layer, as `Method.decide`, with `layers` in place of a config."""
+    if not name:
+        reason = "the picture gets in by other ways than a convolution: [r, 1-r] is explained at the entrance"
+        return Decision("SixChannelInput", reason) if _at_the_entrance(model, trace) else None
+    place = _Place(name, module, model, trace, layers)
+    own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
+    rule = RULES.get(class_path(module))
+    if rule is None:
+        return _without_rule(module, own)
+    if _inside_gate(name, model):
+        return Decision(None, "inside a gate, which an explanation freezes")
+    if own and not place.called:
+        return Decision(None, "forward never calls it; its parent reads the weights")
+    return rule(place)
+
+
+def _without_rule(module: nn.Module, own: list[str]) -> Decision | None:
+    if isinstance(module, RECURRENT):
+        raise PlanError("a recurrent layer multiplies and squashes inside one call, which no ledger can follow")
+    if isinstance(module, WEIGHTED):
+        supported = sorted({path.rpartition(".")[2] for path in RULES})
+        raise PlanError(f"not supported; supported are exactly {', '.join(supported)}")
+    if own:
+        return Decision(None, f"{', '.join(own)}: stays; what it adds is named in the ledger")
+    return None if any(True for _ in module.children()) else Decision(None, "no weights")
+
+
+def _inside_gate(name: str, model: nn.Module) -> bool:
+    parts = name.split(".")
+    return any(type(model.get_submodule(".".join(parts[:n]))).__name__ in kinds.GATES for n in range(1, len(parts)))
+
+
+def _fold_standardisation(module: nn.Module) -> None:
+    """Replaces the weight of a `StdConv2d` or a scaled one by what its forward makes of it."""
+    assert isinstance(module, nn.Conv2d)
+    settings: Any = module  # `scale` and `eps` are timm's
+    gain = module._parameters.pop("gain", None)
+    scale = None if gain is None else (gain.detach() * settings.scale).view(-1)
+    flat = module.weight.detach().reshape(1, module.out_channels, -1)
+    folded = nn.functional.batch_norm(flat, None, None, scale, training=True, momentum=0.0, eps=settings.eps)
+    module.weight = nn.Parameter(folded.reshape_as(module.weight), module.weight.requires_grad)
+
+
+def swaps(layers: Layers, prepare: Callable[[Any, Any], None]) -> dict[str, Callable[..., None]]:
+    """What every name that `decide` gives stands for, as `Method.swaps`; `prepare(layer, config)` ends a swap."""
+
+    def dynamic(layer: type[BiasScheduled]) -> Callable[..., None]:
+        def swap(module: nn.Module, preprocess: Preprocess, config: Any) -> None:
+            if class_path(module) in kinds.STANDARDISED:
+                _fold_standardisation(module)
+            adopted = adopt(module, layer)
+            if isinstance(adopted, SixChannel):
+                adopted.encode_with(preprocess.mean, preprocess.std)
+            prepare(adopted, config)
+
+        return swap
+
+    return SWAPS | {layer.__name__: dynamic(layer) for layer in layers.types}
+
+
+def _scheduled(layer: type[BiasScheduled]) -> Callable[..., None]:
+    def swap(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
+        adopt(module, layer, _fading(module))
+
+    return swap
+
+
+def _separate(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
+    constants = tuple(name for name in ("bias_k", "bias_v") if getattr(module, name) is not None)
+    adopt(module, SeparateAttention, constants)
+
+
+def _separate_pool(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
+    join(module, SeparateAttentionPool2d)
+
+
+def _at_entrance(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
+    join(module, SixChannelInput).encode_with(preprocess.mean, preprocess.std)
+
+
+SWAPS: dict[str, Callable[..., None]] = {
+    **{layer.__name__: _scheduled(layer) for layer in (BiasScheduled, UncentredBatchNorm)},
+    SeparateAttention.__name__: _separate,
+    SeparateAttentionPool2d.__name__: _separate_pool,
+    SixChannelInput.__name__: _at_entrance,
+}

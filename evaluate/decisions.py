@@ -1,0 +1,119 @@
+"""What is explained of every picture: the teacher's own decision, without labels, or a label.
+
+A decision has a score, linear in the model's output, which is what methods explain, and a confidence in [0, 1], which
+is what is watched while parts of the picture are taken away.
+
+- Classifiers: a class. Score: its logit. Confidence: its softmax probability.
+- Models without classes: the direction of the teacher's own feature after subtracting the mean feature. Score: the
+  projection on it. Confidence: the cosine of the centred feature with it, 0 where negative. (Ours.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError
+from ..explain.targets import ClassTarget, DirectionTarget, Target
+
+__all__ = ["ClassDecisions", "Decisions", "DirectionDecisions", "decide"]
+
+
+class Decisions(Protocol):
+    """One decision for each of N pictures."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Tensor) -> Decisions:
+        """The decisions of some pictures, in that order, repeated where `index` (M,) repeats."""
+        ...
+
+    def target(self) -> Target:
+        """The scores (N, 1) as a target of `explain`."""
+        ...
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """(N,) scores of outputs (N, D)."""
+        ...
+
+    def confidence(self, outputs: Tensor) -> Tensor:
+        """(N,) in [0, 1], of outputs (N, D)."""
+        ...
+
+    def alike(self, i: int, j: int) -> bool:
+        """Whether two pictures' decisions are too alike to be told apart by an explanation."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ClassDecisions:
+    """A class (N,) for each picture."""
+
+    classes: Tensor
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def rows(self, index: Tensor) -> ClassDecisions:
+        return ClassDecisions(self.classes[index.cpu()])
+
+    def target(self) -> Target:
+        return ClassTarget(self.classes[:, None])
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        return outputs.gather(1, self.classes.to(outputs.device)[:, None]).squeeze(1)
+
+    def confidence(self, outputs: Tensor) -> Tensor:
+        return self.scores(outputs.softmax(1))
+
+    def alike(self, i: int, j: int) -> bool:
+        return bool(self.classes[i] == self.classes[j])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DirectionDecisions:
+    """A unit direction (N, D) for each picture, and the mean feature (D,) that it was taken from."""
+
+    directions: Tensor
+    mean: Tensor
+    limit: float = 0.3
+    """Cosine above which two pictures are alike."""
+
+    def __len__(self) -> int:
+        return len(self.directions)
+
+    def rows(self, index: Tensor) -> DirectionDecisions:
+        return dataclasses.replace(self, directions=self.directions[index.cpu()])
+
+    def target(self) -> Target:
+        return DirectionTarget(self.directions[:, None])
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        return (outputs * self.directions.to(outputs)).sum(1)
+
+    def confidence(self, outputs: Tensor) -> Tensor:
+        return F.cosine_similarity(outputs - self.mean.to(outputs), self.directions.to(outputs)).clamp_min(0)
+
+    def alike(self, i: int, j: int) -> bool:
+        return float(self.directions[i] @ self.directions[j]) > self.limit
+
+
+def decide(teacher: Tensor, classifier: bool, labels: Tensor | None = None) -> Decisions:
+    """The decisions that a teacher's outputs (N, D) stand for, or those of `labels` (N,) for a classifier.
+
+    Raises DataError where there is no picture, or only one for a model without classes: it has no mean to differ from.
+    """
+    if not len(teacher):
+        raise DataError("There are no pictures to evaluate on. Pass --data with some.")
+    if classifier:
+        return ClassDecisions(teacher.argmax(1) if labels is None else labels)
+    if len(teacher) == 1:
+        raise DataError(
+            "One picture has no mean to differ from, and a model without classes is explained by what sets its "
+            "features apart from it. Pass two pictures or more."
+        )
+    mean = teacher.mean(0)
+    return DirectionDecisions(F.normalize(teacher - mean), mean)

@@ -1,0 +1,119 @@
+"""How much of the teacher is left in the student, on held-out pictures.
+
+Raw cosine flatters: features share a large mean, and two unrelated pictures can have cosine 0.7. So the centred cosine
+(each side minus its own mean over the pictures), nearest-neighbour agreement and, for classifiers, top-1 agreement
+stand beside it. Linear CKA (Kornblith et al. 2019, arXiv 1905.00414, section 4) compares all distances at once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DataError
+
+__all__ = ["agreement", "cosines", "dense_agreement", "fidelity", "linear_cka", "neighbour_agreement"]
+
+
+def fidelity(student: Tensor, teacher: Tensor, classifier: bool = False) -> dict[str, float]:
+    """Agreement of outputs (N, D) on the same N > 1 pictures; every value is at most 1, chance is near 0.
+
+    Returns:
+        raw_cosine, centred_cosine: means over pictures.
+        cka: `linear_cka`, of both as sets of pictures.
+        neighbour_agreement: share of pictures whose nearest other picture (centred cosine) is the teacher's.
+        top1_agreement: share of pictures with the teacher's largest logit; only for a classifier.
+    """
+    values = {
+        **cosines(student, teacher),
+        "cka": linear_cka(student, teacher),
+        "neighbour_agreement": neighbour_agreement(student, teacher),
+    }
+    if classifier:
+        values["top1_agreement"] = agreement(student, teacher)["top1_agreement"]
+    return {name: round(float(value.mean()), 4) for name, value in values.items()}
+
+
+def cosines(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """raw_cosine, centred_cosine: (N,) for features (N, D) of each picture."""
+    student, teacher = _pair(student, teacher)
+    return {
+        "raw_cosine": F.cosine_similarity(student, teacher),
+        "centred_cosine": F.cosine_similarity(student - student.mean(0), teacher - teacher.mean(0)),
+    }
+
+
+def neighbour_agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """(N,) whether each picture's nearest other one, by centred cosine of features (N, D), is the teacher's."""
+    student, teacher = _pair(student, teacher)
+    return (_nearest(student - student.mean(0)) == _nearest(teacher - teacher.mean(0))).float()
+
+
+def agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+    """What two classifiers' logits (N, K) have in common, (N,) each.
+
+    Returns:
+        top1_agreement: the same largest logit. top5_agreement: the teacher's largest is among the student's five.
+        kl: KL(teacher || student) of the softmax distributions in nats, at least 0.
+    """
+    student, teacher = _pair(student, teacher)
+    decided = teacher.argmax(1)
+    five = student.topk(min(5, student.shape[1])).indices
+    ours, theirs = student.log_softmax(1), teacher.log_softmax(1)
+    return {
+        "top1_agreement": (student.argmax(1) == decided).float(),
+        "top5_agreement": (five == decided[:, None]).any(1).float(),
+        "kl": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1),
+    }
+
+
+def dense_agreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """(N,) centred cosine of patch features (N, C, h, w), mean over the places; the mean feature is that of all."""
+    student, teacher = _pair(student, teacher)
+    centred = (features - features.mean((0, 2, 3), keepdim=True) for features in (student, teacher))
+    return F.cosine_similarity(*centred, dim=1).mean((1, 2))
+
+
+def linear_cka(student: Tensor, teacher: Tensor) -> Tensor:
+    """Linear CKA () in [0, 1] of features (N, D) and (N, E): |Y'X|² / (|X'X| |Y'Y|), Frobenius, columns centred.
+
+    It grows towards 1 where N is small beside D and E.
+    """
+    student, teacher = _rows(student, teacher)
+    x, y = student.double() - student.double().mean(0), teacher.double() - teacher.double().mean(0)
+    if len(x) <= x.shape[1] + y.shape[1]:
+        # The same traces by Gram matrices (N, N), which are smaller then.
+        of_x, of_y = x @ x.T, y @ y.T
+        common = (of_x * of_y).sum()
+    else:
+        of_x, of_y = x.T @ x, y.T @ y
+        common = (y.T @ x).square().sum()
+    return common / (of_x.norm() * of_y.norm()).clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _nearest(features: Tensor) -> Tensor:
+    """(N,) index of the nearest other row by cosine."""
+    unit = F.normalize(features)
+    similarity = unit @ unit.T
+    return similarity.fill_diagonal_(-torch.inf).argmax(1)
+
+
+def _rows(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float32; raises DataError where they are not about the same pictures."""
+    if len(student) != len(teacher) or not len(student):
+        raise DataError(
+            f"Fidelity compares both models on the same pictures: there are {len(student)} of the student and "
+            f"{len(teacher)} of the teacher."
+        )
+    return student.float(), teacher.float()
+
+
+def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """`_rows` of the same shape."""
+    if student.shape[1:] != teacher.shape[1:]:
+        raise DataError(
+            f"Teacher and student do not belong together: a picture is {tuple(teacher.shape[1:])} to the teacher and "
+            f"{tuple(student.shape[1:])} to the student. Pass the model that the student was converted from."
+        )
+    return _rows(student, teacher)

@@ -1,0 +1,152 @@
+"""Is the explanation in the right place? All maps are signed contributions; only the positive part counts.
+
+- Energy in mask: the share of positive contribution inside a ground-truth mask (Wang et al. 2020, arXiv 1910.01279,
+  energy-based pointing game). A uniform map scores the mask's share of the area.
+- Pointing game: whether the largest contribution lies in the mask (Zhang et al. 2016, arXiv 1608.00507).
+- GridPG: pictures side by side; the share of the positive contribution to one picture's decision that lies in its own
+  cell (Boehle et al. 2021, arXiv 2104.00032). A uniform map scores 1 / cells. Two published protocols, whose numbers
+  are not comparable:
+  native: n x n full-size pictures, fed whole, so that cells compete for the decision;
+  windowed: a window of one cell slides by half a cell over the 2 x 2 grid, and maps are averaged where windows overlap;
+  the model never sees more than one cell's size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import NotApplicable
+from .decisions import Decisions
+
+__all__ = [
+    "Grids",
+    "choose_grids",
+    "energy_in_mask",
+    "grid_pictures",
+    "grid_scores",
+    "native_maps",
+    "pointing_game",
+    "positive_shares",
+    "windowed_maps",
+]
+
+# (images (B, 3, H, W), decisions of B) -> maps (B, H, W).
+Explain = Callable[[Tensor, Decisions], Tensor]
+# Less than this of positive contribution is none at all (ALOE's limit).
+NOTHING = 1e-7
+
+
+def positive_shares(maps: Tensor, regions: Tensor) -> Tensor:
+    """(B,) the share of the positive part of maps (B, H, W) inside regions (B, H, W) in [0, 1]; 0 where there is none.
+
+    NaN maps have NaN shares.
+    """
+    positive = maps.float().clamp_min(0)
+    total = positive.sum((1, 2))
+    return (positive * regions).sum((1, 2)).where(total > NOTHING, total * 0) / total.clamp_min(NOTHING)
+
+
+def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
+    """(B,) in [0, 1]: positive contribution inside masks (B, H, W), which are cut at one half."""
+    return positive_shares(maps, (masks > 0.5).float())
+
+
+def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 0) -> Tensor:
+    """(B,) in [0, 1]: whether the largest contribution is in the mask or at most `tolerance` pixels beside it.
+
+    Where several places share the largest value, the share of them that is in the mask. (The original takes 15 pixels.)
+    """
+    masks = (masks > 0.5).float()
+    if tolerance:
+        masks = F.max_pool2d(masks[:, None], 2 * tolerance + 1, 1, tolerance)[:, 0]
+    largest = (maps == maps.amax((1, 2), keepdim=True)).float()
+    return (largest * masks).sum((1, 2)) / largest.sum((1, 2))
+
+
+# --------------------------------------------------------------------------------------------------------------- GridPG
+
+
+@dataclasses.dataclass(frozen=True)
+class Grids:
+    """G grids of `side` x `side` pictures: `pictures` (G, side²) are positions, row by row."""
+
+    pictures: Tensor
+    side: int
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+def choose_grids(decisions: Decisions, eligible: Tensor, side: int, count: int, seed: int = 0) -> Grids:
+    """At most `count` grids of `eligible` (N,) pictures whose decisions differ; one choice for every method.
+
+    Pictures are drawn in a seeded order, each once, until too few are left, and then again in another order.
+    Raises NotApplicable where not even one grid can be filled.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    pool = eligible.nonzero().flatten()
+    chosen: list[list[int]] = []
+    while len(chosen) < count:
+        before = len(chosen)
+        left = pool[torch.randperm(len(pool), generator=generator)].tolist()
+        while len(chosen) < count:
+            grid: list[int] = []
+            for i in left:
+                if len(grid) < side * side and not any(decisions.alike(i, j) for j in grid):
+                    grid.append(i)
+            if len(grid) < side * side:
+                break
+            left = [i for i in left if i not in grid]
+            chosen.append(grid)
+        if len(chosen) == before:
+            break
+    if not chosen:
+        raise NotApplicable(
+            f"{len(pool)} pictures are decided confidently, and no {side * side} of them have different decisions"
+        )
+    return Grids(torch.tensor(chosen), side)
+
+
+def grid_pictures(images: Tensor, grids: Grids) -> Tensor:
+    """The grids as pictures (G, 3, side·H, side·W) of images (N, 3, H, W)."""
+    cells = images[grids.pictures].unflatten(1, (grids.side, grids.side))
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def native_maps(images: Tensor, decisions: Decisions, grids: Grids, explain: Explain) -> Tensor:
+    """Maps (G·side², side·H, side·W): of every grid, the decision of every cell in order."""
+    cells = grids.side**2
+    pictures = grid_pictures(images, grids).repeat_interleave(cells, 0)
+    return explain(pictures, decisions.rows(grids.pictures.flatten()))
+
+
+def windowed_maps(images: Tensor, decisions: Decisions, grids: Grids, explain: Explain) -> Tensor:
+    """As `native_maps`, from windows of one cell's size that slide by half of it and are averaged by their overlap."""
+    height, width = images.shape[-2:]
+    rows, columns = ([step * size // 2 for step in range(2 * grids.side - 1)] for size in (height, width))
+    whole = grid_pictures(images, grids)
+    cells = grids.side**2
+    wanted = decisions.rows(grids.pictures.flatten())
+    total = images.new_zeros(len(grids) * cells, *whole.shape[-2:])
+    count = total.new_zeros(whole.shape[-2:])
+    for top in rows:
+        for left in columns:
+            place = (..., slice(top, top + height), slice(left, left + width))
+            total[place] += explain(whole[place].repeat_interleave(cells, 0), wanted)
+            count[place] += 1
+    return total / count
+
+
+def grid_scores(maps: Tensor, grids: Grids) -> Tensor:
+    """GridPG (G·side²,) of maps (G·side², side·H, side·W) in the order of `native_maps`."""
+    side = grids.side
+    cell = torch.arange(side * side).view(side, side)
+    size = [length // side for length in maps.shape[-2:]]
+    number = cell.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
+    own = torch.arange(side * side).repeat(len(grids))
+    return positive_shares(maps, (number[None] == own[:, None, None]).to(maps))

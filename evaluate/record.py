@@ -1,0 +1,162 @@
+"""evaluation.json: every number with its interval, what it was measured on, and what does not apply and why.
+
+Schema 1. Readers refuse other numbers; a change that old readers would misread gets a new one. A measurement that does
+not apply is a row with `value` null and a `reason`: never a zero, never left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ..convert.files import new_file
+from ..errors import DataError
+from .estimates import Estimate
+
+__all__ = ["BETTER", "FILE", "SCHEMA", "Curve", "Evaluation", "Measurement", "Seconds", "read_evaluation"]
+
+SCHEMA = 1
+FILE = "evaluation.json"
+
+# Metric -> whether more (1) or less (-1) is better; 0: neither is. What is not here is better when it is more.
+BETTER = {
+    "kl": -1,
+    "deletion_auc": -1,
+    "removed_most_25": -1,
+    "average_drop": -1,
+    "infidelity": -1,
+    "scaled_infidelity": -1,
+    "ledger_residual": -1,
+    "bias_share": -1,
+    "randomised": -1,
+    "seconds": -1,
+    "mask_area": 0,
+    "confidence": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """One number.
+
+    Attributes:
+        section: `fidelity`, `faithfulness`, `localisation` or `probes`.
+        metric: such as `deletion_auc`; `variant` tells it from others of its kind (`patches, grey`).
+        model: `teacher`, `student`, or `both` for what compares them.
+        method: how the model was explained; empty where nothing was.
+        value, low, high, n: mean over n pictures and its 95 % interval; `reason` says why there is none.
+    """
+
+    section: str
+    metric: str
+    model: str
+    method: str = ""
+    variant: str = ""
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    reason: str = ""
+
+    def holding(self, estimate: Estimate) -> Measurement:
+        return dataclasses.replace(self, **estimate._asdict())
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Mean confidence over the share of the picture that is gone, with the interval at every point."""
+
+    model: str
+    method: str
+    variant: str
+    order: str
+    fractions: tuple[float, ...]
+    values: tuple[float, ...]
+    low: tuple[float | None, ...]
+    high: tuple[float | None, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """What one step took."""
+
+    step: str
+    wall: float
+    cpu: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """All that `bcosify evaluate` found out.
+
+    Attributes:
+        model: what was evaluated: source, method, weights' digests, size.
+        data: what on: pictures, masks, labels, digests.
+        settings: what makes the numbers repeatable: seed, methods, units, fills.
+    """
+
+    model: dict[str, Any]
+    data: dict[str, Any]
+    settings: dict[str, Any]
+    measurements: tuple[Measurement, ...]
+    curves: tuple[Curve, ...] = ()
+    seconds: tuple[Seconds, ...] = ()
+    schema: int = SCHEMA
+
+    def write(self, folder: Path) -> None:
+        with new_file(folder / FILE) as scratch:
+            scratch.write_text(json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False))
+
+    def find(self, metric: str, model: str, method: str = "", variant: str | None = None) -> Measurement | None:
+        """The first measurement of that name; any variant where none is given."""
+        for one in self.measurements:
+            if (one.metric, one.model, one.method) == (metric, model, method) and variant in (None, one.variant):
+                return one
+        return None
+
+    def headline(self) -> dict[str, float]:
+        """The few numbers for a model card: name -> value, of those that were measured."""
+        wanted = {
+            "centred_cosine": ("centred_cosine", "both", "", "output"),
+            "top1_agreement": ("top1_agreement", "both", "", ""),
+            "bias_share": ("bias_share", "student", "explanation", ""),
+            "ledger_residual": ("ledger_residual", "student", "explanation", ""),
+            "energy_in_mask": ("energy_in_mask", "student", "explanation", ""),
+            "energy_in_mask_teacher": ("energy_in_mask", "teacher", "explanation", ""),
+            "grid_pointing": ("gridpg", "student", "explanation", "native 2x2"),
+            "deletion_auc": ("deletion_auc", "student", "explanation", None),
+            "insertion_auc": ("insertion_auc", "student", "explanation", None),
+        }
+        found = {name: self.find(*key) for name, key in wanted.items()}
+        return {name: one.value for name, one in found.items() if one is not None and one.value is not None}
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Opens evaluation.json, or the one in a folder; raises DataError where it is none, or of another schema."""
+    path = Path(path) / FILE if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such evaluation. `bcosify evaluate DIR --data SHARDS` makes one.")
+    try:
+        found = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not JSON: {error}.") from error
+    schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
+    if schema != SCHEMA:
+        raise DataError(f"{path} has schema {schema}; this version reads {SCHEMA}. Evaluate again, or update bcosify.")
+    try:
+        return Evaluation(
+            **{
+                **found,
+                "measurements": tuple(Measurement(**row) for row in found["measurements"]),
+                "curves": tuple(Curve(**_tuples(row)) for row in found["curves"]),
+                "seconds": tuple(Seconds(**row) for row in found["seconds"]),
+            }
+        )
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path} is no evaluation of schema {SCHEMA}: {error}. Evaluate again.") from error
+
+
+def _tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

@@ -1,0 +1,190 @@
+"""report.html of an Evaluation: cards, tables, curves and a gallery with a ledger under every picture."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from markupsafe import Markup
+from torchvision.transforms.functional import to_pil_image
+
+from ...convert.trace import fitted
+from ...explain import Explanation, explain, signed_map
+from ..decisions import ClassDecisions
+from ..record import Evaluation
+from ..suite import Explained
+from .pages import data_url, render_page
+from .tables import Cell, Table, fidelity_table, method_tables, named, number
+
+__all__ = ["gallery_of", "report_page"]
+
+# Colours that colour-blind readers can tell apart (Okabe and Ito 2008), then dashes.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+CARDS = {
+    "centred_cosine": "centred cosine to the teacher",
+    "top1_agreement": "same top-1 class as the teacher",
+    "energy_in_mask": "of the student's positive contribution is on the object",
+    "energy_in_mask_teacher": "the teacher's, in explanation mode",
+    "grid_pointing": "GridPG 2x2, native (chance 0.25)",
+    "bias_share": "of the student's scores comes from constants",
+    "ledger_residual": "unaccounted for, of a score",
+}
+LARGEST = 4
+
+
+def report_page(
+    evaluation: Evaluation, gallery: Sequence[dict[str, Any]], title: str, subtitle: str, methods: Sequence[str] = ()
+) -> str:
+    """The page; `gallery` is of `gallery_of`, and `methods` names its maps."""
+    tables = method_tables(evaluation)
+    headline = evaluation.headline()
+    area = evaluation.find("mask_area", "both")
+    charts, key = _charts(evaluation)
+    return render_page(
+        "evaluation.html",
+        title=title,
+        subtitle=subtitle,
+        cards=[(text, number(headline[name])) for name, text in CARDS.items() if name in headline],
+        fidelity=fidelity_table(evaluation),
+        localisation=tables["localisation"],
+        faithfulness=tables["faithfulness"],
+        area=f", {number(area.value)} here" if area is not None and area.value is not None else "",
+        charts=charts,
+        key=key,
+        gallery=gallery,
+        methods=methods,
+        absent=_absent(evaluation),
+        seconds=_seconds(evaluation),
+        settings=json.dumps({key: getattr(evaluation, key) for key in ("model", "data", "settings")}, indent=2),
+    )
+
+
+def gallery_of(explained: Explained, labels: Sequence[str] | None, count: int = 8) -> list[dict[str, Any]]:
+    """The first `count` pictures with every map over them, and the ledgers of both models."""
+    pictures = explained.pictures
+    count = min(count, len(pictures))
+    rows = torch.arange(count)
+    decisions = explained.decisions.rows(rows)
+    ledgers = {
+        name: explain(subject.model, fitted(pictures.images[:count], subject.model), decisions.target(), check=False)
+        for name, subject in explained.subjects.items()
+    }
+    names = None
+    if isinstance(decisions, ClassDecisions):
+        names = [labels[int(k)] if labels else f"class {int(k)}" for k in decisions.classes]
+    teacher = explained.subjects["teacher"]
+    return [
+        {
+            "name": pictures.keys[i],
+            "decision": names[i] if names else "what sets its feature apart",
+            "picture": data_url(to_pil_image(teacher.colours(pictures.images[i]).clamp(0, 1)), "JPEG"),
+            "maps": [
+                (f"{model}: {method}", data_url(signed_map(maps[i], smooth=max(1, maps.shape[-1] // 45) | 1)))
+                for (model, method), maps in explained.maps.items()
+            ],
+            "ledgers": [_ledger(name, explanation, i) for name, explanation in ledgers.items()],
+        }
+        for i in range(count)
+    ]
+
+
+def _ledger(model: str, explanation: Explanation, i: int) -> dict[str, Any]:
+    shares = {name: float(column[i, 0]) for name, column in explanation.constants.items()}
+    return {
+        "model": model,
+        "score": float(explanation.scores[i, 0]),
+        "input": float(explanation.input_part[i, 0]),
+        "constants": float(explanation.constant_part[i, 0]),
+        "residual": float(explanation.residual[i, 0]),
+        "largest": sorted(shares.items(), key=lambda item: -abs(item[1]))[:LARGEST],
+    }
+
+
+def _absent(evaluation: Evaluation) -> list[str]:
+    """One line for every reason, with all that it holds for."""
+    what: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for one in evaluation.measurements:
+        if one.value is None:
+            what[named(one.metric, one.variant), one.reason].append(" ".join(filter(None, (one.model, one.method))))
+    return [f"{metric} ({', '.join(who)}): {reason}." for (metric, reason), who in what.items()]
+
+
+def _seconds(evaluation: Evaluation) -> Table:
+    cells = [
+        (Cell(step.step, step.step), Cell(f"{step.wall:.1f}", step.wall), Cell(f"{step.cpu:.1f}", step.cpu))
+        for step in evaluation.seconds
+    ]
+    return Table((("step", ""), ("seconds", ""), ("of CPU", "")), tuple(cells))
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def _charts(evaluation: Evaluation) -> tuple[list[dict[str, Any]], list[tuple[str, str, str]]]:
+    """One chart for each variant and order, and what the lines mean: (name, colour, solid or dashed)."""
+    methods = list(dict.fromkeys(curve.method for curve in evaluation.curves))
+    colour = {method: COLOURS[i % len(COLOURS)] for i, method in enumerate(methods)}
+    groups: dict[tuple[str, str], list[Any]] = collections.defaultdict(list)
+    for curve in evaluation.curves:
+        groups[curve.variant, curve.order].append(curve)
+    charts = [
+        {"title": f"{variant}, {order} important first", "svg": _svg(curves, colour)}
+        for (variant, order), curves in groups.items()
+    ]
+    pairs = dict.fromkeys((curve.model, curve.method) for curve in evaluation.curves)
+    key = [(f"{model}: {m}", colour[m], "dashed" if model == "student" else "solid") for model, m in pairs]
+    return charts, key
+
+
+@dataclasses.dataclass(frozen=True)
+class _Axes:
+    """Where a value lies in the drawing."""
+
+    top: float
+    width: int = 420
+    height: int = 250
+    left: int = 38
+    bottom: int = 34
+
+    def point(self, x: float, y: float) -> str:
+        across = self.left + x * (self.width - self.left - 10)
+        return f"{across:.1f},{10 + (1 - y / self.top) * (self.height - self.bottom - 10):.1f}"
+
+
+def _svg(curves: Sequence[Any], colour: dict[str, str]) -> Markup:
+    highest = max(
+        max(value if high is None else high for value, high in zip(c.values, c.high, strict=True)) for c in curves
+    )
+    axes = _Axes(top=min(1.0, max(0.05, 1.05 * highest)))
+    parts = [
+        f'<svg viewBox="0 0 {axes.width} {axes.height}" role="img" aria-label="confidence over the share removed">'
+    ]
+    for step in range(5):
+        value = axes.top * step / 4
+        start, end = axes.point(0, value), axes.point(1, value)
+        (x, y), (across, _) = start.split(","), end.split(",")
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{across}" y2="{y}" stroke="#e2e2e7"/>')
+        parts.append(f'<text x="{float(x) - 5}" y="{float(y) + 4}" text-anchor="end" fill="#6e6e73">{value:.2f}</text>')
+        x, y = axes.point(step / 4, 0).split(",")
+        anchor = "end" if step == 4 else "middle"
+        parts.append(f'<text x="{x}" y="{float(y) + 15}" text-anchor="{anchor}" fill="#6e6e73">{step * 25} %</text>')
+    parts.append(
+        f'<text x="{axes.width / 2}" y="{axes.height - 3}" text-anchor="middle" fill="#6e6e73">share removed</text>'
+    )
+    for curve in curves:
+        stroke, dash = colour[curve.method], ' stroke-dasharray="6 4"' if curve.model == "student" else ""
+        if None not in (*curve.low, *curve.high):
+            around = [axes.point(x, y) for x, y in zip(curve.fractions, curve.high, strict=True)]
+            around += [axes.point(x, y) for x, y in zip(curve.fractions, curve.low, strict=True)][::-1]
+            parts.append(f'<polygon points="{" ".join(around)}" fill="{stroke}" opacity="0.07"/>')
+        line = " ".join(axes.point(x, y) for x, y in zip(curve.fractions, curve.values, strict=True))
+        name = f"<title>{curve.model}: {curve.method}</title>"
+        parts.append(
+            f'<polyline points="{line}" fill="none" stroke="{stroke}" stroke-width="2"{dash}>{name}</polyline>'
+        )
+    # Names are of methods and models of ours; nothing here comes from a file that a user gave.
+    return Markup("".join([*parts, "</svg>"]))

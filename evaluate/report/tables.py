@@ -1,0 +1,147 @@
+"""Measurements as tables: one row for each explained model, one column for each metric. Also side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from ..record import BETTER, Evaluation, Measurement
+
+__all__ = ["Cell", "Table", "cell_of", "comparison", "fidelity_table", "method_tables", "named"]
+
+NAMES = {
+    "gridpg": "GridPG",
+    "kl": "KL",
+    "linear_cka": "linear CKA",
+    "knn": "k-NN accuracy",
+    "linear_probe": "linear probe accuracy",
+    "zero_shot": "zero-shot accuracy",
+    "top1_agreement": "top-1 agreement",
+    "top5_agreement": "top-5 agreement",
+    "deletion_auc": "deletion AUC",
+    "insertion_auc": "insertion AUC",
+    "removed_most_25": "25 % removed, most important first",
+    "removed_least_25": "25 % removed, least important first",
+    "sensitivity_n": "sensitivity-n",
+    "randomised": "map kept after randomising",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """What a table shows: `order` sorts it, `note` tells more on asking."""
+
+    text: str
+    order: float | str
+    interval: str = ""
+    note: str = ""
+    best: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Columns are (name, hint) pairs; every row is as long."""
+
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+def named(metric: str, variant: str = "") -> str:
+    name = NAMES.get(metric, metric.replace("_", " "))
+    return f"{name}, {variant}" if variant else name
+
+
+def number(value: float) -> str:
+    return f"{value:.1e}" if value and abs(value) < 5e-4 else f"{value:.3f}" if abs(value) < 100 else f"{value:.3g}"
+
+
+def cell_of(one: Measurement | None, best: bool = False) -> Cell:
+    if one is None:
+        return Cell("", "")
+    if one.value is None:
+        return Cell("does not apply", "", note=one.reason)
+    interval = "" if one.low is None or one.high is None else f"{number(one.low)} to {number(one.high)}"
+    return Cell(number(one.value), one.value, interval, f"{one.n} pictures or grids", best)
+
+
+def fidelity_table(evaluation: Evaluation) -> Table:
+    """Metrics down; value, where in the model, and of which model."""
+    rows = [
+        (_word(named(one.metric)), cell_of(one), _word(one.variant or "output"), _word(one.model))
+        for one in evaluation.measurements
+        if one.section in ("fidelity", "probes")
+    ]
+    return Table((("metric", ""), ("value", "mean and 95 % interval"), ("where", ""), ("of", "")), tuple(rows))
+
+
+def method_tables(evaluation: Evaluation) -> dict[str, Table]:
+    """Section -> methods down, metrics across, the best of each column marked.
+
+    What is measured by a model's own confidence is comparable between methods of that model only, so is marked there.
+    """
+    tables = {}
+    for section in ("localisation", "faithfulness"):
+        found = [one for one in evaluation.measurements if one.section == section and one.method]
+        columns = list(dict.fromkeys((one.metric, one.variant) for one in found if one.metric != "maps"))
+        pairs = list(dict.fromkeys((one.model, one.method) for one in found))
+        place = {(one.metric, one.variant, one.model, one.method): one for one in found}
+        groups = {pair: pair[0] if section == "faithfulness" else "" for pair in pairs}
+        best = {
+            _best([place.get((*column, *pair)) for pair in pairs if groups[pair] == group])
+            for column in columns
+            for group in set(groups.values())
+        }
+        absent = {(one.model, one.method): one for one in found if one.metric == "maps"}
+        rows = []
+        for pair in pairs:
+            ones = [place.get((*column, *pair), absent.get(pair)) for column in columns]
+            cells = (cell_of(one, one is not None and one in best) for one in ones)
+            rows.append((_word(pair[0]), _word(pair[1]), *cells))
+        heads = [(named(metric), "; ".join(filter(None, (variant, _hint(metric))))) for metric, variant in columns]
+        tables[section] = Table((("model", ""), ("method", ""), *heads), tuple(rows))
+    return tables
+
+
+def comparison(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
+    """Every measurement that one of them has, side by side; the best of each row marked."""
+    keys = dict.fromkeys(_key(one) for _, evaluation in evaluations for one in evaluation.measurements)
+    found = [{_key(one): one for one in evaluation.measurements} for _, evaluation in evaluations]
+    rows = []
+    for key in keys:
+        section, metric, model, method, variant = key
+        ones = [known.get(key) for known in found]
+        best = _best(ones)
+        rows.append(
+            (
+                _word(section),
+                _word(named(metric, variant)),
+                _word(" ".join(filter(None, (model, method)))),
+                *(cell_of(one, one is not None and one is best) for one in ones),
+            )
+        )
+    heads = (
+        ("section", ""),
+        ("metric", ""),
+        ("of", ""),
+        *((name, "mean and 95 % interval") for name, _ in evaluations),
+    )
+    return Table(heads, tuple(rows))
+
+
+def _best(ones: Iterable[Measurement | None]) -> Measurement | None:
+    """The best of several of one metric; none where neither more nor less is better, or there is nothing to beat."""
+    known = [one for one in ones if one is not None and one.value is not None]
+    sign = BETTER.get(known[0].metric, 1) if known else 0
+    return max(known, key=lambda one: sign * (one.value or 0)) if sign and len(known) > 1 else None
+
+
+def _key(one: Measurement) -> tuple[str, str, str, str, str]:
+    return one.section, one.metric, one.model, one.method, one.variant
+
+
+def _hint(metric: str) -> str:
+    return {1: "more is better", -1: "less is better", 0: ""}[BETTER.get(metric, 1)]
+
+
+def _word(text: str) -> Cell:
+    return Cell(text, text)

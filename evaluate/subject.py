@@ -1,0 +1,66 @@
+"""A model as methods and metrics see it, and running it over many pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ..convert.trace import fitted
+from ..explain.attribution import main_output
+
+__all__ = ["Subject", "outputs_of", "weights_digest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A model under evaluation.
+
+    Attributes:
+        name: `teacher` or `student`.
+        model: in eval mode; normalised pictures (B, 3, H, W) to outputs (B, D).
+        tokens: (model, pictures) -> patch features (B, C, rows, columns), as `convert.token_grid` gives them.
+        mean, std: of the normalisation, per channel, on the [0, 1] scale.
+        classifier: whether outputs are logits.
+        batch_size: pictures a forward pass.
+    """
+
+    name: str
+    model: nn.Module
+    tokens: Callable[[nn.Module, Tensor], Tensor] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    classifier: bool
+    batch_size: int = 32
+
+    def colours(self, images: Tensor) -> Tensor:
+        """Normalised pictures (..., 3, H, W) in [0, 1]."""
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return images * std + mean
+
+    def normalised(self, colours: Tensor) -> Tensor:
+        """Colours in [0, 1] as the model takes them."""
+        mean, std = (colours.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
+        return (colours - mean) / std
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
+
+
+@torch.no_grad()
+def outputs_of(subject: Subject, batches: Iterable[Tensor]) -> Tensor:
+    """(N, D) outputs on the CPU, of batches (B, 3, H, W) with the last one however small."""
+    return torch.cat([main_output(subject.model(fitted(batch, subject.model))).float().cpu() for batch in batches])
+
+
+def weights_digest(model: nn.Module) -> str:
+    """sha256 of all weights and buffers, with their names: changes whenever the function can have changed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

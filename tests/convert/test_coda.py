@@ -1,0 +1,342 @@
+"""CoDA: the efficient form against weights written out, an exact start, the bound, and whole models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for, save, set_strength
+from bcosify.convert.layers import CodaConv2d, CodaLinear, DynamicConv2d, adopt, scheduled_layers, squashed
+from bcosify.errors import PlanError
+from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from convolutions import convolutions, source_pads
+
+SQUASHES = ("l2", "sq")
+both = pytest.mark.parametrize("squash", SQUASHES)
+often = settings(max_examples=25, deadline=None, derandomize=True)
+ranks = st.integers(1, 3)
+bases = st.integers(0, 2)
+
+
+def aligned(source: nn.Module, mixin: type, rank: int = 2, basis: int = 2, squash: str = "l2", move: float = 0.1):
+    """A converted copy whose low-rank part is random, of this size."""
+    layer = adopt(copy.deepcopy(source), mixin)
+    layer.start_alignment(rank, basis, squash)
+    moving = layer.directions if layer.mixing is None else layer.mixing
+    nn.init.normal_(moving, std=move) if move else None
+    return layer
+
+
+def materialised(patches: Tensor, layer: nn.Module, group: int, frozen: bool) -> Tensor:
+    """(..., D) patches of one group -> (..., K/G): every dynamic weight written out, after the paper's equations."""
+    b = layer.weight.chunk(layer.groups)[group].flatten(1)
+    reader = layer.reader.chunk(layer.groups)[group].flatten(1)
+    directions = layer.directions.chunk(layer.groups)[group].flatten(1)
+    if layer.mixing is None:
+        a = directions.unflatten(0, (len(b), -1))
+    else:
+        a = torch.einsum("kmr,md->krd", layer.mixing.chunk(layer.groups)[group], directions)
+    w = b + torch.einsum("...r,krd->...kd", patches @ reader.T, a)
+    # Dynamic weights that all but cancel b count as a hundredth of its length.
+    norm = torch.maximum(w.norm(dim=-1, keepdim=True), b.detach().norm(dim=-1, keepdim=True) / 100)
+    w = w / norm if layer.squash == "l2" else w / norm * norm**2 / (1 + norm**2)
+    w = w.detach() if frozen else w
+    return layer.gain.chunk(layer.groups)[group] * torch.einsum("...kd,...d->...k", w, patches)
+
+
+def patches_of(x: Tensor, layer: nn.Module) -> list[Tensor]:
+    """(B, P, D) of every group, padded as the source pads."""
+    x = F.pad(x, source_pads(layer), mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
+    parts = x.chunk(layer.groups, 1)
+    return [F.unfold(part, layer.kernel_size, layer.dilation, 0, layer.stride).mT for part in parts]
+
+
+def slow_conv(x: Tensor, layer: nn.Module, frozen: bool = False) -> Tensor:
+    """(B, K, P) without the bias."""
+    out = [materialised(patches, layer, group, frozen) for group, patches in enumerate(patches_of(x, layer))]
+    return torch.cat(out, -1).mT
+
+
+def close(found, wanted) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+@both
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+@given(data=st.data(), rank=ranks, basis=bases)
+@often
+def test_efficient_form_is_the_materialised_one(mode, squash, data, rank, basis):
+    source, x = data.draw(convolutions(mode))
+    source.bias = None
+    layer = aligned(source, CodaConv2d, rank, basis, squash)
+    x.requires_grad_()
+    wanted, found = slow_conv(x, layer), layer(x)
+    close(found.flatten(2), wanted)
+    direction = torch.randn_like(wanted)
+    leaves = [x, *layer.parameters()]
+    gradients = [torch.autograd.grad((y * direction).sum(), leaves) for y in (found.flatten(2), wanted)]
+    close(*gradients)
+    with Linearised(layer) as mode_on:
+        explained = layer(mode_on.follow(x.detach()))
+    (gradient,), constants = mode_on.pull((explained.flatten(2) * direction).sum())
+    (rows,) = torch.autograd.grad((slow_conv(x, layer, frozen=True) * direction).sum(), x)
+    close(gradient, rows)
+    assert torch.equal(explained, found) and not constants
+    close((gradient * x).sum(), (found.flatten(2) * direction).sum())
+
+
+@both
+@given(st.lists(st.integers(1, 4), max_size=2), ranks, bases, st.integers(0, 9))
+@often
+def test_efficient_form_of_tokens_is_the_materialised_one(squash, leading, rank, basis, seed):
+    torch.manual_seed(seed)
+    source, x = nn.Linear(5, 3).double(), torch.randn(*leading, 5, dtype=torch.float64, requires_grad=True)
+    layer = aligned(source, CodaLinear, rank, basis, squash)
+    wanted, found = materialised(x, layer, 0, False) + layer.bias, layer(x)
+    close(found, wanted)
+    close(*(torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]) for y in (found, wanted)))
+
+
+@both
+@given(data=st.data(), rank=ranks, basis=bases)
+@often
+def test_the_start_is_the_source_and_has_a_gradient(squash, data, rank, basis):
+    source, x = data.draw(convolutions("zeros"))
+    with torch.no_grad():
+        source.weight[0] = 0  # real weights have dead filters
+    layer = aligned(source, CodaConv2d, rank, basis, squash, move=0)
+    y = layer(x)
+    torch.testing.assert_close(y, source(x), rtol=1e-12, atol=1e-12)
+    y.square().sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+    if y.numel() > len(source.weight) and source.weight[0].numel() > 1 and source.weight[1:].any():
+        assert (layer.directions if layer.mixing is None else layer.mixing).grad.any()
+
+
+def bounded(layer: nn.Module, x: Tensor) -> Tensor:
+    """|y| over gain * |x|, by the layer's own patch norm; dead units and patches are 0."""
+    padded, padding = layer.padded(x) if isinstance(layer, DynamicConv2d) else (x, None)
+    norm = x.norm(dim=-1, keepdim=True) if padding is None else layer.patch_norm_sq(padded, padding).sqrt()
+    y = layer(x) if padding is None else layer(x).unflatten(1, (layer.groups, -1))
+    gain = layer.gain if padding is None else layer.gain.view(layer.groups, -1, 1, 1)
+    return (y.abs() / (gain * norm)).nan_to_num(0)
+
+
+@both
+@given(data=st.data(), rank=ranks, basis=bases, move=st.sampled_from([0.1, 1.0, 30.0]))
+@often
+def test_no_response_is_larger_than_gain_times_the_patch(squash, data, rank, basis, move):
+    source, x = data.draw(convolutions("zeros"))
+    source.bias = None
+    layer = aligned(source, CodaConv2d, rank, basis, squash, move)
+    assert bounded(layer, x).max() <= 1 + 1e-9
+    assert bounded(layer.float(), x.float()).max() <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("left", [0.0, 1e-7, 1e-4, 1e-2])
+def test_weights_that_cancel_stay_within_the_bound(left):
+    layer = aligned(nn.Linear(4, 1, bias=False), CodaLinear, 1, 0, move=0)
+    x = torch.tensor([[1.0, 2.0, -1.0, 0.5]])
+    with torch.no_grad():  # w(x) = left * b + a little of x: next to nothing, in float32
+        layer.weight.copy_(F.normalize(x + torch.tensor([[0.0, 1.0, 0.0, 0.0]])))
+        layer.reader.copy_(x / x.square().sum())
+        layer.directions.copy_(-layer.weight * (1 - left) + 1e-5 * x)
+    y = layer(x)
+    assert y.isfinite().all() and bounded(layer, x).max() <= 1.01
+    y.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+def test_a_unit_trained_on_one_input_points_at_it():
+    torch.manual_seed(0)
+    layer, x = aligned(nn.Linear(6, 3, bias=False), CodaLinear, rank=6, basis=0, move=0), torch.randn(1, 6)
+    assert float(bounded(layer, x).detach().max()) < 0.9
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (-layer(x) / layer.gain).sum().backward()
+        optimizer.step()
+    assert float(bounded(layer, x).detach().min()) > 0.999
+
+
+@both
+def test_derivatives_of_the_squashing(squash):
+    torch.manual_seed(0)
+    numerator = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    norm_sq = torch.rand(2, 3, dtype=torch.float64) + 0.3
+    gain, floor = torch.rand(3, dtype=torch.float64), torch.full((3,), 1e-4, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda o, n: squashed(o, n, gain, floor, squash), (numerator, norm_sq.requires_grad_())
+    )
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_neither_overflows_nor_rounds_the_gain(squash, dtype):
+    torch.manual_seed(0)
+    source = nn.Conv2d(4, 6, 3, bias=False)
+    with torch.no_grad():
+        source.weight.mul_(1000)  # of which the square is infinite in float16
+    layer, x = aligned(source, CodaConv2d, squash=squash), torch.randn(2, 4, 6, 6)
+    wanted, gain = layer(x), layer.gain.clone()
+    layer.to(dtype)
+    assert torch.equal(layer.gain, gain) and layer.weight.dtype == dtype
+    torch.testing.assert_close(layer(x.to(dtype)).float(), wanted, rtol=0.1, atol=0.1 * float(wanted.abs().max()))
+
+
+def test_gains_of_a_calibration_go_into_the_gain():
+    layer, x = aligned(nn.Linear(5, 3), CodaLinear), torch.randn(2, 5)
+    before, factors = layer(x) - layer.bias, torch.tensor([0.5, 2.0, 3.0])
+    layer.rescale(factors)
+    torch.testing.assert_close(layer(x) - layer.bias, before * factors)
+
+
+# ------------------------------------------------------------------------------------------------------- whole models
+
+
+def moved(student, size: float = 0.3):
+    """The same student with a random low-rank part, so that its weights are dynamic."""
+    torch.manual_seed(1)
+    for _, layer in scheduled_layers(student.model):
+        for name, natural in layer.natural_sizes.items():
+            nn.init.normal_(layer.get_parameter(name), std=size * natural)
+    return student
+
+
+@pytest.mark.parametrize(("name", "size"), [("efficientnet_lite0", 112), ("dinov2_small", 98)])
+@both
+def test_a_real_student_is_its_teacher_and_explains_itself(real_teachers, photographs, name, size, squash):
+    teacher = real_teachers[name]
+    student = convert(teacher, CodaConfig(squash=squash))
+    assert student.report["identity_error"] <= 1e-5
+    pictures = photographs(teacher.preprocess.at(size), 2)
+    assert identity_error(student.model, teacher.model, pictures) <= 1e-5
+    moved(student, 0.03)
+    set_strength(student.model, beta=0.5)
+    explanation = explain(student.model, pictures, TopTarget(2) if student.labels else SelfTarget())
+    assert explanation.balanced().all() and explanation.contributions.any()
+    assert explanation.encoded_inputs.shape[1] == 6
+
+
+@pytest.mark.parametrize("name", ["resnet", "vit", "convnext", "efficientnet", "nfnet", "maxvit"])
+def test_a_tiny_student_is_its_teacher_balances_and_comes_back(tiny, tmp_path, name):
+    teacher = tiny(f"test_{name}", None)
+    config = CodaConfig(rank=3, basis=2, squash="sq", keep=("head",) if name == "vit" else ())
+    student = moved(convert(teacher, config))
+    assert student.report["identity_error"] <= 1e-5 and student.method == "coda"
+    set_strength(student.model, beta=0.3)
+    pictures = torch.randn(2, 3, *teacher.preprocess.size)
+    explanation = explain(student.model, pictures, [0, 1])
+    assert explanation.balanced().all()
+    with torch.no_grad():
+        assert float((student.model(pictures) - teacher.model(pictures)).abs().max()) > 1e-3
+        again = load(save(student, tmp_path / "student"))
+        assert torch.equal(again.model(pictures), student.model(pictures))
+    assert again.config == config and again.plan == student.plan
+
+
+def test_which_layers_become_what(tiny):
+    becomes = {step.name: step.becomes for step in plan_for(tiny("test_vit"), CodaConfig()).steps}
+    assert becomes["patch_embed.proj"] == "SixChannelCodaConv2d"
+    assert becomes["blocks.0.attn.qkv"] == becomes["blocks.0.norm1"] == "BiasScheduled"
+    assert {becomes[f"blocks.0.{layer}"] for layer in ("attn.proj", "mlp.fc1", "mlp.fc2")} == {"CodaLinear"}
+
+
+def test_only_the_last_stages(tiny):
+    plan = plan_for(tiny("test_resnet"), CodaConfig(last_stages=1))
+    assert plan.swaps and all(step.name.startswith(("layer4", "fc")) for step in plan.swaps)
+    early = [step for step in plan.steps if step.name.startswith(("conv1", "layer3")) and step.found == "Conv2d"]
+    assert early and all(step.reason == "runs before the last stages (last_stages=1)" for step in early)
+    names = {step.name.split(".")[0] for step in plan_for(tiny("test_resnet"), CodaConfig(last_stages=4)).swaps}
+    assert "layer1" in names and "conv1" not in names
+    student = convert(tiny("test_resnet"), CodaConfig(last_stages=2))
+    assert student.report["identity_error"] <= 1e-5
+    explanation = explain(student.model, torch.randn(1, 3, 64, 64), [0])
+    assert explanation.balanced().all() and explanation.encoded_inputs.shape[1] == 3
+    with pytest.raises(PlanError, match="last_stages=9: ResNet has 5.*--keep"):
+        plan_for(tiny("test_resnet"), CodaConfig(last_stages=9))
+
+
+def test_stages_are_needed_for_the_last_ones(teach):
+    with pytest.raises(PlanError, match="last_stages=1: Sequential does not say what its stages are"):
+        plan_for(teach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten())), CodaConfig(last_stages=1))
+
+
+def test_dead_kernels_are_counted_and_shared_ones_refused(teach):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten())
+    with torch.no_grad():
+        model[1].weight[:3] = 0
+    step = plan_for(teach(model), CodaConfig()).steps[1]
+    assert step.reason == "convolution; 3 of its 4 kernels are zero and stay silent"
+    assert convert(teach(model), CodaConfig()).report["identity_error"] <= 1e-5
+    model[2].weight = model[1].weight
+    with pytest.raises(PlanError, match=r"(?s)1 \(.*another module holds the same weight.*--keep"):
+        convert(teach(model), CodaConfig())
+
+
+def test_a_layer_that_runs_twice_is_converted_once(teach):
+    torch.manual_seed(0)
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    student = convert(teach(nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), shared, nn.Flatten())), CodaConfig())
+    assert student.plan.counts()["CodaConv2d"] == 1 and student.report["identity_error"] <= 1e-5
+
+
+def test_dropout_left_on_is_found(teach):
+    from bcosify.errors import LedgerError
+
+    teacher = teach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)))
+    teacher.model.train()
+    with pytest.raises(LedgerError, match=r"differs from its teacher by .* at beta=1 \(limit"):
+        convert(teacher, CodaConfig())
+
+
+def test_a_model_without_memory_is_converted_too(tiny):
+    teacher = tiny("test_resnet")
+    wanted = {name: tensor.shape for name, tensor in convert(teacher, CodaConfig()).model.state_dict().items()}
+    teacher.model.to("meta")
+    student = convert(teacher, CodaConfig())
+    assert {name: tensor.shape for name, tensor in student.model.state_dict().items()} == wanted
+    assert all(parameter.is_meta for parameter in student.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"squash": "l3"}, "no squash 'l3'. There are: l2, sq"),
+        ({"rank": 0}, "rank=0: must be at least 1"),
+        ({"basis": -1}, "basis=-1"),
+        ({"last_stages": -1}, "last_stages=-1"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(PlanError, match=message):
+        CodaConfig(**settings)
+
+
+def kept_bytes(model: nn.Module, picture: Tensor) -> int:
+    """What autograd keeps of one forward pass for the backward, weights not counted."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(picture)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+def test_a_resnet50_keeps_at_most_three_times_what_its_source_keeps(tiny):
+    teacher = tiny("resnet50", 224)
+    student = convert(teacher, CodaConfig())
+    set_strength(student.model, beta=0.5)
+    picture = torch.randn(1, 3, 224, 224)
+    assert kept_bytes(student.model, picture) <= 3 * kept_bytes(teacher.model, picture)

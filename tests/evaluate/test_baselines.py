@@ -1,0 +1,180 @@
+"""Every method on models whose answer is known, against captum's own where it has one, and where it does not apply."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from bcosify.convert.randomise import randomise
+from bcosify.errors import NotApplicable, TargetError
+from bcosify.evaluate.baselines import METHODS, AttentionWeights, find_method, maps_of, rollout
+from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions
+from torch import nn
+
+from toys import Linear
+
+captum = pytest.importorskip("captum.attr")
+NEEDS_TOKENS = {"grad-cam", "attention", "rollout"}
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def linear(subject_of):
+    """A linear model of 14 x 14 pictures that looks at a corner, its pictures and their decisions."""
+    weights = torch.zeros(2, 3, 14, 14)
+    weights[0, :, :4, :4] = weights[1, :, 10:, 10:] = draw(3, 4, 4).abs() + 0.5
+    images = draw(3, 3, 14, 14, seed=1).abs() + 0.2
+    return subject_of(Linear(weights, draw(2))), images, ClassDecisions(torch.tensor([0, 1, 0])), weights
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - NEEDS_TOKENS))
+def test_methods_find_the_corner_that_a_linear_model_looks_at(linear, name):
+    subject, images, decisions, weights = linear
+    maps = maps_of(find_method(name), subject, images, decisions)
+    assert maps.shape == (3, 14, 14)
+    inside = (weights[decisions.classes].abs().sum(1) > 0).float()
+    positive = maps.clamp_min(0)
+    share = (positive * inside).sum((1, 2)) / positive.sum((1, 2))
+    # RISE's masks are smooth: they cannot say it as sharply.
+    assert share.min() > (0.15 if name == "rise" else 0.95) and (maps * inside).sum((1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("name", ["explanation", "input-x-gradient", "integrated-gradients"])
+def test_gradient_methods_of_a_linear_model_are_its_contributions(linear, name):
+    subject, images, decisions, weights = linear
+    wanted = (weights[decisions.classes] * images).sum(1)
+    torch.testing.assert_close(maps_of(find_method(name), subject, images, decisions), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_occlusion_and_lime_of_a_linear_model_are_the_squares_drops(linear):
+    """Both compare with grey, and spread a square's drop over its pixels."""
+    subject, images, decisions, weights = linear
+    grey = subject.normalised(torch.full_like(images, 0.5))
+    drops = F.avg_pool2d((weights[decisions.classes] * (images - grey)).sum(1, keepdim=True), 2)
+    wanted = drops.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, 0]
+    found = maps_of(find_method("occlusion"), subject, images, decisions)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    lime = maps_of(find_method("lime"), subject, images, decisions)
+    assert F.cosine_similarity(lime.flatten(1), wanted.flatten(1)).min() > 0.97  # its ridge pulls towards 0
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_maps_do_not_depend_on_the_batch_and_leave_nothing_behind(tiny_subject, name):
+    images, decisions = draw(3, 3, 64, 64), ClassDecisions(torch.tensor([1, 2, 3]))
+    subject = tiny_subject("test_vit", batch_size=16)
+    if find_method(name).passes > 100:
+        images, decisions = images[:1], decisions.rows(torch.arange(1))
+    state = torch.random.get_rng_state()
+    together = maps_of(find_method(name), subject, images, decisions, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not any(module._forward_hooks for module in subject.model.modules())
+    assert all(parameter.grad is None for parameter in subject.model.parameters())
+    single = maps_of(find_method(name), dataclasses.replace(subject, batch_size=1), images, decisions, seed=3)
+    if name != "rise":  # its masks are drawn in groups of the batch's size
+        torch.testing.assert_close(single, together, atol=1e-4 * float(together.abs().max()), rtol=1e-3)
+
+
+def test_grad_cam_of_a_cnn_is_captums(tiny_subject):
+    subject = tiny_subject("test_resnet")
+    images, decisions = draw(2, 3, 64, 64), ClassDecisions(torch.tensor([1, 2]))
+    from bcosify.convert.taps import find_blocks
+
+    layer = subject.model.get_submodule(find_blocks(subject.model)[-1])
+    theirs = captum.LayerGradCam(subject.model, layer).attribute(
+        images, target=decisions.classes, relu_attributions=True
+    )
+    wanted = F.interpolate(theirs, (64, 64), mode="bilinear")[:, 0]
+    torch.testing.assert_close(
+        maps_of(find_method("grad-cam"), subject, images, decisions), wanted, atol=1e-6, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_is_read_fused_or_not(fused):
+    torch.manual_seed(0)
+    layer = timm.layers.Attention(16, num_heads=2)
+    layer.fused_attn = fused
+    tokens = draw(2, 5, 16)
+    with torch.no_grad(), AttentionWeights() as mode:
+        layer(tokens)
+    q, k, _ = layer.qkv(tokens).reshape(2, 5, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    (found,) = mode.found
+    torch.testing.assert_close(found, (q @ k.transpose(-1, -2) / math.sqrt(8)).softmax(-1))
+
+
+def test_torchs_own_attention_is_read():
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(16, 2, batch_first=True).train()
+    tokens = draw(2, 5, 16)
+    with AttentionWeights() as mode:
+        _, weights = layer(tokens, tokens, tokens, need_weights=True)
+    torch.testing.assert_close(torch.stack(mode.found).mean((0, 2)), weights)
+
+
+def test_rollout_in_closed_form():
+    one = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])
+    half = torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])
+    torch.testing.assert_close(rollout([one]), half)
+    torch.testing.assert_close(rollout([one, one]), half @ half)
+    rows = rollout([draw(1, 6, 6, seed=s).softmax(-1) for s in range(3)]).sum(-1)
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+def test_raw_attention_shows_the_patch_that_the_class_token_looks_at(tiny_subject):
+    """The last layer's keys are those of one patch only, whatever the picture."""
+    subject = tiny_subject("test_vit")
+    layer = subject.model.blocks[-1].attn
+    width = layer.qkv.in_features
+    patch = 1 + 5  # after the class token
+
+    def look(module, args, output):
+        output = output.clone()
+        output[..., : 2 * width] = 0
+        output[..., :width] = output[:, patch, width : 2 * width] = 5
+        return output
+
+    with torch.no_grad():
+        hook = layer.qkv.register_forward_hook(look)
+        maps = maps_of(find_method("attention"), subject, draw(1, 3, 64, 64), ClassDecisions(torch.tensor([0])))
+        hook.remove()
+    rows = subject.tokens(subject.model, draw(1, 3, 64, 64)).shape[-1]  # type: ignore[misc]
+    top, left = divmod(int(maps[0].argmax()), 64)
+    size = 64 // rows
+    assert (top // size) * rows + left // size == 5
+
+
+@pytest.mark.parametrize("name", ["attention", "rollout"])
+def test_attention_of_a_cnn_does_not_apply(tiny_subject, name):
+    with pytest.raises(NotApplicable, match="no attention"):
+        maps_of(find_method(name), tiny_subject("test_resnet"), draw(1, 3, 64, 64), ClassDecisions(torch.tensor([0])))
+
+
+def test_nan_maps_are_said(subject_of):
+    model = Linear(torch.full((2, 3, 8, 8), torch.nan))
+    with pytest.raises(NotApplicable, match="3 of 3 maps hold NaN"):
+        maps_of(
+            find_method("input-x-gradient"), subject_of(model), draw(3, 3, 8, 8), ClassDecisions(torch.zeros(3).long())
+        )
+
+
+def test_an_unknown_method_is_told_the_near_one():
+    with pytest.raises(TargetError, match="Did you mean 'occlusion'"):
+        find_method("oclusion")
+
+
+def test_features_without_classes_are_explained_along_their_direction(tiny_subject):
+    torch.manual_seed(0)
+    model = randomise(timm.create_model("test_vit", num_classes=0, img_size=64), draw(2, 3, 64, 64))
+    subject = tiny_subject("test_vit", model=model, classifier=False)
+    images = draw(2, 3, 64, 64, seed=4)
+    decisions = DirectionDecisions(F.normalize(draw(2, model.num_features)), torch.zeros(model.num_features))
+    for name in ("explanation", "input-x-gradient", "grad-cam", "occlusion"):
+        maps = maps_of(find_method(name), subject, images, decisions)
+        assert maps.shape == (2, 64, 64) and maps.abs().max() > 0

@@ -1,0 +1,286 @@
+"""The whole: what is measured, what is said not to apply, the record, and the page in a browser."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from bcosify.convert import BcosConfig, convert, load_teacher, set_strength
+from bcosify.convert.randomise import randomise
+from bcosify.convert.trace import noise_pictures
+from bcosify.errors import DataError
+from bcosify.evaluate import suite
+from bcosify.evaluate.record import FILE, Measurement, read_evaluation
+from bcosify.evaluate.report import gallery_of, render_page, report_page
+from bcosify.evaluate.report.tables import comparison, method_tables
+from bcosify.evaluate.suite import Pictures, Settings
+
+METHODS = (("teacher", "input-x-gradient"), ("teacher", "rollout"))
+QUICK = Settings(METHODS, grids=1, confident=0.0, subsets=2, cascade_pictures=2, cascade_steps=2)
+
+
+def pictures(count: int = 9, **more) -> Pictures:
+    masks = torch.zeros(count, 64, 64)
+    masks[:, 16:48, 8:40] = 1
+    images = noise_pictures(count, (64, 64), seed=3)
+    return Pictures(images, tuple(f"p{i}" for i in range(count)), **{"masks": masks, **more})
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_subject):
+    """pair(NAME): teacher and student of a tiny model, the student away from the teacher."""
+
+    def make(name: str = "test_vit"):
+        torch.manual_seed(0)
+        teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=64)
+        randomise(teacher.model, noise_pictures(2, (64, 64)))
+        student = convert(teacher, BcosConfig())
+        set_strength(student.model, 1.5, 0.5)
+        ours = tiny_subject(name, model=student.model, name="student")
+        return tiny_subject(name, model=teacher.model), ours
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def measured(pair):
+    return suite.evaluate(*pair(), pictures(), pictures(), QUICK, progress=False)
+
+
+def test_every_metric_is_there_with_an_interval_or_a_reason(measured):
+    evaluation, explained = measured
+    assert set(explained.maps) == {("teacher", "explanation"), ("student", "explanation"), *METHODS}
+    found = {(one.section, one.metric) for one in evaluation.measurements}
+    assert {
+        *(("fidelity", m) for m in ("raw_cosine", "centred_cosine", "linear_cka", "neighbour_agreement", "kl")),
+        *(("fidelity", m) for m in ("top1_agreement", "top5_agreement", "dense_agreement")),
+        *(("probes", m) for m in ("knn", "linear_probe", "zero_shot")),
+        *(("faithfulness", m) for m in ("ledger_residual", "bias_share", "deletion_auc", "insertion_auc")),
+        *(("faithfulness", m) for m in ("removed_most_25", "removed_least_25", "average_drop", "average_gain")),
+        *(("faithfulness", m) for m in ("increase", "sensitivity_n", "infidelity", "scaled_infidelity", "randomised")),
+        *(("localisation", m) for m in ("energy_in_mask", "pointing_game", "gridpg", "mask_area")),
+    } <= found
+    for one in evaluation.measurements:
+        if one.reason:
+            assert one.value is None
+        else:
+            assert one.value is not None and one.low is not None and one.high is not None and one.n > 0
+            assert one.low - 1e-6 <= one.value <= one.high + 1e-6
+    residual = evaluation.find("ledger_residual", "student", "explanation")
+    assert residual is not None and residual.value is not None and residual.value < 1e-4
+    area = evaluation.find("mask_area", "both")
+    assert area is not None and area.value == pytest.approx(0.25)
+    assert {step.step.split(":")[0] for step in evaluation.seconds} >= {"fidelity", "maps", "removal curves"}
+
+
+def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(pair, measured):
+    teacher, student = (dataclasses.replace(subject, batch_size=5) for subject in pair())
+    again, _ = suite.evaluate(teacher, student, pictures(), pictures(), QUICK, progress=False)
+    for one, other in zip(measured[0].measurements, again.measurements, strict=True):
+        assert dataclasses.replace(one, value=0, low=0, high=0) == dataclasses.replace(other, value=0, low=0, high=0)
+        assert (one.value is None) == (other.value is None)
+        # Pictures in the same order of contributions give the same; equal ones may swap by rounding.
+        assert one.value is None or one.value == pytest.approx(other.value, rel=0.05, abs=0.02)
+
+
+def test_the_record_reads_back_as_it_was_written(measured, tmp_path):
+    evaluation, _ = measured
+    evaluation.write(tmp_path)
+    again = read_evaluation(tmp_path)
+    assert json.loads(json.dumps(dataclasses.asdict(again))) == json.loads(json.dumps(dataclasses.asdict(evaluation)))
+    assert again.measurements == evaluation.measurements and again.curves == evaluation.curves
+    assert {"centred_cosine", "energy_in_mask", "deletion_auc", "insertion_auc"} <= set(again.headline())
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (None, "there is no such evaluation"),
+        ("{", "is not JSON"),
+        ("[]", "schema list"),
+        ('{"schema": 2}', "schema 2; this version reads 1"),
+        ('{"schema": 1, "measurements": [{"what": 1}], "curves": [], "seconds": []}', "no evaluation of schema 1"),
+    ],
+)
+def test_what_is_no_record_is_refused(tmp_path, written, said):
+    if written is not None:
+        (tmp_path / FILE).write_text(written)
+    with pytest.raises(DataError, match=said):
+        read_evaluation(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_what_does_not_apply_is_said_and_is_no_zero(pair):
+    """A CNN has no attention, these pictures no masks and no labels."""
+    evaluation, explained = suite.evaluate(
+        *pair("test_resnet"), pictures(masks=None), pictures(4, masks=None), QUICK, progress=False
+    )
+    assert ("teacher", "rollout") not in explained.maps
+    reasons = {(one.metric, one.method): one.reason for one in evaluation.measurements if one.reason}
+    assert "no attention" in reasons["maps", "rollout"]
+    assert "pass --masks" in reasons["energy_in_mask", "explanation"]
+    assert "pass --labels" in reasons["knn", ""]
+    shown = method_tables(evaluation)["faithfulness"]
+    row = next(cells for cells in shown.rows if cells[1].text == "rollout")
+    assert {cell.text for cell in row[2:]} == {"does not apply"} and "no attention" in row[2].note
+
+
+def test_one_picture_has_no_interval_and_nothing_to_compare_with(pair):
+    evaluation, _ = suite.evaluate(*pair(), pictures(1), pictures(1), QUICK, progress=False)
+    cosine = evaluation.find("centred_cosine", "both")
+    assert cosine is not None and cosine.value is None and "no others" in cosine.reason
+    energy = evaluation.find("energy_in_mask", "student", "explanation")
+    assert energy is not None and energy.value is not None and (energy.low, energy.n) == (None, 1)
+
+
+def test_a_model_without_classes_has_no_top_1(tiny_subject):
+    import timm
+
+    torch.manual_seed(0)
+    models = [randomise(timm.create_model("test_vit", num_classes=0, img_size=64), None, seed) for seed in (0, 1)]
+    subjects = [
+        tiny_subject(model=model, classifier=False, name=name)
+        for name, model in zip(("teacher", "student"), models, strict=True)
+    ]
+    evaluation, _ = suite.evaluate(
+        *subjects, pictures(), pictures(), dataclasses.replace(QUICK, methods=()), progress=False
+    )
+    for metric in ("top1_agreement", "kl"):
+        one = evaluation.find(metric, "both")
+        assert one is not None and one.value is None and one.reason == "the model has no classes"
+    gain = evaluation.find("average_gain", "teacher", "explanation")
+    assert gain is not None and gain.value is None
+    with pytest.raises(DataError, match="One picture has no mean"):
+        suite.evaluate(*subjects, pictures(), pictures(1), QUICK, progress=False)
+
+
+def test_models_that_do_not_belong_together_are_refused(pair, subject_of):
+    teacher, _ = pair()
+    stranger = subject_of(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), name="student")
+    with pytest.raises(DataError, match="do not belong together"):
+        suite.evaluate(
+            teacher, dataclasses.replace(stranger, tokens=None), pictures(), pictures(), QUICK, progress=False
+        )
+
+
+def test_no_pictures_and_masks_of_another_size_are_refused():
+    with pytest.raises(DataError, match="no pictures"):
+        Pictures(torch.zeros(0, 3, 8, 8), ())
+    with pytest.raises(DataError, match="do not fit"):
+        pictures(masks=torch.zeros(9, 32, 32))
+    with pytest.raises(DataError, match="no fill is called 'gray'"):
+        Settings(removals=((1, "gray"),))
+
+
+def test_a_teacher_of_nan_is_refused(pair):
+    teacher, student = pair()
+    with torch.no_grad():
+        teacher.model.head.weight.fill_(torch.nan)
+    with pytest.raises(DataError, match="NaN"):
+        suite.evaluate(teacher, student, pictures(), pictures(), QUICK, progress=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ page
+
+
+def test_evaluations_side_by_side_mark_the_better(measured):
+    evaluation, _ = measured
+    row = Measurement("faithfulness", "deletion_auc", "student", "explanation", "v", 0.2, 0.1, 0.3, 5)
+    better = dataclasses.replace(evaluation, measurements=(dataclasses.replace(row, value=0.1),))
+    table = comparison([("one", dataclasses.replace(evaluation, measurements=(row,))), ("two", better)])
+    assert [cell.best for cell in table.rows[0]] == [False, False, False, False, True]
+    assert table.rows[0][3].text == "0.200" and table.rows[0][3].interval == "0.100 to 0.300"
+
+
+def test_the_page_holds_everything_itself(measured):
+    page = report_page(measured[0], gallery_of(measured[1], None, 2), "a <b> title", "what", ["teacher: explanation"])
+    assert "a &lt;b&gt; title" in page and "<svg" in page and page.count('class="map') >= 8
+    assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\((?!data:)|https?://""", page)
+
+
+def test_the_demos_page_is_made_of_the_same_parts():
+    row = {
+        **{"picture": "chelsea.png", "model": "teacher", "label": "tiger cat", "target_label": "tiger cat"},
+        **{"second": "tabby", "ahead": 0.1, "agrees": True, "score": 9.2, "input": -2.3, "constants": 11.5},
+        "residual": 1e-6,
+    }
+    point = {
+        "pictures": 640,
+        "raw_cosine": 0.8,
+        "centred_cosine": 0.7,
+        "neighbour_agreement": 0.6,
+        "top1_agreement": 0.5,
+    }
+    page = render_page(
+        "demo.html",
+        **{
+            "reference": "bundled:efficientnet_lite0",
+            "layers": {"Linear": 1},
+            "identity_error": 1e-7,
+            "pressure": "B rises.",
+        },
+        **{"why": "time", "b": [1, 1.5], "beta": [1, 1], "fidelity": [point], "training_pictures": 640, "seconds": 60},
+        rows=[row],
+        pictures={f"chelsea.png:{kind}": "data:," for kind in ("teacher", "start", "end")},
+        explained={"chelsea.png": "a cat"},
+    )
+    assert page.count("<figure>") == 3 and "tiger cat" in page and "<title>bcosify: bundled:" in page
+
+
+CHECK = """
+<script>
+window.onerror = (message) => { document.body.dataset.errors = (document.body.dataset.errors || "") + message; };
+window.addEventListener("load", () => {
+  const table = document.querySelectorAll("table.sortable")[1], body = table.tBodies[0];
+  const column = [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent.startsWith("energy"));
+  const values = () => [...body.rows].map((row) => row.cells[column].dataset.order).join(" ");
+  const button = table.tHead.rows[0].cells[column].querySelector("button");
+  const state = document.body.dataset;
+  button.click(); state.up = values();
+  button.click(); state.down = values();
+  const slider = document.getElementById("opacity"), map = document.querySelector(".map.on");
+  slider.value = 0.2; slider.dispatchEvent(new Event("input"));
+  state.opacity = getComputedStyle(map).opacity;
+  const choice = document.getElementById("method");
+  choice.selectedIndex = 1; choice.dispatchEvent(new Event("change"));
+  state.shown = document.querySelector(".map.on").dataset.method;
+  state.wide = document.documentElement.scrollWidth > innerWidth;
+});
+</script>
+"""
+
+
+def test_the_page_in_a_browser(measured, tmp_path):
+    """No console error, tables sort both ways, the slider changes the overlay, the choice changes the map."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium here (Debian: apt install chromium)")
+    names = [f"{model}: {method}" for model, method in measured[1].maps]
+    page = report_page(measured[0], gallery_of(measured[1], None, 2), "title", "what", names)
+    (tmp_path / "report.html").write_text(page.replace("<head>", "<head>" + CHECK), "utf-8")
+    ended = subprocess.run(
+        [
+            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"),
+            *("--enable-logging=stderr", "--v=0", "--window-size=390,800", f"--user-data-dir={tmp_path / 'profile'}"),
+            *("--virtual-time-budget=3000", Path(tmp_path / "report.html").as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert "CONSOLE" not in ended.stderr, ended.stderr
+    body = re.search(r"<body[^>]*>", ended.stdout)
+    assert body is not None
+    found = dict(re.findall(r'data-(\w+)="([^"]*)"', body.group()))
+    assert "errors" not in found
+    up, down = ([float(value) for value in found[name].split()] for name in ("up", "down"))
+    assert up == sorted(up) and down == sorted(down, reverse=True) and len(set(up)) > 1
+    assert found["opacity"] == "0.2" and found["shown"] == names[1] and found["wide"] == "false"
