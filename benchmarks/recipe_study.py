@@ -168,7 +168,7 @@ class Bench:
         recipe = scaled(load_recipe(experiment.recipe, [*overrides, f"seed={seed}"]), experiment.pictures)
         folder = self.out / experiment.name / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
-        config = find_method(recipe.method).config_class()
+        config = find_method("bcos" if recipe.method == "any" else recipe.method).config_class()
         student = convert(load_teacher(f"bundled:{experiment.teacher}"), config)
         save(student, folder / "converted")
         held_out, theirs, objects, target, answer = self.teacher(experiment.teacher, recipe.image_size)
@@ -280,6 +280,9 @@ def page(experiments: list[Experiment], rows: list[dict[str, Any]]) -> str:
                 f"| {name} | {experiment.why}{_swept(experiment, found)} | {cells} "
                 f"| {found['seeds']} ({found['spread']:.3f}) |\n"
             )
+    waiting = [experiment.name for experiment in experiments if summary(experiment, rows) is None]
+    if waiting:
+        parts.append(f"\nNot run yet: {', '.join(waiting)}.\n")
     return "".join(parts)
 
 
