@@ -15,7 +15,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: $(VENV)/test.stamp
-	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with train-*.tar and val-*.tar"; exit 2; }
+	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with train-*.tar, val-*.tar and objects-*.tar"; exit 2; }
 	$(BIN)/python benchmarks/recipe_study.py --data $(DATA)
 
 $(VENV)/demo.stamp: pyproject.toml
