@@ -68,11 +68,23 @@ class Objective(nn.Module):
         self.centred = recipe.centre
         self.means: dict[str, Tensor] = {}
 
+    @property
+    def asks_teacher(self) -> bool:
+        """Whether `centre_on` takes anything from what the teacher makes of a few pictures."""
+        return self.centred
+
     def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
         """Takes note of the teacher's mean features on a few pictures, if cosines are taken around them."""
         if self.centred:
             self.means = {name: channels_last(calls[name].output).mean(0) for name in self.taps if name in calls}
             self.means["output"] = output.mean(0)
+
+    def begin(self) -> dict[str, float]:
+        """At the start of a phase: what a resumed run must be told of the student as it is now."""
+        return {}
+
+    def go_on(self, begun: dict[str, float]) -> None:
+        """In a resumed run: what `begin` said at the start of the phase."""
 
     def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:  # noqa: ARG002 - the general case needs no calls
         """Runs the student as this objective feeds it."""
@@ -82,6 +94,12 @@ class Objective(nn.Module):
         mean = self.means.get(name, 0.0)
         return cosine_distance(ours - mean, theirs - mean)
 
+    def _compared(self, pictures: Tensor, calls: dict[str, Call]) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
+        """Runs the student: (its rows, the teacher's) at every tap, and its output."""
+        with record(self.student, self.taps) as ours:
+            output = first_tensor(self.student(pictures))
+        return {n: (channels_last(ours[n].output), channels_last(calls[n].output)) for n in self.taps}, output
+
 
 class EndToEnd(Objective):
     """The student runs on its own from the picture."""
@@ -89,12 +107,16 @@ class EndToEnd(Objective):
     def __init__(self, student: nn.Module, recipe: Recipe) -> None:
         super().__init__(student, recipe, recipe.taps or depth_taps(find_blocks(student), recipe.depths))
         self.output_weight, self.magnitude_weight = recipe.output_weight, recipe.magnitude_weight
-        self.norms = WeightNorms(student, recipe.weight_norm)
+        self.norms = WeightNorms(recipe.weight_norm)
+
+    def begin(self) -> dict[str, float]:
+        return self.norms.begin(self.student)
+
+    def go_on(self, begun: dict[str, float]) -> None:
+        self.norms.first = begun
 
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
-        with record(self.student, self.taps) as ours:
-            ours_output = first_tensor(self.student(pictures))
-        pairs = {name: (channels_last(ours[name].output), channels_last(calls[name].output)) for name in self.taps}
+        pairs, ours_output = self._compared(pictures, calls)
         losses = {name: self._distance(name, *pair) for name, pair in pairs.items()}
         losses["output"] = self.output_weight * self._distance("output", ours_output, output)
         if self.magnitude_weight:
@@ -165,6 +187,10 @@ class BlockLocal(Objective):
         """What the student's and the teacher's `output` of a call are compared by."""
         return _update(call, output)
 
+    @property
+    def asks_teacher(self) -> bool:
+        return True
+
     def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
         """Takes the mean size of what is fitted too: a loss must not depend on how a batch is split."""
         super().centre_on(calls, output)
@@ -216,15 +242,11 @@ class BlockOwn(Objective):
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
         handles = [self.student.get_submodule(name).register_forward_pre_hook(_cut) for name in self.blocks]
         try:
-            with record(self.student, self.taps) as ours:
-                ours_output = first_tensor(self.student(pictures))
+            pairs, ours_output = self._compared(pictures, calls)
         finally:
             for handle in handles:
                 handle.remove()
-        losses = {
-            name: self._distance(name, channels_last(ours[name].output), channels_last(calls[name].output))
-            for name in self.taps
-        }
+        losses = {name: self._distance(name, *pair) for name, pair in pairs.items()}
         losses["output"] = self._distance("output", ours_output, output)
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
@@ -236,9 +258,14 @@ def _cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: 
 class WeightNorms:
     """Keeps converted layers near the weight norms that they had at first: cosines in loss and layers see no norm."""
 
-    def __init__(self, student: nn.Module, weight: float) -> None:
+    def __init__(self, weight: float) -> None:
         self.weight = weight
-        self.first = {name: norm.detach() for name, norm in self._norms(student).items()} if weight else {}
+        self.first: dict[str, float] = {}
+
+    def begin(self, student: nn.Module) -> dict[str, float]:
+        """Takes the norms of now as the first ones; returns them."""
+        self.first = {name: float(norm.detach()) for name, norm in self._norms(student).items()} if self.weight else {}
+        return self.first
 
     @staticmethod
     def _norms(student: nn.Module) -> dict[str, Tensor]:

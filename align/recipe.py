@@ -87,7 +87,8 @@ class Recipe:
 
     Attributes:
         pressure: what makes the student differ from its teacher, in words: without one, an exact start has nothing to
-        learn. image_size: side of the training views in pixels, and of all that is measured.
+            learn.
+        image_size: side of the training views in pixels, and of all that is measured.
         image_sizes: every step draws the side of its views from these instead, alike in all processes.
         method: conversion method that the recipe is for; `any` fits all.
         needs: what a student must have for the recipe to make sense, of `checks.NEEDS`.

@@ -38,6 +38,7 @@ class Progress:
         step: finished steps over all phases. phase: the phase that the optimizer's state belongs to.
         data: digest of the shards' index.
         scales: one number a parameter that its learning rate is multiplied by in this phase.
+        begun: what the objective noted of the student at the start of this phase.
         curve: held-out fidelity so far.
         versions: of the libraries that the run was last started with.
         ends: the steps at which the finished phases ended, early or not.
@@ -56,6 +57,7 @@ class Progress:
     best_step: int = 0
     waited: int = 0
     run_id: str = ""
+    begun: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def judged(self, score: float) -> Progress:
         """After one more evaluation, of this `score` (higher is better; one that is no number is never better)."""
@@ -63,9 +65,10 @@ class Progress:
             return dataclasses.replace(self, best=score, best_step=self.step, waited=0)
         return dataclasses.replace(self, waited=self.waited + 1)
 
-    def in_phase(self, number: int, scales: tuple[float, ...]) -> Progress:
+    def in_phase(self, number: int, scales: tuple[float, ...], begun: dict[str, float] | None = None) -> Progress:
         """At the start of a phase."""
-        return dataclasses.replace(self, phase=number, scales=scales, best=None, best_step=0, waited=0)
+        fresh = {"best": None, "best_step": 0, "waited": 0}
+        return dataclasses.replace(self, phase=number, scales=scales, begun=begun or {}, **fresh)
 
 
 def snapshot(student: nn.Module) -> dict[str, Tensor]:
@@ -116,18 +119,11 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     return None
 
 
-def restore(
-    checkpoint: Path,
-    student: nn.Module,
-    optimizer: torch.optim.Optimizer | None,
-    average: nn.Module | None = None,
-) -> None:
-    """Loads the tensors of `checkpoint` into the student and, where given, the optimizer and the average; strict."""
+def restore(checkpoint: Path, student: nn.Module, average: nn.Module | None = None) -> None:
+    """Loads the tensors of `checkpoint` into the student and, where given, the average; strict."""
     student.load_state_dict(load_file(checkpoint / STUDENT), strict=True)
     if average is not None:
         average.load_state_dict(load_file(checkpoint / AVERAGE), strict=True)
-    if optimizer is not None:
-        restore_optimizer(checkpoint, optimizer)
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:

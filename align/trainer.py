@@ -53,7 +53,7 @@ from .prepare import (
 )
 from .probe import EXPLANATIONS, Probe, make_probe
 from .prototype_sheet import write_prototypes
-from .recipe import Phase, Recipe
+from .recipe import Phase
 from .schedule import learning_rate, ramp
 from .shards import ShardIndex
 from .stream import Stream
@@ -73,9 +73,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
         `out`, `recipe`, `curve` (held-out fidelity over pictures seen), `start`, `final`, `bad_pictures`.
 
     Raises:
-        RecipeError, DataError, CheckpointError, SourceError: all before the first step, but for broken pictures
-        (DataError)
-            and a loss that is no number any more (BcosifyError).
+        RecipeError, DataError, CheckpointError, SourceError: before the first step.
+        DataError: too many pictures are broken. BcosifyError: the loss is no number any more.
     """
     recipe = config.recipe
     check_trackers(config.trackers)
@@ -100,12 +99,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     progress = _with_versions(resumed[1]) if resumed else started
     start_trackers(accelerator, recipe, config.out, config.work, progress)
     if resumed is None:
-        write_row(
-            config.work,
-            {"run": described(accelerator)},
-            accelerator,
-            0,
-        )
+        write_row(config.work, {"run": described(accelerator)}, accelerator, 0)
         progress = run.evaluated(progress, {"phase": "start"})
         if recipe.probe_pictures:
             run.explained(progress)
@@ -209,10 +203,10 @@ class _Run:
         # Buffers are copied: a mean over a moving B would be the B of no function that was ever trained.
         return ModelEmaV3(self.model, decay=decay, exclude_buffers=True) if decay else None
 
-    def restore(self, checkpoint: Path, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Student, average and, where given, the optimizer as they were."""
+    def restore(self, checkpoint: Path) -> None:
+        """Student and average as they were."""
         self.average = self._new_average()
-        state.restore(checkpoint, self.model, optimizer, self.average and self.average.module)
+        state.restore(checkpoint, self.model, self.average and self.average.module)
 
     # ------------------------------------------------------------------------------------------------ training
 
@@ -225,9 +219,8 @@ class _Run:
         begin = progress.step - first
         self.model.to(self.accelerator.device)  # shards of an earlier phase leave it on the CPU
         objective = OBJECTIVES[phase.objective](self.model, self.recipe)
-        gain_pictures = (
-            self._calibration_pictures(phase.calibrate or 64) if _needs_pictures(phase, self.recipe) else None
-        )
+        pictured = phase.calibrate or phase.recalibrate_every or objective.asks_teacher
+        gain_pictures = self._calibration_pictures(phase.calibrate or 64) if pictured else None
         if gain_pictures is not None:
             objective.centre_on(*observe(self.teacher, gain_pictures, objective.taps))
 
@@ -241,19 +234,19 @@ class _Run:
             self._move(self.model, phase, 0, steps)
             if phase.calibrate:
                 gains()
-            progress, self.best = progress.in_phase(number, _scales(self.model, phase.relative)), None
+            progress = progress.in_phase(number, _scales(self.model, phase.relative), objective.begin())
+            self.best = None
             if self.recipe.min_agreement:  # the weights to go back to, should the first measurement fail
                 progress, self.best = dataclasses.replace(progress, best_step=first), state.snapshot(self.model)
+            self.average = self._new_average()
+        else:
+            objective.go_on(progress.begun)
+            self.best = state.best_of(checkpoint)
         scales = progress.scales
         prepared = prepare(self.accelerator, objective, lambda model: make_optimizer(model, phase, self.recipe, scales))
         model, optimizer = prepared.model, prepared.optimizer
-        self.average = self._new_average()
-        if checkpoint is not None and prepared.model is self.model:
-            self.restore(checkpoint, optimizer)
-        elif checkpoint is not None:
-            state.restore_optimizer(checkpoint, optimizer)
         if checkpoint is not None:
-            self.best = state.best_of(checkpoint)
+            state.restore_optimizer(checkpoint, optimizer)
         if self.recipe.compile:
             compile_blocks(self.teacher, objective.taps, moving=False)
             compile_blocks(model, objective.taps, moving=phase.moving)
@@ -532,7 +525,3 @@ def _scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
 def _arrived(phase: Phase, k: int, steps: int) -> bool:
     """Whether B and beta are at their ends at step `k`: before, the student is nearer to its teacher for free."""
     return k >= phase.ramp * steps or not phase.moving
-
-
-def _needs_pictures(phase: Phase, recipe: Recipe) -> bool:
-    return bool(phase.calibrate or phase.recalibrate_every or recipe.centre or phase.objective.endswith("-local"))

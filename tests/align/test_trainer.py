@@ -26,7 +26,10 @@ from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows
 
 # Everything that a checkpoint must carry beside weights and moments.
 MUON_RECIPE = dataclasses.replace(
-    RECIPE, phases=(PHASES[0], dataclasses.replace(PHASES[1], optimizer="muon", adaptive_clip=0.01)), average=0.9
+    RECIPE,
+    phases=(PHASES[0], dataclasses.replace(PHASES[1], optimizer="muon", adaptive_clip=0.01)),
+    average=0.9,
+    weight_norm=1.0,
 )
 
 
@@ -302,7 +305,8 @@ def test_checkpoints_are_pruned_after_the_new_one_is_whole(tmp_path):
     assert found is not None and found[1].step == 2
     other = torch.nn.Linear(2, 2)
     moments = torch.optim.AdamW(other.parameters())
-    state.restore(found[0], other, moments)
+    state.restore(found[0], other)
+    state.restore_optimizer(found[0], moments)
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(moments.state_dict()["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
