@@ -19,7 +19,8 @@ __all__ = [
 
 def class_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean Kullback-Leibler divergence of the classes' probabilities from logits (B, K), in nats."""
-    ours, theirs = (logits.float().log_softmax(-1) for logits in (student, teacher))
+    ours, theirs = (logits.to(torch.promote_types(logits.dtype, torch.float32)) for logits in (student, teacher))
+    ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 

@@ -19,13 +19,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..convert.layers import PrototypeLinear, PrototypeMaps
 from ..convert.layers.prototypes import joined_stages
 from ..errors import DataError, RecipeError
 from .kmeans import kmeans
+from .losses import class_divergence
 
 if TYPE_CHECKING:
     from .recipe import Recipe
@@ -240,8 +240,7 @@ class PrototypeFit:
 
 def divergence(target: Tensor, linear: Tensor, data: Tensor, log_temperature: Tensor, offsets: Tensor) -> Tensor:
     """Mean KL(teacher || prototypes): log probabilities (N, C), and max_h of linear + tau data + offsets (N, C, H)."""
-    logits = (linear + log_temperature.exp() * data + offsets).amax(-1)
-    return F.kl_div(logits.log_softmax(1), target, reduction="batchmean", log_target=True)
+    return class_divergence((linear + log_temperature.exp() * data + offsets).amax(-1), target)
 
 
 @torch.enable_grad()

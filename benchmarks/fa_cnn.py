@@ -9,22 +9,20 @@ contribution that lies inside the mask, for the student's own first class; a uni
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import webdataset
 from bcosify.align.loader import held_out_batches, to_model_input
 from bcosify.align.shards import expand, index_shards
 from bcosify.convert import Student, load, reload_teacher, set_strength
 from bcosify.convert.layers import DampenedSkip
 from bcosify.explain import TopTarget, explain, overlay
 from PIL import Image, ImageDraw
+from recipe_study import whole_objects
 from torch import Tensor
-from torchvision.transforms.functional import center_crop, pil_to_tensor, resize
 
 
 def measure(student: Student, data: Path) -> dict[str, Any]:
@@ -45,7 +43,8 @@ def measure(student: Student, data: Path) -> dict[str, Any]:
     for hook in hooks:
         hook.remove()
     inside, area, constants, residual = [], [], [], []
-    for picture, mask in objects(student, data):
+    objects = whole_objects(str(data / "objects-*.tar"), size, student.preprocess)
+    for picture, mask in zip(objects.images, objects.masks, strict=True):
         found = explain(student.model, picture[None], TopTarget(1))
         positive = found.contributions[0, 0].clamp_min(0)
         inside.append(float((positive * mask).sum() / positive.sum().clamp_min(1e-12)))
@@ -74,23 +73,12 @@ def mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def objects(student: Student, data: Path) -> list[tuple[Tensor, Tensor]]:
-    """(normalised picture (3, H, W), mask (H, W) in [0, 1]) of every object."""
-    preprocess, found = student.preprocess, []
-    for sample in webdataset.WebDataset(sorted(map(str, data.glob("objects-*.tar"))), shardshuffle=False):
-        picture = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
-        mask = Image.open(io.BytesIO(sample["mask.png"])).convert("L")
-        # The whole picture, as the mask is of all of it.
-        pixels, covered = (pil_to_tensor(resize(center_crop(i, min(i.size)), preprocess.size)) for i in (picture, mask))
-        found.append((to_model_input(pixels[None], preprocess.mean, preprocess.std)[0], covered[0] / 255))
-    return found
-
-
 def morphing(student: Student, data: Path, count: int = 4) -> Image.Image:
     """A row for each of the first `count` objects: the picture, and the first class's map at every depth."""
     mean_, std = (torch.tensor(values).view(-1, 1, 1) for values in (student.preprocess.mean, student.preprocess.std))
     side, rows = 168, []
-    for picture, _ in objects(student, data)[:count]:
+    size = student.preprocess.size[0]
+    for picture in whole_objects(str(data / "objects-*.tar"), size, student.preprocess).images[:count]:
         depths = student.model.maps_by_depth(picture[None])
         index = int(list(depths.values())[-1].mean((2, 3)).argmax())
         shown = Image.fromarray(((picture * std + mean_).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())

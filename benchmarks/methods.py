@@ -64,7 +64,7 @@ def unaligned(bench: Bench, method: str, state: str, size: int) -> dict[str, Any
     agreement = fidelity(outputs(model, held_out), theirs, True)["top1_agreement"]
     started = time.process_time()
     answer = explained(model, objects, target)
-    each = (time.process_time() - started) / len(objects.pictures)
+    each = (time.process_time() - started) / len(objects.images)
     return {
         "top1_agreement": agreement,
         **answer,

@@ -22,13 +22,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
-import io
 import itertools
 import json
 import platform
 import shutil
 import statistics
-import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,15 +38,15 @@ from bcosify.align.loader import held_out_batches, to_model_input
 from bcosify.align.recipe import load_recipe, scaled
 from bcosify.align.shards import expand, index_shards
 from bcosify.align.trainer import AlignConfig, align
+from bcosify.cli.pictures import find_pictures, read_pictures
 from bcosify.convert import Preprocess, convert, load, load_teacher, save
 from bcosify.convert.methods import find_method
 from bcosify.evaluate.decisions import decide
 from bcosify.evaluate.fidelity import fidelity
 from bcosify.evaluate.localisation import positive_shares
+from bcosify.evaluate.suite import Pictures
 from bcosify.explain import Target, explain
-from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import pil_to_tensor
 
 HERE = Path(__file__).parent
 EXPERIMENTS, RESULTS, PAGE = HERE / "recipes", HERE / "recipes" / "results.jsonl", HERE.parent / "docs" / "recipes.md"
@@ -95,32 +93,10 @@ def read_experiments(pattern: str) -> list[Experiment]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Objects:
-    """Pictures (N, 3, S, S), normalised, with the mask (N, S, S) of the one object on each, in [0, 1]."""
-
-    pictures: Tensor
-    masks: Tensor
-
-    @staticmethod
-    def read(shards: str, size: int, preprocess: Preprocess) -> Objects:
-        """All pictures of `shards`, resized whole."""
-        pictures, masks = [], []
-        for shard in expand(shards):
-            with tarfile.open(shard) as tar:
-                members = {member.name: member for member in tar.getmembers()}
-                for name in sorted(name for name in members if name.endswith(".jpg")):
-                    pictures.append(_opened(tar, members[name], "RGB", size))
-                    masks.append(_opened(tar, members[name.removesuffix("jpg") + "mask.png"], "L", size))
-        normalised = to_model_input(torch.stack(pictures), preprocess.mean, preprocess.std)
-        return Objects(normalised, torch.cat(masks).float() / 255)
-
-
-def _opened(tar: tarfile.TarFile, member: tarfile.TarInfo, mode: str, size: int) -> Tensor:
-    file = tar.extractfile(member)
-    assert file is not None
-    picture = Image.open(io.BytesIO(file.read())).convert(mode)
-    return pil_to_tensor(picture.resize((size, size), Image.Resampling.BICUBIC))
+def whole_objects(shards: str, size: int, preprocess: Preprocess) -> Pictures:
+    """All pictures of `shards`, each resized whole with the mask of the one object on it."""
+    index, whole = find_pictures(shards), dataclasses.replace(preprocess.at(size), crop_pct=1.0)
+    return read_pictures(index, whole, count=len(index), masks=True)
 
 
 @torch.no_grad()
@@ -129,9 +105,9 @@ def outputs(model: nn.Module, pictures: Tensor) -> Tensor:
     return torch.cat([model(part) for part in pictures.split(32)])
 
 
-def explained(model: nn.Module, objects: Objects, target: Target) -> dict[str, float]:
+def explained(model: nn.Module, objects: Pictures, target: Target) -> dict[str, float]:
     """Share of the positive contribution inside the mask, of the constants in the ledger, and its worst residual."""
-    explanation = explain(model, objects.pictures, target, batch_size=16, check=False)
+    explanation = explain(model, objects.images, target, batch_size=16, check=False)
     inside = positive_shares(explanation.contributions[:, 0], objects.masks)
     inputs, constants = explanation.input_part.abs(), explanation.constant_part.abs()
     residual = explanation.residual.abs() / explanation.scores.abs().clamp_min(1)
@@ -147,17 +123,17 @@ class Bench:
 
     def __init__(self, data: Path, out: Path) -> None:
         self.data, self.out = data, out
-        self.teachers: dict[tuple[str, int], tuple[Tensor, Tensor, Objects, Target, dict[str, float]]] = {}
+        self.teachers: dict[tuple[str, int], tuple[Tensor, Tensor, Pictures, Target, dict[str, float]]] = {}
 
-    def teacher(self, name: str, size: int) -> tuple[Tensor, Tensor, Objects, Target, dict[str, float]]:
+    def teacher(self, name: str, size: int) -> tuple[Tensor, Tensor, Pictures, Target, dict[str, float]]:
         """Held-out pictures, the teacher's outputs on them, objects, what is asked of them, the teacher's answer."""
         if (name, size) not in self.teachers:
             teacher = load_teacher(f"bundled:{name}", image_size=size)
             mean, std = teacher.preprocess.mean, teacher.preprocess.std
             batches = held_out_batches(index_shards(expand(str(self.data / "val-*.tar"))), size=size, workers=0)
             held_out = to_model_input(torch.cat([batch.pictures for batch in batches]), mean, std)
-            objects = Objects.read(str(self.data / "objects-*.tar"), size, teacher.preprocess)
-            target = decide(outputs(teacher.model, objects.pictures), teacher.labels is not None).target()
+            objects = whole_objects(str(self.data / "objects-*.tar"), size, teacher.preprocess)
+            target = decide(outputs(teacher.model, objects.images), teacher.labels is not None).target()
             answer = explained(teacher.model, objects, target)
             self.teachers[name, size] = (held_out, outputs(teacher.model, held_out), objects, target, answer)
         return self.teachers[name, size]

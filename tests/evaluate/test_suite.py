@@ -82,11 +82,15 @@ def test_every_metric_is_there_with_an_interval_or_a_reason(measured):
 def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(pair, measured):
     teacher, student = (dataclasses.replace(subject, batch_size=5) for subject in pair())
     again, _ = suite.evaluate(teacher, student, pictures(), pictures(), QUICK, progress=False)
+    equal = []
     for one, other in zip(measured[0].measurements, again.measurements, strict=True):
         assert dataclasses.replace(one, value=0, low=0, high=0) == dataclasses.replace(other, value=0, low=0, high=0)
         assert (one.value is None) == (other.value is None)
-        # Pictures in the same order of contributions give the same; equal ones may swap by rounding.
-        assert one.value is None or one.value == pytest.approx(other.value, rel=0.05, abs=0.02)
+        if one.value is not None:
+            equal.append(one.value == pytest.approx(other.value, rel=1e-4, abs=1e-5))
+            # Curves go by the order of contributions, where almost equal ones may swap by rounding.
+            assert one.value == pytest.approx(other.value, rel=0.05, abs=0.02), one.metric
+    assert sum(equal) > 0.9 * len(equal)
 
 
 def test_the_record_reads_back_as_it_was_written(measured, tmp_path):
