@@ -36,7 +36,8 @@ def align(
         run: folder of a converted model.
         data: shards: a folder, a glob, brace syntax, http(s):// URLs, pipe:COMMAND (run by your shell, as you typed
             it), or several of these joined by ::
-        recipe: a recipe that ships with bcosify (bcos/vit, bcos/cnn, smoke) or a YAML file.
+        recipe: a recipe that ships with bcosify (bcos/vit, bcos/cnn, coda/cnn, kmeans/fit, smoke and others: a wrong
+            name lists them) or a YAML file.
         set: changes to the recipe, such as phases.0.pictures=800 or batch_size=8.
         pictures: stretch all phases so that together they see this many pictures.
         val: shards to measure fidelity on; without them some pictures of --data are held out.
