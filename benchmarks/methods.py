@@ -4,8 +4,9 @@
 
 FOLDER is that of recipe_study.py, whose functions measure. Every row has a process of its own, so that peak memory is
 its own. `start` is the student fresh from `convert`, which is its teacher; `end` has its strengths where the recipe
-takes them and nothing learned; `aligned` was trained on that many pictures by the method's recipe. `--pictures 0`
-aligns nothing. A row that is in the results already is not measured again. Writes benchmarks/results/methods.json.
+takes them and nothing learned; `aligned` was trained on that many pictures by the method's recipe. Their gain is what
+they have inside the mask beyond the start, picture by picture, with the bootstrap's interval. `--pictures 0` aligns
+nothing. A row that is in the results already is not measured again. Writes benchmarks/results/methods.json.
 """
 
 from __future__ import annotations
@@ -22,10 +23,14 @@ from typing import Any
 
 import torch
 from bcosify.align.recipe import load_recipe
-from bcosify.convert import convert, load_teacher, set_strength
+from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.methods import METHODS, find_method
+from bcosify.evaluate.estimates import bootstrap
+from bcosify.evaluate.localisation import positive_shares
+from bcosify.explain import explain
 from recipe_study import Bench, Experiment, explained, fidelity, outputs
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "methods.json", ROOT / "docs" / "methods" / "README.md"
@@ -50,24 +55,37 @@ def measured(method: str, state: str, pictures: int, size: int, data: Path, out:
     return {**row, **found, "peak_mib": round(peak), "torch": torch.__version__, "machine": platform.machine()}
 
 
+def started(method: str, size: int) -> nn.Module:
+    """Fresh from `convert`."""
+    return convert(load_teacher(f"bundled:{TEACHER}", image_size=size), find_method(method).config_class()).model
+
+
+def gain(bench: Bench, method: str, model: nn.Module, size: int) -> tuple[float, ...]:
+    """Mean over pictures of the share inside the mask beyond what the start has there, and its 95 % interval."""
+    _, _, objects, target, _ = bench.teacher(TEACHER, size)
+    found = (explain(m, objects.images, target, batch_size=16, check=False) for m in (started(method, size), model))
+    before, after = (positive_shares(one.contributions[:, 0], objects.masks) for one in found)
+    return tuple(bootstrap(after - before)[:3])
+
+
 def unaligned(bench: Bench, method: str, state: str, size: int) -> dict[str, Any]:
     """A student that has learned nothing."""
     held_out, theirs, objects, target, _ = bench.teacher(TEACHER, size)
-    teacher = load_teacher(f"bundled:{TEACHER}", image_size=size)
-    started = time.process_time()
-    model = convert(teacher, find_method(method).config_class()).model
-    conversion = time.process_time() - started
+    begin = time.process_time()
+    model = started(method, size)
+    conversion = time.process_time() - begin
     if state == "end":
         last = load_recipe(RECIPES[method]).phases[-1]
         moved = {name for _, layer in scheduled_layers(model) for name in layer.strengths()}
         set_strength(model, **{name: getattr(last, name)[1] for name in moved})
     agreement = fidelity(outputs(model, held_out), theirs, True)["top1_agreement"]
-    started = time.process_time()
+    begin = time.process_time()
     answer = explained(model, objects, target)
-    each = (time.process_time() - started) / len(objects.images)
+    each = (time.process_time() - begin) / len(objects.images)
     return {
         "top1_agreement": agreement,
         **answer,
+        **({"gain": gain(bench, method, model, size)} if state == "end" else {}),
         "mask_area": float(objects.masks.mean()),
         "seconds_to_convert": round(conversion, 2),
         "seconds_to_explain": round(each, 4),
@@ -80,7 +98,9 @@ def aligned(bench: Bench, method: str, pictures: int, size: int) -> dict[str, An
     experiment = Experiment(f"methods/{method}", "", TEACHER, RECIPES[method], pictures)
     run = bench.run(experiment, settings, seed=0)
     kept = ("top1_agreement", "in_mask", "constant_share", "residual", "mask_area")
-    return {**{name: run[name] for name in kept}, "cpu_minutes_to_align": run["cpu_minutes"]}
+    model = load(bench.out / experiment.name / "seed-0" / "aligned").model
+    found = {**{name: run[name] for name in kept}, "gain": gain(bench, method, model, size)}
+    return {**found, "cpu_minutes_to_align": run["cpu_minutes"]}
 
 
 def read_results() -> list[dict[str, Any]]:
@@ -92,9 +112,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows in markdown, methods in the order of the converter's."""
     order, states = list(METHODS), ["start", "end", "aligned"]
     lines = [
-        "| method | student | pictures seen | top-1 agreement | inside the mask | constants' share | worst residual "
-        "| CPU seconds to explain a picture | CPU minutes to align | peak memory (MiB) |",
-        "| --- " * 10 + "|",
+        "| method | student | pictures seen | top-1 agreement | inside the mask | over its own start "
+        "| constants' share | worst residual | CPU seconds to explain a picture | CPU minutes to align "
+        "| peak memory (MiB) |",
+        "| --- " * 11 + "|",
     ]
     for row in sorted(rows, key=lambda row: (order.index(row["method"]), states.index(row["state"]))):
         cells = [
@@ -103,6 +124,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"{row['pictures']:,}",
             f"{row['top1_agreement']:.3f}",
             f"{row['in_mask']:.3f}",
+            "{:+.4f} ({:+.4f} to {:+.4f})".format(*row["gain"]) if "gain" in row else "",
             f"{row['constant_share']:.1%}",
             f"{row['residual']:.0e}",
             f"{row['seconds_to_explain']:.3f}" if "seconds_to_explain" in row else "",
