@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -17,7 +15,8 @@ from tqdm.auto import tqdm
 from ..convert.layers import scheduled_layers
 from ..errors import BcosifyError
 from . import state
-from .recipe import Recipe
+from .distributed import Prepared
+from .run import AlignRun
 from .trackers import scalars
 
 __all__ = ["METRICS", "PhaseLog", "strengths", "write_row"]
@@ -25,46 +24,35 @@ __all__ = ["METRICS", "PhaseLog", "strengths", "write_row"]
 METRICS = "metrics.jsonl"
 
 
-def write_row(work: Path, row: dict[str, Any], accelerator: Accelerator, step: int) -> None:
+def write_row(run: AlignRun, row: dict[str, Any], step: int) -> None:
     """Appends one row to metrics.jsonl, and shows it in the trackers as of `step` (main process)."""
-    if accelerator.is_main_process:
-        with (work / METRICS).open("a") as file:
+    if run.accelerator.is_main_process:
+        with (run.config.work / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
-        accelerator.log(scalars(row), step=step)
+        run.accelerator.log(scalars(row), step=step)
 
 
 class PhaseLog:
     """Losses since the last row, read from the device once a row; the progress bar; the guard against NaN."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        number: int,
-        first: int,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
-        work: Path,
-        quiet: bool = False,
-    ) -> None:
-        """Args: number, first: which phase of `recipe` this is, and its first step. work: the run's folder."""
-        self.recipe, self.number, self.phase = recipe, number, recipe.phases[number]
-        self.model, self.optimizer, self.accelerator, self.work = model, optimizer, accelerator, work
-        self.first = first
-        self.end = self.first + recipe.steps[number]
+    def __init__(self, run: AlignRun, prepared: Prepared, progress: state.Progress) -> None:
+        number = progress.phase
+        self.run, self.recipe, self.number, self.phase = run, run.recipe, number, run.recipe.phases[number]
+        self.model, self.optimizer = prepared.model, prepared.optimizer
+        self.end = progress.first + self.recipe.steps[number]
         self.total: Tensor | None = None
         self.count, self.since, self.seconds = 0, time.monotonic(), 0.0
         self.bar = tqdm(
-            total=recipe.steps[number] * recipe.batch_size,
+            total=self.recipe.steps[number] * self.recipe.batch_size,
             unit="img",
-            desc=f"phase {number + 1}/{len(recipe.phases)} {self.phase.objective}",
-            disable=True if quiet or not accelerator.is_main_process else None,
+            desc=f"phase {number + 1}/{len(self.recipe.phases)} {self.phase.objective}",
+            disable=True if run.config.quiet or not run.accelerator.is_main_process else None,
         )
 
     def step(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
         batch = self.recipe.batch_size
         if self.count == 0 and self.bar.n == 0:
-            self.bar.update((progress.step - self.first - 1) * batch)
+            self.bar.update((progress.step - progress.first - 1) * batch)
         self.bar.update(batch)
         loss = losses["total"].detach()
         self.total = loss if self.total is None else self.total + loss
@@ -74,7 +62,7 @@ class PhaseLog:
 
     def _row(self, progress: state.Progress, losses: dict[str, Tensor], norm: Tensor | float | None) -> None:
         assert self.total is not None
-        total = self.accelerator.reduce(self.total, "mean")
+        total = self.run.accelerator.reduce(self.total, "mean")
         assert isinstance(total, Tensor)
         mean = float(total) / self.count
         self.check(progress, losses, norm, mean)
@@ -93,7 +81,7 @@ class PhaseLog:
             **strengths(self.model),
             "pictures_per_second": round(rate, 2),
         }
-        write_row(self.work, row, self.accelerator, progress.step)
+        write_row(self.run, row, progress.step)
         self.bar.set_postfix_str(f"loss {mean:.4f}")
         self.total, self.count = None, 0
 
@@ -109,7 +97,7 @@ class PhaseLog:
         if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
             return
         worst = [name for name, value in losses.items() if name != "total" and not bool(torch.isfinite(value))]
-        found = state.latest(self.work / state.CHECKPOINTS)
+        found = state.latest(self.run.config.work / state.CHECKPOINTS)
         kept = f"the last good checkpoint is {found[0]}" if found else "there was no checkpoint yet"
         raise BcosifyError(
             f"the loss is {loss} at step {progress.step}, the gradient's norm {norm if norm is None else float(norm)} "

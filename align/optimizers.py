@@ -9,9 +9,10 @@ import torch
 from timm.optim.muon import Muon
 from torch import nn
 
+from ..convert.layers import scheduled_layers
 from .recipe import Phase, Recipe
 
-__all__ = ["OPTIMIZERS", "make_optimizer"]
+__all__ = ["OPTIMIZERS", "make_optimizer", "scales"]
 
 
 def _adamw(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
@@ -31,3 +32,17 @@ def make_optimizer(model: nn.Module, phase: Phase, recipe: Recipe, scales: tuple
     groups = [{"params": [p], "scale": s} for p, s in zip(model.parameters(), scales, strict=True)]
     settings = {"lr": phase.learning_rate, "weight_decay": recipe.weight_decay, "betas": recipe.betas}
     return OPTIMIZERS[phase.optimizer](groups, **settings)
+
+
+@torch.no_grad()
+def scales(model: nn.Module, relative: bool) -> tuple[float, ...]:
+    """Root mean square of every parameter, or ones; at least the size that a layer names for what starts at zero."""
+    named = {
+        id(layer.get_parameter(name)): size
+        for _, layer in scheduled_layers(model)
+        for name, size in layer.natural_sizes.items()
+    }
+    # Never so small that a parameter could not leave zero.
+    return tuple(
+        max(float(p.square().mean().sqrt()), named.get(id(p), 1e-4)) if relative else 1.0 for p in model.parameters()
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
 import json
 import shutil
@@ -21,14 +20,14 @@ from ..errors import CheckpointError, DataError, RecipeError
 from . import state
 from .log import METRICS
 from .probe import EXPLANATIONS
-from .recipe import Recipe, difference, dump, load_recipe
+from .recipe import difference, dump, load_recipe
 from .remote import shown
+from .run import AlignConfig
 from .shards import ShardIndex, expand, index_shards, overlap, split
 from .stream import Stream, fingerprints
 from .trackers import TRACKED
 
 __all__ = [
-    "AlignConfig",
     "checkpoint_gradients",
     "find_data",
     "prepare_folder",
@@ -36,41 +35,6 @@ __all__ = [
     "teacher_of",
     "without_checkpointing",
 ]
-
-
-@dataclasses.dataclass(frozen=True)
-class AlignConfig:
-    """Where a run reads and writes.
-
-    Attributes:
-        run: folder of a converted model.
-        data, val: shards (brace syntax, globs, folders); without `val`, some pictures of `data` are held out.
-        out: the aligned model; `<out>.run` beside it holds recipe.yaml, metrics.jsonl and checkpoints.
-        resume: go on from the newest complete checkpoint.
-        init_from: another student of the same conversion, whose weights the run starts from.
-        weights: the teacher's own state dict, where it was converted from one and is no longer in the student.
-        trackers: names of trackers that show what metrics.jsonl holds.
-        stream: read `data` from front to end and keep nothing of it (see `stream`); `val` is then needed.
-        cache: where remote shards are kept; None is the user's cache.
-    """
-
-    run: Path
-    data: str
-    out: Path
-    recipe: Recipe
-    val: str | None = None
-    resume: bool = False
-    overwrite: bool = False
-    quiet: bool = False
-    weights: Path | None = None
-    init_from: Path | None = None
-    trackers: tuple[str, ...] = ()
-    stream: bool = False
-    cache: Path | None = None
-
-    @property
-    def work(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.run")
 
 
 def teacher_of(student: Student, weights: Path | None) -> nn.Module:

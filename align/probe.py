@@ -9,7 +9,6 @@ the ledger of the score. Nothing of it reaches the training: no gradient, mode, 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ..convert.taps import first_tensor
 from ..errors import BcosifyError
 from ..explain import ClassTarget, DirectionTarget, Target, explain, panel
 from .loader import held_out_batches
-from .shards import ShardIndex
+from .pictures import Pictures
 
 __all__ = ["EXPLANATIONS", "Probe", "make_probe"]
 
@@ -72,21 +71,14 @@ class Probe:
 
 
 @torch.no_grad()
-def make_probe(
-    teacher: nn.Module,
-    index: ShardIndex,
-    count: int,
-    size: int,
-    normalised: Callable[[Tensor], Tensor],
-    labels: tuple[str, ...] | None,
-) -> Probe:
-    """A probe of the first `count` pictures of `index`, as `teacher` sees them.
+def make_probe(teacher: nn.Module, pictures: Pictures, labels: tuple[str, ...] | None) -> Probe:
+    """A probe of the first `Recipe.probe_pictures` held-out pictures, as `teacher` sees them.
 
     Args:
-        normalised: uint8 pictures (B, 3, S, S) -> what the models take.
         labels: the names of the classes, or None where the output is an embedding.
     """
-    batches = held_out_batches(index, size=size, limit=max(count, CENTRED_ON))
+    count, normalised = pictures.recipe.probe_pictures, pictures.normalised
+    batches = held_out_batches(pictures.val, size=pictures.recipe.image_size, limit=max(count, CENTRED_ON))
     shown = torch.cat([batch.pictures for batch in batches])
     outputs = torch.cat([first_tensor(teacher(normalised(part))) for part in shown.split(CENTRED_ON)]).float()
     shown, first = shown[:count], outputs[:count]

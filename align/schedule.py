@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["learning_rate", "ramp"]
+from .recipe import Phase
+
+__all__ = ["arrived", "due", "learning_rate", "ramp", "strengths_at"]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float, final: float, decay: float = 1.0) -> float:
-    """Linear warm-up over the first `warmup` share of `steps`, `peak`, and over the last `decay` share (but for the
-    warm-up) half a cosine down to `final` * `peak`."""
-    warm = max(1, int(warmup * steps))
+def learning_rate(phase: Phase, step: int, steps: int) -> float:
+    """Linear warm-up over the first `warmup` share of `steps`, then the peak, and over the last `decay` share (but for
+    the warm-up) half a cosine down to `final_learning_rate` times the peak."""
+    peak, final = phase.learning_rate, phase.final_learning_rate
+    warm = max(1, int(phase.warmup * steps))
     if step < warm:
         return peak * (step + 1) / warm
-    falling = max(1, min(round(decay * steps), steps - warm))
+    falling = max(1, min(round(phase.decay * steps), steps - warm))
     progress = max(0.0, (step - (steps - falling)) / falling)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
@@ -23,3 +26,19 @@ def ramp(step: int, steps: int, start: float, end: float, over: float) -> float:
     if over <= 0:
         return end
     return start + (end - start) * min(1.0, step / (over * steps))
+
+
+def strengths_at(phase: Phase, step: int, steps: int) -> dict[str, float]:
+    """B, beta and dampening at `step` of the `steps` of `phase`."""
+    moving = {name: getattr(phase, name) for name in ("b", "beta", "dampening")}
+    return {name: ramp(step, steps, start, end, phase.ramp) for name, (start, end) in moving.items()}
+
+
+def arrived(phase: Phase, step: int, steps: int) -> bool:
+    """Whether B and beta are at their ends at `step`: before, the student is nearer to its teacher for free."""
+    return step >= phase.ramp * steps or not phase.moving
+
+
+def due(step: int, batch_size: int, every: int) -> bool:
+    """Whether `every` pictures went by within this step; 0 is never."""
+    return every > 0 and step * batch_size // every > (step - 1) * batch_size // every

@@ -59,6 +59,11 @@ class Progress:
     run_id: str = ""
     begun: dict[str, float] = dataclasses.field(default_factory=dict)
 
+    @property
+    def first(self) -> int:
+        """Steps before this phase."""
+        return self.ends[-1] if self.ends else 0
+
     def judged(self, score: float) -> Progress:
         """After one more evaluation, of this `score` (higher is better; one that is no number is never better)."""
         if score > (-math.inf if self.best is None else self.best):
@@ -69,6 +74,10 @@ class Progress:
         """At the start of a phase."""
         fresh = {"best": None, "best_step": 0, "waited": 0}
         return dataclasses.replace(self, phase=number, scales=scales, begun=begun or {}, **fresh)
+
+    def ended(self) -> Progress:
+        """At the end of a phase."""
+        return dataclasses.replace(self, ends=(*self.ends, self.step))
 
 
 def snapshot(student: nn.Module) -> dict[str, Tensor]:

@@ -25,9 +25,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from bcosify.align import trainer
+from bcosify.align.log import PhaseLog
 from bcosify.align.objectives import observe
+from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import load_recipe
+from bcosify.align.stepper import Stepper
+from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import convert, save
 from bcosify.convert.layers import batch_statistics
 
@@ -49,6 +52,7 @@ class Stopwatch:
         self.parts: dict[int, dict[str, float]] = defaultdict(lambda: defaultdict(float))
         self.pending: dict[str, float] = defaultdict(float)
         self.begin = 0.0
+        self.number = 0
         self.last: tuple[Any, ...] = ()
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,13 +67,12 @@ class Stopwatch:
 
     def install(self) -> None:
         """Puts the stopwatch around the loop's parts, and the bare step after each step."""
-        run, log = trainer._Run, trainer.PhaseLog
-        backward, batches, step = run._backward, run._batches, log.step
+        backward, batches, step = Stepper._backward, Pictures.batches, PhaseLog.step
 
-        def noted(this: Any, phase: Any, taps: Any, prepared: Any, pictures: Any) -> Any:
-            statistics = batch_statistics if phase.batch_statistics else contextlib.nullcontext
-            self.last = (this.teacher, taps, prepared, pictures, statistics)
-            return backward(this, phase, taps, prepared, pictures)
+        def noted(this: Any, pictures: Any) -> Any:
+            statistics = batch_statistics if this.phase.batch_statistics else contextlib.nullcontext
+            self.last = (this.run.teacher, this.objective.taps, this.prepared, pictures, statistics)
+            return backward(this, pictures)
 
         def fetched(this: Any, *args: Any) -> Any:
             iterator = batches(this, *args)
@@ -77,17 +80,17 @@ class Stopwatch:
             self.begin = time.process_time()
             while (batch := following()) is not None:
                 yield batch
-                self.bare(this.number_of_phase)
+                self.bare(self.number)
 
         def logged(this: Any, progress: Any, losses: Any, norm: Any) -> None:
             step(this, progress, losses, norm)
-            run.number_of_phase = this.number
+            self.number = this.number
 
-        run._backward = self.timed("teacher, student, loss, backward", noted)
-        run._batches = fetched
-        run._normalised = self.timed("pictures to floats", run._normalised)
-        run._move = self.timed("B and beta", run._move)
-        log.step = self.timed("logging", logged)
+        Stepper._backward = self.timed("teacher, student, loss, backward", noted)
+        Stepper._move = self.timed("B and beta", Stepper._move)
+        Pictures.batches = fetched
+        Pictures.normalised = self.timed("pictures to floats", Pictures.normalised)
+        PhaseLog.step = self.timed("logging", logged)
         Accelerator.clip_grad_norm_ = self.timed("clipping", Accelerator.clip_grad_norm_)
         AcceleratedOptimizer.step = self.timed("optimizer", AcceleratedOptimizer.step)
         AcceleratedOptimizer.zero_grad = self.timed("zero_grad", AcceleratedOptimizer.zero_grad)
@@ -120,7 +123,7 @@ def measured(watch: Stopwatch, reference: str, name: str, data: Path, steps: int
         recipe, phases=phases, held_out=16, evaluate_every=never, checkpoint_every=never, precision="no"
     )
     run = save(convert(reference), folder / "run")
-    trainer.align(trainer.AlignConfig(run, str(data / "train-*.tar"), folder / "out", recipe, quiet=True))
+    align(AlignConfig(run, str(data / "train-*.tar"), folder / "out", recipe, quiet=True))
     rows = []
     for number, phase in enumerate(phases):
         pairs = watch.phases[number][WARM_UP:]

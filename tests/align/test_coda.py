@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from bcosify.align.objectives import OBJECTIVES, observe
+from bcosify.align.optimizers import scales
 from bcosify.align.recipe import load_recipe
-from bcosify.align.trainer import _scales
 from bcosify.convert import CodaConfig, convert, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.randomise import randomise
@@ -42,9 +42,9 @@ def test_the_pressure_gives_a_gradient_at_the_first_step(recipe, name):
 
 def test_what_starts_at_zero_can_move():
     student = convert(load_teacher("timm:test_resnet", pretrained=False, image_size=64), CodaConfig()).model
-    scales = dict(zip((name for name, _ in student.named_parameters()), _scales(student, True), strict=True))
+    relative = dict(zip((name for name, _ in student.named_parameters()), scales(student, True), strict=True))
     sizes = {
         f"{name}.{key}": size for name, layer in scheduled_layers(student) for key, size in layer.natural_sizes.items()
     }
-    assert sizes and all(scales[name] == size > 0.01 for name, size in sizes.items())
-    assert set(_scales(student, False)) == {1.0}
+    assert sizes and all(relative[name] == size > 0.01 for name, size in sizes.items())
+    assert set(scales(student, False)) == {1.0}

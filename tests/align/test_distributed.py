@@ -51,24 +51,25 @@ FAULTY = """
 import os, signal, sys
 import torch
 torch.set_num_threads(1)
-from bcosify.align import trainer
+from bcosify.align.log import PhaseLog
+from bcosify.align.stepper import Stepper
 from bcosify.align.distributed import whole
 from bcosify.cli.main import main
 from safetensors.torch import save_file
 rank, at, name, kept = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-plain, backward, steps = trainer.PhaseLog.step, trainer._Run._backward, []
+plain, backward, steps = PhaseLog.step, Stepper._backward, []
 def step(self, progress, losses, norm):
     plain(self, progress, losses, norm)
-    if progress.step == at and self.accelerator.process_index == rank:
+    if progress.step == at and self.run.accelerator.process_index == rank:
         os.kill(os.getpid(), getattr(signal, name))
-def noted(self, phase, taps, prepared, pictures):
-    losses = backward(self, phase, taps, prepared, pictures)
-    grads = {n: whole(p.grad).clone() for n, p in prepared.model.named_parameters() if p.grad is not None}
+def noted(self, pictures):
+    losses = backward(self, pictures)
+    grads = {n: whole(p.grad).clone() for n, p in self.prepared.model.named_parameters() if p.grad is not None}
     steps.append(grads)
-    if self.accelerator.is_main_process:
+    if self.run.accelerator.is_main_process:
         save_file(grads, os.path.join(kept, f"{len(steps)}.safetensors"))
     return losses
-trainer.PhaseLog.step, trainer._Run._backward = step, noted
+PhaseLog.step, Stepper._backward = step, noted
 sys.argv[1:] = ["align", *sys.argv[5:]]
 main()
 """

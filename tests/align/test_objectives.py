@@ -100,12 +100,14 @@ def test_depths_are_shares_of_the_blocks():
 
 
 def test_learning_rate_rises_holds_and_falls():
-    rates = [learning_rate(k, 100, 2.0, 0.1, 0.0, 0.3) for k in range(100)]
+    phase = Phase("end-to-end", 100, 2.0, warmup=0.1, decay=0.3, final_learning_rate=0.0)
+    rates = [learning_rate(phase, k, 100) for k in range(100)]
     assert rates[:10] == pytest.approx([0.2 * (k + 1) for k in range(10)])
     assert rates[10:71] == [2.0] * 61
     assert all(a > b for a, b in zip(rates[70:], rates[71:], strict=False)) and rates[-1] < 0.01
     assert rates[85] == pytest.approx(1.0)
-    whole = [learning_rate(k, 100, 2.0, 0.1, 0.05) for k in range(100)]
+    phase = dataclasses.replace(phase, decay=1.0, final_learning_rate=0.05)
+    whole = [learning_rate(phase, k, 100) for k in range(100)]
     assert whole[55] == pytest.approx(2 * (0.05 + 0.95 / 2)) and whole[99] > 0.1
 
 

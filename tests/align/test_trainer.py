@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from bcosify.align import compiling, log, state, trainer
+from bcosify.align import compiling, log, state
 from bcosify.align.objectives import OBJECTIVES, observe
+from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
@@ -216,7 +217,7 @@ def test_no_step_but_one_that_is_logged_reads_the_device(model, shards, tmp_path
         if progress.step % 10 == 0:
             assert len(reads) > per_step[-1]  # the row: the counter counts
 
-    batches = trainer._Run._batches
+    batches = Pictures.batches
 
     def fetched(self, first, end):
         for batch in batches(self, first, end):
@@ -224,7 +225,7 @@ def test_no_step_but_one_that_is_logged_reads_the_device(model, shards, tmp_path
             yield batch
 
     monkeypatch.setattr(log.PhaseLog, "step", noted)
-    monkeypatch.setattr(trainer._Run, "_batches", fetched)
+    monkeypatch.setattr(Pictures, "batches", fetched)
     phase = Phase("end-to-end", 80, 1e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.9, batch_statistics=model == "cnn")
     recipe = dataclasses.replace(RECIPE, phases=(phase,), log_every=10, evaluate_every=1000, checkpoint_every=1000)
     aligned(request.getfixturevalue(model), shards, tmp_path / "out", recipe)

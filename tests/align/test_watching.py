@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 from bcosify.align import log, trackers
-from bcosify.align.loader import held_out_batches, size_at, to_model_input
+from bcosify.align.loader import BadSamples, held_out_batches, size_at, to_model_input
+from bcosify.align.pictures import Pictures
 from bcosify.align.probe import make_probe
 from bcosify.align.recipe import Phase
+from bcosify.align.schedule import arrived
 from bcosify.align.shards import expand, index_shards
 from bcosify.align.state import Progress
-from bcosify.align.trainer import AlignConfig, _arrived, align
+from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load
 from bcosify.errors import BcosifyError
 from bcosify.explain import explain
@@ -135,13 +137,14 @@ def test_explanations_do_not_touch_the_training(model, shards, tmp_path, request
 def test_a_probe_explains_the_teachers_answer_and_leaves_nothing_behind(run, shards, tmp_path, embedding):
     student = load(run)
     index = index_shards(expand(str(shards)), progress=False)
-    mean, std = student.preprocess.mean, student.preprocess.std
+    recipe, here = dataclasses.replace(RECIPE, probe_pictures=2), SimpleNamespace(device=torch.device("cpu"))
+    held_out = Pictures(recipe, here, student.preprocess, index, index, BadSamples(index, tmp_path / "bad"))  # type: ignore[arg-type]
     labels = None if embedding else tuple(f"class {i}" for i in range(student.model.num_classes))  # type: ignore[arg-type]
-    probe = make_probe(student.model, index, 2, 64, lambda p: to_model_input(p, mean, std), labels)
+    probe = make_probe(student.model, held_out, labels)
     pictures = torch.cat([batch.pictures for batch in held_out_batches(index, size=64)])
     assert torch.equal(probe.shown, pictures[:2])
     with torch.no_grad():
-        outputs = student.model(to_model_input(pictures, mean, std))
+        outputs = student.model(to_model_input(pictures, student.preprocess.mean, student.preprocess.std))
     if embedding:
         centred = outputs - outputs.mean(0)
         expected = (outputs * torch.nn.functional.normalize(centred)).sum(1)[:2]
@@ -181,8 +184,8 @@ def test_a_score_is_judged_against_the_best_before_it():
 
 def test_nothing_is_judged_before_b_and_beta_are_at_their_ends():
     moving = Phase("end-to-end", 40, 1e-3, b=(1.0, 2.0), ramp=0.5)
-    assert [_arrived(moving, k, 10) for k in (0, 4, 5, 9)] == [False, False, True, True]
-    assert _arrived(END_TO_END, 0, 10)
+    assert [arrived(moving, k, 10) for k in (0, 4, 5, 9)] == [False, False, True, True]
+    assert arrived(END_TO_END, 0, 10)
 
 
 def test_a_phase_that_no_longer_improves_ends_with_its_best_weights(run, shards, tmp_path, monkeypatch):

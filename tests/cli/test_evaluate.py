@@ -17,12 +17,6 @@ TINY = ("timm:test_vit", "--no-pretrained", "--image-size", "64")
 QUICK = ("--against", "grad-cam", "--grids", "1", "--pictures", "4", "--batch-size", "4")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path_factory) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("evaluate") / "student"

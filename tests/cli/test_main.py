@@ -23,12 +23,6 @@ from safetensors.torch import save_file
 TINY = ("timm:test_resnet", "--no-pretrained", "--image-size", "64")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch) -> None:
-    """No test here asks the hub for anything."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def run(capsys):
     """run(WORD, ...) -> (exit code, stdout, stderr)."""

@@ -19,12 +19,6 @@ from safetensors.torch import save_file
 LABELS = ("a cat", "a cup of coffee", "a rocket", "a bus")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch) -> None:
-    """No test here asks the hub for anything."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture
 def run(capsys, tmp_path):
     """run(WORD, ...) -> (exit code, rows on stdout, stderr) of `explain`, with a folder of its own to write."""

@@ -1,0 +1,76 @@
+"""A phase that descends: its step loop, and what is due after a step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from . import state
+from .compiling import eager, make_eager
+from .distributed import Prepared
+from .log import PhaseLog
+from .measure import evaluated, explained, settle_statistics
+from .run import AlignRun, Outcome
+from .schedule import arrived, due
+from .stepper import Stepper
+from .stopping import asked_to_stop, handed_on, held_to_floor, judged
+
+__all__ = ["descend"]
+
+
+def descend(run: AlignRun, number: int, outcome: Outcome) -> Outcome:
+    """The outcome after phase `number`, or after the step at which the run was asked to stop."""
+    recipe, stepper = run.recipe, Stepper(run, number, outcome.progress)
+    progress, prepared = stepper.progress, stepper.prepared
+    first, stopped = progress.first, False
+    log = PhaseLog(run, prepared, progress)
+    for batch in run.pictures.batches(progress.step, first + recipe.steps[number]):
+        losses, norm = stepper.take(progress.step - first, batch)
+        progress = dataclasses.replace(progress, step=progress.step + 1)
+        log.step(progress, losses, norm)
+        outcome = _measured(run, prepared, dataclasses.replace(outcome, progress=progress))
+        progress, stopped = outcome.progress, asked_to_stop(run, progress.step)
+        leaving = stopped or len(progress.ends) > number
+        if leaving or due(progress.step, recipe.batch_size, recipe.checkpoint_every):
+            log.check(progress, losses, norm)
+            _checkpoint(run, prepared, progress)
+        if leaving:
+            break
+    log.close()
+    make_eager(run.teacher, prepared.model)
+    return dataclasses.replace(outcome, stopped=stopped, seconds=outcome.seconds + log.seconds)
+
+
+def _measured(run: AlignRun, prepared: Prepared, outcome: Outcome) -> Outcome:
+    """The outcome with what is due after the step just made: an evaluation, explanations, the end of the phase."""
+    recipe, progress, guarded = run.recipe, outcome.progress, False
+    phase, steps, step = recipe.phases[progress.phase], recipe.steps[progress.phase], progress.step - progress.first
+    over = step == steps
+    evaluate = over or due(progress.step, recipe.batch_size, recipe.evaluate_every)
+    explain = recipe.probe_pictures > 0 and (over or due(progress.step, recipe.batch_size, recipe.probe_every))
+    if not (evaluate or explain):
+        return outcome
+    with prepared.whole(), eager(run.teacher):
+        if phase.batch_statistics:
+            settle_statistics(run)
+        if evaluate:
+            progress = evaluated(run, progress)
+            if phase.patience and arrived(phase, step - 1, steps):
+                progress = judged(run, progress)
+                over = over or progress.waited >= phase.patience
+            if recipe.min_agreement:
+                progress, guarded = held_to_floor(run, progress)
+                over = over or guarded
+        if over:
+            progress = handed_on(run, progress)
+        if explain or (over and recipe.probe_pictures):
+            explained(run, progress)
+    return dataclasses.replace(outcome, progress=progress, guarded=guarded)
+
+
+def _checkpoint(run: AlignRun, prepared: Prepared, progress: state.Progress) -> None:
+    learner, folder = run.learner, run.config.work / state.CHECKPOINTS
+    run.accelerator.wait_for_everyone()
+    with prepared.whole():
+        main = run.accelerator.is_main_process
+        state.write(folder, learner.model, prepared.optimizer, progress, learner.average, best=learner.best, main=main)
+    run.accelerator.wait_for_everyone()

@@ -1,0 +1,59 @@
+"""What is measured of a student as it learns: held-out fidelity, explanations, its BatchNorms' statistics."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..convert.layers import estimate_statistics
+from ..evaluate.fidelity import fidelity
+from .log import write_row
+from .prepare import without_checkpointing
+from .probe import EXPLANATIONS
+from .run import AlignRun
+from .state import Progress
+from .trackers import log_picture
+
+__all__ = ["evaluated", "explained", "settle_statistics"]
+
+# The student that is measured and saved has statistics of so many pictures, in batches of this size.
+STATISTICS_PICTURES, STATISTICS_BATCH = 256, 32
+
+
+@torch.no_grad()
+def evaluated(run: AlignRun, progress: Progress, **notes: Any) -> Progress:
+    """`progress` with one more point, and `notes` on it, on its curve; only the main process measures."""
+    if not run.accelerator.is_main_process:
+        return progress
+    found = fidelity(run.outputs(run.learner.result), run.teacher_outputs, run.student.labels is not None)
+    begun = {"phase": progress.phase, "objective": run.recipe.phases[progress.phase].objective}
+    where = begun if progress.step else {"phase": "start"}
+    point = {"pictures": progress.step * run.recipe.batch_size, **where, **notes, **found}
+    write_row(run, {"held_out": point}, progress.step)
+    if not run.config.quiet:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in point.items() if isinstance(value, float))
+        tqdm.write(f"{point['pictures']:>8} pictures: {shown}", file=sys.stderr)
+    return dataclasses.replace(progress, curve=(*progress.curve, point))
+
+
+def explained(run: AlignRun, progress: Progress) -> None:
+    """Writes and logs a sheet of explanations; only the main process explains."""
+    if not run.accelerator.is_main_process:
+        return
+    model, pictures = run.learner.result, progress.step * run.recipe.batch_size
+    probe = run.probe
+    with without_checkpointing(model) if run.recipe.gradient_checkpointing else contextlib.nullcontext():
+        sheet = probe.write(model, run.config.work / EXPLANATIONS / f"{pictures:08d}.png")
+    if sheet is not None:
+        log_picture(run.accelerator, EXPLANATIONS, sheet, progress.step)
+
+
+def settle_statistics(run: AlignRun) -> None:
+    """Running statistics of the student as it is now, alike in every process."""
+    pictures = run.pictures.calibration(STATISTICS_PICTURES)
+    estimate_statistics(run.learner.result, pictures.split(STATISTICS_BATCH))

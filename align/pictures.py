@@ -1,0 +1,79 @@
+"""The pictures of a run: batches to train on, those that gains and statistics come from, those to measure on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..convert import Preprocess
+from .loader import Augment, BadSamples, Batch, held_out_batches, to_model_input, training_batches
+from .recipe import Recipe
+from .shards import ShardIndex
+from .stream import Stream
+
+__all__ = ["Pictures"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pictures:
+    """What a run sees of its shards.
+
+    Attributes:
+        preprocess: the teacher's, by which pictures are normalised.
+        train, val: to train and to measure on.
+        bad: the broken pictures of `train`.
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    preprocess: Preprocess
+    train: ShardIndex | Stream
+    val: ShardIndex
+    bad: BadSamples
+
+    @property
+    def augment(self) -> Augment:
+        return Augment(scale=self.recipe.crop_scale, flip=self.recipe.flip)
+
+    def normalised(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, 3, S, S) to what teacher and student take, on the device."""
+        return to_model_input(pictures, self.preprocess.mean, self.preprocess.std, self.accelerator.device)
+
+    def batches(self, first: int, end: int) -> Iterator[Batch]:
+        """This process's batches of steps [first, end)."""
+        batches = training_batches(
+            self.train,
+            seed=self.recipe.seed,
+            global_batch=self.recipe.batch_size,
+            first_step=first,
+            steps=end - first,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            size=self.recipe.image_sizes or self.recipe.image_size,
+            augment=self.augment,
+            workers=self.recipe.workers,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )
+        return iter(batches)
+
+    def calibration(self, count: int) -> Tensor:
+        """The same pictures in every process and after every resume: gains must agree, or DDP's copies part."""
+        batch = min(16, count)
+        batches = training_batches(
+            self.train,
+            seed=self.recipe.seed + 1,
+            global_batch=batch,
+            steps=-(-count // batch),
+            size=self.recipe.image_size,
+            augment=self.augment,
+        )
+        return self.normalised(torch.cat([item.pictures for item in batches])[:count])
+
+    def held_out(self) -> Iterator[Tensor]:
+        """The held-out pictures in their order, normalised, batch by batch."""
+        for batch in held_out_batches(self.val, size=self.recipe.image_size):
+            yield self.normalised(batch.pictures)

@@ -1,0 +1,119 @@
+"""The steps of a phase that descends."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+from timm.utils.agc import adaptive_clip_grad
+from torch import Tensor
+
+from ..convert import calibrate, set_strength
+from ..convert.layers import batch_statistics
+from . import state
+from .compiling import compile_blocks, eager
+from .distributed import prepare, whole
+from .loader import Batch
+from .objectives import OBJECTIVES, observe
+from .optimizers import make_optimizer, scales
+from .run import AlignRun
+from .schedule import learning_rate, strengths_at
+
+__all__ = ["Stepper"]
+
+
+class Stepper:
+    """What takes the steps of phase `number`, from the phase's start, or from inside it after a resume.
+
+    Attributes:
+        progress: where it starts. prepared: the objective that is minimised, and its optimizer.
+    """
+
+    def __init__(self, run: AlignRun, number: int, progress: state.Progress) -> None:
+        self.run, self.phase, self.steps = run, run.recipe.phases[number], run.recipe.steps[number]
+        model = run.learner.model.to(run.accelerator.device)  # shards of an earlier phase leave it on the CPU
+        self.objective = OBJECTIVES[self.phase.objective](model, run.recipe)
+        pictured = self.phase.calibrate or self.phase.recalibrate_every or self.objective.asks_teacher
+        self.gain_pictures = run.pictures.calibration(self.phase.calibrate or 64) if pictured else None
+        if self.gain_pictures is not None:
+            self.objective.centre_on(*observe(run.teacher, self.gain_pictures, self.objective.taps))
+        checkpoint = run.checkpoint if progress.step > progress.first else None
+        if checkpoint is None:
+            progress = self._begun(number, progress)
+        else:
+            self.objective.go_on(progress.begun)
+        self.progress = progress
+        self.prepared = prepare(
+            run.accelerator,
+            self.objective,
+            lambda model: make_optimizer(model, self.phase, run.recipe, progress.scales),
+        )
+        if checkpoint is not None:
+            state.restore_optimizer(checkpoint, self.prepared.optimizer)
+        if run.recipe.compile:
+            compile_blocks(run.teacher, self.objective.taps, moving=False)
+            compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
+
+    def _begun(self, number: int, progress: state.Progress) -> state.Progress:
+        """Does what comes before a phase's first step alone; returns `progress` at the phase's start."""
+        learner = self.run.learner
+        set_strength(learner.model, **strengths_at(self.phase, 0, self.steps))
+        if self.phase.calibrate:
+            self._gains()
+        progress = progress.in_phase(number, scales(learner.model, self.phase.relative), self.objective.begin())
+        learner.begin()
+        if self.run.recipe.min_agreement:  # the weights to go back to, should the first measurement fail
+            learner.keep()
+            progress = dataclasses.replace(progress, best_step=progress.step)
+        return progress
+
+    def take(self, k: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor | float | None]:
+        """Takes step `k` of the phase; returns losses, and the norm of the gradient before it was clipped."""
+        run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
+        if phase.moving:
+            self._move(k)
+        if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * self.steps:
+            with self.prepared.whole(), eager(run.teacher):
+                self._gains()
+        run.pictures.bad.add(batch.bad)
+        rate = learning_rate(phase, k, self.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        optimizer.zero_grad()
+        losses = self._backward(run.pictures.normalised(batch.pictures))
+        norm = run.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
+        if phase.adaptive_clip:
+            adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
+        optimizer.step()
+        run.learner.stepped()
+        return losses, None if norm is None else whole(norm)
+
+    def _move(self, k: int) -> None:
+        for model in dict.fromkeys((self.prepared.model, self.run.learner.result)):
+            set_strength(model, **strengths_at(self.phase, k, self.steps))
+
+    def _gains(self) -> None:
+        """Fits gains to the teacher, with the student fed as its objective feeds it."""
+        assert self.gain_pictures is not None
+        calls, _ = observe(self.run.teacher, self.gain_pictures, self.objective.taps)
+        fed = functools.partial(self.objective.run, self.gain_pictures, calls)
+        calibrate(self.run.learner.model, self.run.teacher, self.gain_pictures, self.phase.gain, fed)
+
+    def _backward(self, pictures: Tensor) -> dict[str, Tensor]:
+        """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
+        accelerator, module = self.run.accelerator, self.prepared.module
+        parts = pictures.chunk(self.run.recipe.accumulate)
+        sums: dict[str, Tensor] = {}
+        with batch_statistics(self.prepared.model) if self.phase.batch_statistics else contextlib.nullcontext():
+            for i, part in enumerate(parts):
+                share = len(part) / len(pictures)
+                last = i + 1 == len(parts)
+                with contextlib.nullcontext() if last else accelerator.no_sync(module):
+                    with accelerator.autocast():
+                        calls, output = observe(self.run.teacher, part, self.objective.taps)
+                        losses = module(part, calls, output)
+                    accelerator.backward(losses["total"] * share)
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss.detach() * share
+        return sums
