@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "explain": set(),
     "convert": {"explain.linearise"},
     "evaluate": {"convert", "explain"},
-    "align": {"convert", "explain", "evaluate.fidelity"},
+    "align": {"convert", "explain", "evaluate.fidelity", "evaluate.report"},
     "cli": {"convert", "explain", "align", "evaluate", "recipes"},
 }
 HEAVY = ("transformers", "open_clip", "captum")
