@@ -35,9 +35,9 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torch.utils._pytree import tree_leaves
 
 from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, beside, colours, encoding, gate, linear, resolve
+from .rules import OPERATIONS, Operation, Rule, beside, beside_mean, colours, encoding, gate, linear, resolve
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding", "with_statistics"]
+__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding", "with_mean", "with_statistics"]
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -150,6 +150,14 @@ def with_statistics(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P,
     In explanation mode x is itself and the other a constant.
     """
     return _declared(function, beside)
+
+
+def with_mean(function: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
+    """Declares an f(x) that returns x, its mean (C,) over all but the channels, and what is only ever part of a gate.
+
+    In explanation mode x and its mean are what they are, linear in x, and the others constants.
+    """
+    return _declared(function, beside_mean)
 
 
 def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "beside", "colours", "encoding", "gate", "linear", "resolve"]
+__all__ = ["OPERATIONS", "Operation", "Rule", "beside", "beside_mean", "colours", "encoding", "gate", "linear", "resolve"]
 
 Run = Callable[..., Any]
 
@@ -231,6 +231,13 @@ def freezing(name: str) -> Rule:
 def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
     """The input itself, and a statistic of it that is only ever part of a gate."""
     return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
+
+
+def beside_mean(ledger: Ledger, run: Run, input: Tensor) -> Any:
+    """As `beside`, where the first statistic is the mean of every channel, which is linear."""
+    _, mean, *others = run(input.detach())
+    moving = input.mean([dim for dim in range(input.dim()) if dim != 1])
+    return input, graft(mean, moving), *ledger.name(others, ("norm output",))
 
 
 def distrusting(name: str) -> Rule:
