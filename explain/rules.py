@@ -191,7 +191,21 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     if not moves(input):
         return value
     x = input.detach()
-    return graft(value, input * torch.where(x == 0, 0, value / x))
+    return _Gated.apply(input, value, (value / x).masked_fill_(x == 0, 0))
+
+
+class _Gated(torch.autograd.Function):
+    """`value`, as x times a gate; the product itself, which is known, is not taken again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, gate: Tensor) -> Tensor:  # noqa: ANN001, ARG004 - torch's own signature
+        ctx.save_for_backward(gate)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
+        (gate,) = ctx.saved_tensors
+        return grad * gate, None, None
 
 
 def saturation(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
