@@ -35,9 +35,9 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torch.utils._pytree import tree_leaves
 
 from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, beside, beside_mean, colours, encoding, gate, linear, resolve
+from .rules import OPERATIONS, Operation, Rule, beside, beside_mean, colours, encoding, gate, gate_of, linear, resolve
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding", "with_mean", "with_statistics"]
+__all__ = ["Linearised", "dynamic_linear", "gated", "gated_by", "input_colours", "input_encoding", "with_mean", "with_statistics"]
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -134,6 +134,11 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     In explanation mode it is x · sg(f(x, *others) / x): the gate and all the others are constants.
     """
     return _declared(function, gate)
+
+
+def gated_by(factor: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """As `gated`, for a function whose gate `factor`(x, *others) is at hand and need not be found by a division."""
+    return lambda function: _declared(function, gate_of(factor))
 
 
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...explain.linearise import gated
+from ...explain.linearise import gated_by
 from .convolution import DynamicConv2d, SamePadding, in_blocks, unobserved, with_squares
 from .scheduled import Rescalable, is_exactly
 
@@ -104,7 +104,12 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-@gated
+def _gate(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
+    """What bcos_scale multiplies o by."""
+    return _scale(o, _inverse(q), _inverse(w2), b).to(o.dtype)
+
+
+@gated_by(_gate)
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
