@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, near_miss
 from .files import file_digest, new_folder
+from .layers import watching_writes
 from .methods import find_method
 from .plan import plan_conversion
 from .sources import Preprocess, SavedText, Source, build
-from .layers import watching_writes
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures
 

@@ -37,7 +37,16 @@ from torch.utils._pytree import tree_leaves
 from .ledger import Ledger, moves
 from .rules import OPERATIONS, Operation, Rule, beside, beside_mean, colours, encoding, gate, gate_of, linear, resolve
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "gated_by", "input_colours", "input_encoding", "with_mean", "with_statistics"]
+__all__ = [
+    "Linearised",
+    "dynamic_linear",
+    "gated",
+    "gated_by",
+    "input_colours",
+    "input_encoding",
+    "with_mean",
+    "with_statistics",
+]
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")

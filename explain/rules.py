@@ -31,7 +31,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "beside", "beside_mean", "colours", "encoding", "gate", "gate_of", "linear", "resolve"]
+__all__ = [
+    "OPERATIONS",
+    "Operation",
+    "Rule",
+    "beside",
+    "beside_mean",
+    "colours",
+    "encoding",
+    "gate",
+    "gate_of",
+    "linear",
+    "resolve",
+]
 
 Run = Callable[..., Any]
 
