@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LedgerError, SourceError
 from .calibrate import Gain, calibrate
-from .layers import described, set_strength
+from .layers import described, set_strength, watching_writes
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
@@ -89,7 +89,8 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     )
     if any(parameter.is_meta for parameter in model.parameters()):
         return student  # without memory there is nothing to compare
-    error = identity_error(model, original, fitted(noise_pictures(2, teacher.preprocess.size), original))
+    with watching_writes(model):
+        error = identity_error(model, original, fitted(noise_pictures(2, teacher.preprocess.size), original))
     if original is not teacher.model:
         _take_precision(model, teacher.model)
     if not error <= IDENTITY_LIMIT:

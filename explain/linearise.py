@@ -27,7 +27,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,21 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torch.utils._pytree import tree_leaves
 
 from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, colours, encoding, gate, linear, resolve
+from .rules import OPERATIONS, Operation, Rule, beside, beside_mean, colours, encoding, gate, gate_of, linear, resolve
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding"]
+__all__ = [
+    "Linearised",
+    "dynamic_linear",
+    "gated",
+    "gated_by",
+    "input_colours",
+    "input_encoding",
+    "with_mean",
+    "with_statistics",
+]
 
 P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 
 
 class Linearised(TorchFunctionMode):
@@ -135,12 +145,33 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return _declared(function, gate)
 
 
+def gated_by(factor: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """As `gated`, for a function whose gate `factor`(x, *others) is at hand and need not be found by a division."""
+    return lambda function: _declared(function, gate_of(factor))
+
+
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Declares an f(x, *others) that is linear in x: dynamic weights, made of the others, times x.
 
     In explanation mode all the others are constants.
     """
     return _declared(function, linear)
+
+
+def with_statistics(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Declares an f(x, ...) that returns x and something that is only ever part of a gate.
+
+    In explanation mode x is itself and the other a constant.
+    """
+    return _declared(function, beside)
+
+
+def with_mean(function: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
+    """Declares an f(x) that returns x, its mean (C,) over all but the channels, and what is only ever part of a gate.
+
+    In explanation mode x and its mean are what they are, linear in x, and the others constants.
+    """
+    return _declared(function, beside_mean)
 
 
 def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
@@ -160,11 +191,11 @@ def input_colours(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return _declared(function, colours)
 
 
-def _declared(function: Callable[P, Tensor], rule: Rule) -> Callable[P, Tensor]:
+def _declared(function: Callable[P, ResultT], rule: Rule) -> Callable[P, ResultT]:
     """`function`, shown to modes as torch's own functions are, with its affine form in the table."""
 
     @functools.wraps(function)
-    def public(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def public(*args: P.args, **kwargs: P.kwargs) -> ResultT:
         if has_torch_function_variadic(*args):
             return handle_torch_function(public, args, *args, **kwargs)
         return function(*args, **kwargs)

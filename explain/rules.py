@@ -19,6 +19,7 @@ moves, with every summand that does not move entered in the ledger. With sg = st
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +31,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "colours", "encoding", "gate", "linear", "resolve"]
+__all__ = [
+    "OPERATIONS",
+    "Operation",
+    "Rule",
+    "beside",
+    "beside_mean",
+    "colours",
+    "encoding",
+    "gate",
+    "gate_of",
+    "linear",
+    "resolve",
+]
 
 Run = Callable[..., Any]
 
@@ -191,7 +204,37 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     if not moves(input):
         return value
     x = input.detach()
-    return graft(value, input * torch.where(x == 0, 0, value / x))
+    return _Gated.apply(input, value, (value / x).masked_fill_(x == 0, 0))
+
+
+def piecewise(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG001
+    """Activations whose gate is their derivative: pieces of lines through 0."""
+    return run(input, *frozen(args), **frozen(kwargs))
+
+
+def gate_of(factor: Run) -> Rule:
+    """`gate`, by a function of the same arguments that returns the gate itself."""
+
+    def rule(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Tensor:
+        arguments = frozen((input, *args))
+        value = run(*arguments)
+        return _Gated.apply(input, value, factor(*arguments)) if moves(input) else value
+
+    return rule
+
+
+class _Gated(torch.autograd.Function):
+    """`value`, as x times a gate; the product itself, which is known, is not taken again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, gate: Tensor) -> Tensor:  # noqa: ANN001, ARG004 - torch's own signature
+        ctx.save_for_backward(gate)
+        return value.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
+        (gate,) = ctx.saved_tensors
+        return grad * gate, None, None
 
 
 def saturation(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -226,6 +269,18 @@ def freezing(name: str) -> Rule:
         return ledger.name(run(*frozen(args), **frozen(kwargs)), (f"{name} output",))
 
     return rule
+
+
+def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
+    """The input itself, and a statistic of it that is only ever part of a gate."""
+    return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
+
+
+def beside_mean(ledger: Ledger, run: Run, input: Tensor) -> Any:
+    """As `beside`, where the first statistic is the mean of every channel, which is linear."""
+    _, mean, *others = run(input.detach())
+    moving = input.mean([dim for dim in range(input.dim()) if dim != 1])
+    return input, graft(mean, moving), *ledger.name(others, ("norm output",))
 
 
 def distrusting(name: str) -> Rule:
@@ -301,7 +356,7 @@ def batch_norm(
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight.detach()
-    out = graft(value, input * _per_channel(scale, input))
+    out = _Gated.apply(input, value, _per_channel(scale, input)) if moves(input) else value
     ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)
@@ -339,8 +394,10 @@ def cosine_similarity(ledger: Ledger, run: Run, x1: Any, x2: Any, dim: int = 1, 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """(x - μ) / sg(σ) over `dims`: to subtract a mean is linear, so it moves."""
-    variance = x.detach().var(dims, correction=0, keepdim=True)
-    return (x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
+    centred = x - x.mean(dims, keepdim=True)
+    count = math.prod(x.shape[dim] for dim in dims)
+    variance = torch.linalg.vector_norm(centred.detach(), dim=dims, keepdim=True).square() / count
+    return centred * (variance + eps).rsqrt()
 
 
 def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False) -> Tensor:
@@ -492,6 +549,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(EXTREME, extreme),
     **dict.fromkeys(PRODUCT, product),
     **dict.fromkeys(GATED, gate),
+    **dict.fromkeys(("relu", "leaky_relu"), piecewise),
     **dict.fromkeys(CLIPPED, clipping),
     **{name: freezing(name.strip("_")) for name in FROZEN},
     **dict.fromkeys(("add", "__add__", "__radd__"), ADD),

@@ -8,65 +8,120 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...explain.linearise import gated
-from .convolution import DynamicConv2d, SamePadding, sum_of_squares
+from ...explain.linearise import gated_by
+from .convolution import DynamicConv2d, SamePadding, in_blocks, unobserved, with_squares
 from .scheduled import Rescalable, is_exactly
 
-__all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
+__all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale", "watching_writes"]
 
 # Squared norms below this count as zero: the one epsilon of all B-cos layers.
 TINY = 1e-24
 
 
 class _BcosScale(torch.autograd.Function):
-    """|o| / sqrt(q * w2) to the power B-1, times o; keeps only o and the two small norms for the backward."""
+    """|cos|^(B-1) * o, where |cos| = |o| / sqrt(q * w2).
+
+    Keeps its output, which whatever reads it keeps too, and the two small norms: |cos| = (|y| / sqrt(q * w2))^(1/B).
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
-        return o * _scale(o, patch_norm_sq, weight_norm_sq, b)
+    def forward(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
+        if not unobserved(o, q, w2):
+            return _scale(o, _inverse(q), _inverse(w2), b).mul_(o).to(o.dtype)
+        y, inverse_w = torch.empty_like(o), _inverse(w2)
+        for out, part, of_part in _blocks(y, o, q):
+            torch.mul(_scale(part, _inverse(of_part), inverse_w, b), part, out=out)
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
-        o, patch_norm_sq, weight_norm_sq, b = inputs
-        ctx.save_for_backward(o, patch_norm_sq, weight_norm_sq)
-        ctx.b = b
+        _, q, w2, ctx.b = inputs
+        ctx.save_for_backward(output, q, w2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        o, q, w2 = ctx.saved_tensors
-        scaled_grad = grad * _scale(o, q, w2, ctx.b)
+        (y, q, w2), b = ctx.saved_tensors, ctx.b
+        inverse_w = _inverse(w2)
+        if unobserved(grad, y, q, w2):
+            grad_o, sums_q, sums_w = torch.empty_like(y), [], []
+            for out, part, pull, of_part in _blocks(grad_o, y, grad, q):
+                product = _product(part, pull)
+                sums_q.append(product.sum_to_size(of_part.shape))
+                sums_w.append(product.sum_to_size(w2.shape))
+                torch.mul(_root(_power(part, _inverse(of_part), inverse_w), b).mul_(b), pull, out=out)
+            sum_q, sum_w = torch.cat(sums_q), torch.stack(sums_w).sum(0)
+        else:
+            product = _product(y, grad)
+            sum_q, sum_w = product.sum_to_size(q.shape), product.sum_to_size(w2.shape)
+            # Not quite zero: at y = 0 a root has no derivative, and a double backward would be NaN.
+            power = _power(y, _inverse(q), inverse_w).clamp_min_(torch.finfo(torch.float32).tiny)
+            grad_o = (_root(power, b) * grad).mul_(b).to(y.dtype)
         # y depends on q and w2 through their power (1-B)/2, so dy/dq = (1-B)/2 * y/q; zero where clamped.
-        product = scaled_grad * o * ((1 - ctx.b) / 2)
-        grad_q = _over(product.sum_to_size(q.shape), q) if ctx.needs_input_grad[1] else None
-        grad_w2 = _over(product.sum_to_size(w2.shape), w2) if ctx.needs_input_grad[2] else None
-        return ctx.b * scaled_grad, grad_q, grad_w2, None
+        return grad_o, _over(sum_q * ((1 - b) / 2), q), _over(sum_w * ((1 - b) / 2), w2), None
 
 
-def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
-    cosine = o.abs() * q.clamp_min(TINY).rsqrt() * w2.clamp_min(TINY).rsqrt()
-    return (cosine if is_exactly(b, 2) else cosine.pow(b - 1)).to(o.dtype)
+def _blocks(y: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts along the first dimension (B, ...) that fit into a CPU's cache."""
+    return zip(in_blocks(y), *(in_blocks(other, like=y) for other in others), strict=True)
+
+
+def _inverse(norm_sq: Tensor) -> Tensor:
+    return norm_sq.clamp_min(TINY).rsqrt_()
+
+
+def _power(o: Tensor, inverse_q: Tensor, inverse_w: Tensor) -> Tensor:
+    """|o| / sqrt(q * w2), a new tensor in the precision of the norms: |cos| of o, |cos|^B of y."""
+    return (o * inverse_q).mul_(inverse_w).abs_()
+
+
+def _scale(o: Tensor, inverse_q: Tensor, inverse_w: Tensor, b: float | Tensor) -> Tensor:
+    """|cos|^(B-1) of o, a new tensor."""
+    cosine = _power(o, inverse_q, inverse_w)
+    return cosine if is_exactly(b, 2) else cosine.pow_(b - 1)
+
+
+def _root(power: Tensor, b: float | Tensor) -> Tensor:
+    """|cos|^(B-1) from |cos|^B, in place; dy/do is B times that."""
+    return power.sqrt_() if is_exactly(b, 2) else power.pow_((b - 1) / b)
+
+
+def _product(y: Tensor, grad: Tensor) -> Tensor:
+    """Of which the gradients of both norms are sums; in float32 at least."""
+    return grad * y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-@gated
+def _gate(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
+    """What bcos_scale multiplies o by."""
+    return _scale(o, _inverse(patch_norm_sq), _inverse(weight_norm_sq), b).to(o.dtype)
+
+
+@gated_by(_gate)
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
-    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Explanation mode
-    sees it as o times a frozen gate.
+    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Where gradients
+    are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen gate.
     """
-    return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
+    if torch.is_grad_enabled():
+        return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
+    inverse_w = _inverse(weight_norm_sq)
+    for part, of_part in _blocks(o, patch_norm_sq):
+        part.mul_(_scale(part, _inverse(of_part), inverse_w, b))
+    return o
 
 
 class _Bcos(Rescalable):
@@ -77,11 +132,20 @@ class _Bcos(Rescalable):
     _b: float
     weight: nn.Parameter
     bounded: bool = True
+    # Whether what follows writes into the output, as `ReLU(inplace=True)` does; see `watching_writes`.
+    overwritten: bool = False
 
-    def _weight_norm_sq(self) -> Tensor:
-        """(C_out,) float32: squared norm of every filter; ones for the unbounded variant."""
-        squares = sum_of_squares(self.weight.flatten(1), 1)
-        return squares if self.bounded else torch.ones_like(squares)
+    def _scaled(self, o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
+        y = bcos_scale(o, patch_norm_sq, weight_norm_sq, b)
+        return y.clone() if self.overwritten and torch.is_grad_enabled() else y
+
+    def _with_norms(self) -> tuple[Tensor, Tensor]:
+        """The weight, and the squared norm (C_out,) of every filter; ones for the unbounded variant."""
+        if not self.bounded:
+            ones = torch.ones(len(self.weight), device=self.weight.device)
+            return self.weight, ones.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight, squares = with_squares(self.weight, tuple(range(1, self.weight.dim())))
+        return weight, squares.flatten()
 
 
 class BcosLinear(_Bcos):
@@ -91,8 +155,8 @@ class BcosLinear(_Bcos):
         b = self._strength("b")
         if is_exactly(b, 1):
             return F.linear(x, self.weight, self.bias)
-        o = F.linear(x, self.weight)
-        y = bcos_scale(o, sum_of_squares(x, -1, keepdim=True), self._weight_norm_sq(), b)
+        (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1), self._with_norms()
+        y = self._scaled(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b)
         return y if self.bias is None else y + self.bias
 
 
@@ -106,12 +170,38 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         b = self._strength("b")
         if is_exactly(b, 1):
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        o = F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
-        grouped = o.unflatten(1, (self.groups, -1))
-        weight_norm_sq = self._weight_norm_sq().view(self.groups, -1, 1, 1)
-        y = bcos_scale(grouped, self.patch_norm_sq(x, padding), weight_norm_sq, b).flatten(1, 2)
+        (grouped, squares), (weight, weight_norm_sq) = (
+            with_squares(x.unflatten(1, (self.groups, -1)), 2),
+            self._with_norms(),
+        )
+        o = F.conv2d(grouped.flatten(1, 2), weight, None, self.stride, padding, self.dilation, self.groups)
+        patch_norm_sq, weight_norm_sq = self.under_patches(squares, padding), weight_norm_sq.view(self.groups, -1, 1, 1)
+        y = self._scaled(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
 class BcosConv2dSame(SamePadding, BcosConv2d):
     """B-cos over timm's `Conv2dSame`."""
+
+
+@contextlib.contextmanager
+def watching_writes(model: nn.Module) -> Iterator[None]:
+    """Finds the B-cos layers of `model` whose output is written to by what follows, while it runs inside.
+
+    The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
+    all others need none.
+    """
+    outputs: list[tuple[_Bcos, Tensor, int]] = []
+
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer, _Bcos)
+        outputs.append((layer, output, output._version))
+
+    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, _Bcos)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, output, version in outputs:
+        layer.overwritten |= output._version != version
