@@ -152,7 +152,9 @@ def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Me
         if wrong:
             raise TypeError(f"{', '.join(wrong)} must be an object (labels: a list)")
     except (KeyError, TypeError, ValueError, PlanError) as error:
-        raise CheckpointError(f"{folder / RECORD} is no record of a student: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(
+            f"{folder / RECORD} is no record of a student: {type(error).__name__}: {error}."
+        ) from error
     return method, config, preprocess, source
 
 

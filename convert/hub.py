@@ -58,6 +58,8 @@ def is_student(reference: str) -> bool:
     except CheckpointError:
         if scheme == "hf" and separator:  # perhaps a model of transformers', whose adapter says what is wrong with it
             return False
+        if not separator and not REPOSITORY.fullmatch(reference):  # no name of a repository: something else altogether
+            return False
         raise
 
 

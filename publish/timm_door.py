@@ -7,7 +7,6 @@ and `pretrained=False` are honoured; other arguments are refused, as a converted
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,7 +105,9 @@ def _features(student: Student, out_indices: Any) -> nn.Module:
     from timm.models._features import FeatureGetterNet
 
     if not hasattr(student.model, "forward_intermediates"):
-        raise CheckpointError(f"timm's {student.source.architecture} does not show its stages (no forward_intermediates).")
+        raise CheckpointError(
+            f"timm's {student.source.architecture} does not show its stages (no forward_intermediates)."
+        )
     if out_indices is None:
         with torch.device("meta"):
             like: Any = timm.create_model(student.source.architecture, features_only=True, **student.source.model_args)

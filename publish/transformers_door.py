@@ -228,7 +228,9 @@ def _dtype(*given: Any) -> torch.dtype | None:
     value = next((one for one in given if one is not None and one != "auto"), None)
     found = getattr(torch, value, None) if isinstance(value, str) else value
     if value is not None and not isinstance(found, torch.dtype):
-        raise CheckpointError(f"dtype={value!r} is none of torch's. Pass torch.float32, torch.bfloat16 or torch.float16.")
+        raise CheckpointError(
+            f"dtype={value!r} is none of torch's. Pass torch.float32, torch.bfloat16 or torch.float16."
+        )
     return found
 
 

@@ -80,7 +80,9 @@ def build(source: Source) -> nn.Module:
     """The empty skeleton of `source`: random weights, no network."""
     with _said_plainly(source.reference), _quiet():
         if found := sorted(FETCHING & set(_keys(source.model_args["config"]))):
-            raise SourceError(f"{source.reference}: {', '.join(found)} in a recorded configuration could run other code.")
+            raise SourceError(
+                f"{source.reference}: {', '.join(found)} in a recorded configuration could run other code."
+            )
         config = _config_class(source.model_args["config"], source.reference).from_dict(source.model_args["config"])
         head = source.model_args["head"]
         if source.model_args["dual"]:

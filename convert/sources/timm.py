@@ -73,7 +73,9 @@ def check_buildable(architecture: str, args: Mapping[str, Any]) -> None:
     import timm
 
     if not timm.is_model(architecture):
-        raise SourceError(f"timm has no architecture {architecture!r} in itself.{near_miss(architecture, timm.list_models())}")
+        raise SourceError(
+            f"timm has no architecture {architecture!r} in itself.{near_miss(architecture, timm.list_models())}"
+        )
     if found := [name for name in FACTORY if args.get(name)]:
         raise SourceError(f"timm's {architecture} with {', '.join(found)}: a recorded model is only ever built empty.")
 

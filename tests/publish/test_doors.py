@@ -324,7 +324,9 @@ def test_open_clip_arguments_that_cannot_be_honoured_are_named(open_clip_student
 def test_students_at_the_wrong_door_are_sent_to_the_right_one(timm_students, hf_students, open_clip_students):
     with pytest.raises(CheckpointError, match=r"from a model of transformers.*AutoModel\.from_pretrained\('"):
         timm.create_model(f"local-dir:{hf_students['clip']}", pretrained=True)
-    with pytest.raises(CheckpointError, match=r"model of open_clip.*open_clip\.create_model_and_transforms\('local-dir"):
+    with pytest.raises(
+        CheckpointError, match=r"model of open_clip.*open_clip\.create_model_and_transforms\('local-dir"
+    ):
         timm.create_model(f"local-dir:{open_clip_students['vit']}", pretrained=True)
     for folder in (timm_students["bcos vit"], hf_students["clip"]):
         with pytest.raises(CheckpointError, match=r"no pair of open_clip's towers.*AutoModel\.from_pretrained\('"):
