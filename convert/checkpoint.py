@@ -68,7 +68,8 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
             (folder / TEXT).mkdir()
             student.text.save(folder / TEXT)
             record["text"] = {path.name: file_digest(path) for path in sorted((folder / TEXT).iterdir())}
-            written |= {OPEN_CLIP: config for config in (open_clip_config(folder, student),) if config}
+            if pair := open_clip_config(folder, student):
+                written[OPEN_CLIP] = pair
         for name, config in written.items():
             (folder / name).write_text(json.dumps(config, indent=2))
         record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, *written)}

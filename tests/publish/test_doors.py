@@ -365,7 +365,7 @@ SNIPPETS: dict[str, Callable[[Path], str]] = {
 
 @pytest.mark.parametrize("library", SNIPPETS)
 def test_one_import_opens_the_doors(timm_students, library):
-    """In a process of its own, where nothing else was imported, and without it the library says that it does not know."""
+    """In a process of its own, where nothing else was imported; without it the library says that it does not know."""
     folder = timm_students["bcos vit"]
     _, x, expected = wanted(folder)
     code = f"""
