@@ -167,7 +167,7 @@ def _check_names(folder: Path, record: dict[str, Any]) -> None:
     check_inside(folder, [*files, WEIGHTS, PROBE, CONFIG, OPEN_CLIP, TEXT])
     if unknown := sorted(set(files) - {WEIGHTS, PROBE, CONFIG, OPEN_CLIP}):
         raise CheckpointError(f"{folder / RECORD} names files that a student does not have: {', '.join(unknown)}.")
-    check_inside(folder / TEXT, list(text))
+    check_inside(folder, text, below=TEXT)
 
 
 def _check_picture(folder: Path, preprocess: Preprocess) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
 
-def check_inside(folder: Path, names: Mapping[str, Any] | list[str]) -> None:
-    """Raises CheckpointError where a file of `folder` leads out of it, by its name or as a link.
+def check_inside(folder: Path, names: Iterable[str], below: str = "") -> None:
+    """Raises CheckpointError where a file of `folder`, or of its folder `below`, leads out by its name or as a link.
 
     The hub's cache is such a folder of links, into the `blobs` beside its `snapshots`: these are followed.
     """
@@ -65,9 +65,11 @@ def check_inside(folder: Path, names: Mapping[str, Any] | list[str]) -> None:
     for name in names:
         if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{folder}: {name!r} is no file name. Nothing outside of a model's folder is opened.")
-        target = (folder / name).resolve()
+        target = (folder / below / name).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
-            raise CheckpointError(f"{folder / name} is a link to {target}, outside of the folder. It is not followed.")
+            raise CheckpointError(
+                f"{folder / below / name} is a link to {target}, outside of the folder. It is not followed."
+            )
 
 
 def check_numbers(settings: Any, header: Header, where: str) -> None:

@@ -144,7 +144,7 @@ class ContributionsOf(nn.Module):
             chosen = classes.view(-1, 1, 1, 1).expand(-1, 1, maps.shape[-2], maps.shape[-1])
             return output, _spread(maps.gather(1, chosen), images.shape[-2:])[:, 0]
         with torch.enable_grad():
-            with Linearised(self.model) as mode:
+            with Linearised(constants=False) as mode:
                 output = main_output(self.model(mode.follow(images)))
                 score = output.gather(1, classes[:, None]).sum()
             gradients, _ = mode.pull(score)
