@@ -13,7 +13,8 @@ __all__ = ["CONFIG", "OPEN_CLIP", "PROBE", "RECORD", "TEXT", "WEIGHTS", "is_stud
 WEIGHTS, RECORD, PROBE = "model.safetensors", "bcosify.json", "probe.safetensors"
 CONFIG, OPEN_CLIP, TEXT = "config.json", "open_clip_config.json", "text"
 # All that a repository is asked for. Never code, never a pickle.
-FETCHED = (RECORD, CONFIG, OPEN_CLIP, WEIGHTS, PROBE, *(f"{TEXT}/*.{kind}" for kind in ("json", "safetensors", "txt")))
+KINDS = ("json", "safetensors", "txt", "model", "jinja")
+FETCHED = (RECORD, CONFIG, OPEN_CLIP, WEIGHTS, PROBE, *(f"{TEXT}/*.{kind}" for kind in KINDS))
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 

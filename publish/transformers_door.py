@@ -129,6 +129,10 @@ class _Opened(PreTrainedModel):
         """Writes the student's folder, as `bcosify.convert.save` does; raises CheckpointError where there is one."""
         save(self.student, save_directory)
 
+    def push_to_hub(self, repo_id: str, *_: Any, **__: Any) -> Any:
+        """Always raises CheckpointError: a student has a card, a licence and checks of its own to pass."""
+        raise CheckpointError(f"Use `bcosify publish FOLDER {repo_id}`, which checks the folder and writes its card.")
+
 
 class BcosifyModel(_Opened):
     """Pictures -> features or embeddings (see BcosifyOutput)."""

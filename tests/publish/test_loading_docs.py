@@ -1,4 +1,4 @@
-"""docs/loading.md, run: every snippet, on a hub that is nothing but its cache, in a process that never had a network."""
+"""docs/loading.md, run: every snippet, on a hub that is nothing but its cache, by a process without a network."""
 
 from __future__ import annotations
 
