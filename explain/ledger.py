@@ -68,8 +68,7 @@ class Ledger:
     A graph that was built under one ledger is pulled by that ledger; none of it outlives the graph.
     """
 
-    def __init__(self, model: nn.Module | None = None, constants: bool = True) -> None:
-        self._enters = constants
+    def __init__(self, model: nn.Module | None = None) -> None:
         self.images: list[Tensor] = []
         self.encodings: list[Tensor] = []
         self.unknown: dict[str, int] = {}
@@ -165,7 +164,7 @@ class Ledger:
 
     def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
         """Enters `constant`, which broadcasts to `out` and is a summand of it, under the name of `source`."""
-        if not self._enters or UNKNOWN in self.names(source) or not moves(out):
+        if UNKNOWN in self.names(source) or not moves(out):
             return
         constant = torch.as_tensor(constant, device=out.device).detach()
         if constant.any():

@@ -49,11 +49,10 @@ class Linearised(TorchFunctionMode):
     inside may be pulled inside or after the mode, once for each score (`retain_graph`).
     """
 
-    def __init__(self, model: nn.Module | None = None, constants: bool = True) -> None:
-        """Args: constants: False enters none of them, which no graph could (it depends on whether they are 0)."""
+    def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
         self._model = model
-        self._ledger = Ledger(model, constants)
+        self._ledger = Ledger(model)
         self._entered: list[ExitStack] = []
 
     # What callers use is the ledger's; the mode is only how it gets filled.

@@ -24,7 +24,7 @@ from ..convert.files import check_free, new_file
 from ..convert.library_files import class_count
 from ..convert.trace import fitted, noise_pictures
 from ..errors import CheckpointError, near_miss
-from ..explain.attribution import ContributionsOf, SelfExplaining
+from ..explain.attribution import MapsOf, SelfExplaining
 
 __all__ = ["FORMATS", "Exported", "Format", "export"]
 
@@ -74,7 +74,8 @@ def export(
 
     The graph takes `pixel_values` (B, 3, H, W) of the student's own size, normalised, and returns `logits` (B, K), or
     `features` (B, D) of a student without classes. With `explain` it also takes `classes` (B,), whole numbers, and also
-    returns `contributions` (B, H, W): what every pixel adds to that output, as `explain` says it.
+    returns `contributions` (B, H, W): what every pixel adds to that output, as `explain` says it. Only students that
+    hold their maps in the forward pass can be written so.
 
     Raises:
         CheckpointError: no such format, `out` exists, a package is missing, the library cannot write this model, or
@@ -84,7 +85,7 @@ def export(
         raise CheckpointError(f"no format {format!r}.{near_miss(format, FORMATS)} There are: {', '.join(FORMATS)}.")
     check_free(out, overwrite)
     chosen, model = FORMATS[format], student.model.eval().requires_grad_(False)
-    graph = ContributionsOf(model) if explain else model
+    graph = _explaining(student, model) if explain else model
     names = ("logits" if class_count(student) else "features", *(("contributions",) if explain else ()))
     facts = {"bcosify": json.dumps(_facts(student))}
     with new_file(out) as scratch:
@@ -98,6 +99,16 @@ def export(
             )
         size = scratch.stat().st_size
     return Exported(out, format, size, INPUTS[: 1 + explain], names, error)
+
+
+def _explaining(student: Student, model: nn.Module) -> nn.Module:
+    if isinstance(model, SelfExplaining):
+        return MapsOf(model)
+    raise CheckpointError(
+        f"--explain: a student of --method {student.method} is explained by a backward pass, which a written graph does "
+        "not hold exactly. Leave --explain out, and use `bcosify explain`. Students of fa-cnn and ca-stream, and of "
+        "kmeans where the classifier reads an average over places, hold their maps in the forward pass."
+    )
 
 
 def _facts(student: Student) -> dict[str, Any]:
@@ -137,13 +148,9 @@ def _several(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def _program(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
-    """The exported program, with a free batch axis. One that takes gradients is first written out as what they are."""
-    axes = ({0: torch.export.Dim("batch")},) * len(inputs)
-    if isinstance(module, ContributionsOf) and not isinstance(module.model, SelfExplaining):
-        from torch.fx.experimental.proxy_tensor import make_fx
-
-        module = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
-    return torch.export.export(module, inputs, dynamic_shapes=axes)
+    """The exported program, with a free batch axis."""
+    axis = torch.export.Dim("batch")
+    return torch.export.export(module, inputs, dynamic_shapes=tuple({0: axis} for _ in inputs))
 
 
 def _write_torch(
