@@ -19,6 +19,7 @@ from typing import Any
 from ..convert import Student, load
 from ..convert.hub import OPEN_CLIP, is_student
 from ..convert.library_files import ARCHITECTURE, open_clip_preprocessing
+from ..convert.sources import SavedText
 from ..errors import CheckpointError
 
 __all__ = ["register"]
@@ -101,6 +102,7 @@ def _pair(name: str, student: Student) -> Any:
         )
     if student.text is None:
         raise CheckpointError(f"{name} has no text tower: its weights were an image tower's alone. {other}")
+    assert isinstance(student.text, SavedText)  # as every loaded student's
     tower = student.text.tower
     if not hasattr(tower.model, "encode_image") or hasattr(tower.model, "text_decoder"):
         raise CheckpointError(f"{name}: {type(tower.model).__name__} cannot be put together again. {other}")

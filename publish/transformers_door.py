@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_processing_base import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import make_flat_list_of_images
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -115,7 +116,7 @@ class _Opened(PreTrainedModel):
         cls._check(student, pretrained_model_name_or_path)
         if not isinstance(config, BcosifyConfig):
             config = BcosifyConfig.from_pretrained(student_folder(pretrained_model_name_or_path, **hub))
-        model = cls(config, student)
+        model: Any = cls(config, student)
         model.name_or_path = str(pretrained_model_name_or_path)
         if dtype is not None:
             model.to(dtype)
@@ -218,8 +219,8 @@ class BcosifyImageProcessor(BaseImageProcessor):
 
     def preprocess(self, images: Any, return_tensors: Any = "pt", **_: Any) -> BatchFeature:
         """One picture or several (PIL, arrays or tensors in 0..255) -> `pixel_values` (B, 3, H, W)."""
-        pictures = [to_pil_image(image) for image in make_flat_list_of_images(images)]
-        tensors = torch.stack([self._transform(picture) for picture in pictures])
+        flat: Any = make_flat_list_of_images(images)
+        tensors = torch.stack([self._transform(to_pil_image(picture)) for picture in flat])
         return BatchFeature({"pixel_values": tensors}, tensor_type=return_tensors)
 
 

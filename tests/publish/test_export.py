@@ -58,9 +58,10 @@ def run(path: Path, format: str, *inputs: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("name", ["test_vit", "test_efficientnet"])
-def test_a_file_computes_what_the_student_computes(student, tmp_path, format, name):
+@pytest.mark.parametrize(
+    ("name", "format"), [("test_vit", "onnx"), ("test_vit", "torch"), ("test_efficientnet", "torch")]
+)
+def test_a_file_computes_what_the_student_computes(student, tmp_path, name, format):
     made = student(name)
     out = tmp_path / "model"
     exported = export(made, out, format)
@@ -153,6 +154,3 @@ def test_the_command(student, tmp_path, monkeypatch, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main(["export", str(folder), "--format", "tflite"]) == 1
     assert "there are onnx, torch" in capsys.readouterr().err
-    assert main(["export", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "--explain" in text and "pixel_values" in text and "bcosify[export]" in text
