@@ -29,8 +29,8 @@ def export(
         format: `onnx`, or `torch` (a .pt2 file: torch.export.load(FILE).module()).
         out: the file; default the model's name with .onnx or .pt2, here.
         explain: the graph also takes `classes` (B,), and also returns `contributions` (B, H, W): what every pixel adds
-            to the output of that number, exactly. For students that explain themselves without a backward pass
-            (fa-cnn, ca-stream, and kmeans on an average); others are refused.
+            to the output of that number, exactly. For students that explain themselves in the forward pass alone
+            (fa-cnn, and kmeans on an average); others are refused.
         overwrite: replace the file if it exists.
         json: print the result as JSON on stdout.
     """

@@ -106,8 +106,8 @@ def _explaining(student: Student, model: nn.Module) -> nn.Module:
         return MapsOf(model)
     raise CheckpointError(
         f"--explain: a student of --method {student.method} is explained by a backward pass, which is not written to "
-        "a file here. Leave --explain out, and use `bcosify explain`. Students of fa-cnn and ca-stream, and of kmeans "
-        "where the classifier reads an average over places, hold their maps in the forward pass."
+        "a file here. Leave --explain out, and use `bcosify explain`. Students of fa-cnn, and of kmeans where the "
+        "classifier reads an average over places, hold their maps in the forward pass."
     )
 
 

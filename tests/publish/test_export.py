@@ -11,7 +11,17 @@ import onnxruntime
 import pytest
 import torch
 from bcosify.cli.main import main
-from bcosify.convert import BcosConfig, CaStreamConfig, FaCnnConfig, Student, convert, load_teacher, save, set_strength
+from bcosify.convert import (
+    BcosConfig,
+    CaStreamConfig,
+    FaCnnConfig,
+    KMeansConfig,
+    Student,
+    convert,
+    load_teacher,
+    save,
+    set_strength,
+)
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import CheckpointError
@@ -23,7 +33,7 @@ from torch import Tensor
 from configs import VISION
 from folders import write_hf
 
-SIZE = 32
+SIZE = 64
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +105,7 @@ def test_the_file_says_how_pictures_are_prepared(student, tmp_path):
         assert facts["method"] == "bcos" and tuple(facts["preprocess"]["mean"]) == made.preprocess.mean
 
 
-@pytest.mark.parametrize(("config", "format"), [(FaCnnConfig(), "onnx"), (CaStreamConfig(), "torch")], ids=str)
+@pytest.mark.parametrize(("config", "format"), [(FaCnnConfig(), "onnx"), (KMeansConfig(), "torch")], ids=str)
 def test_explanations_are_those_of_explain(student, tmp_path, config, format):
     made = student("test_resnet", config)
     exported = export(made, tmp_path / "model", format, explain=True)
@@ -108,9 +118,12 @@ def test_explanations_are_those_of_explain(student, tmp_path, config, format):
     assert (contributions - oracle.contributions[:, 0]).abs().max() <= 1e-4 * scale
 
 
-def test_a_student_that_is_explained_backwards_is_refused(student, tmp_path):
+def test_explanations_that_cannot_be_written_are_refused(student, tmp_path):
     with pytest.raises(CheckpointError, match="--method bcos is explained by a backward pass"):
         export(student(), tmp_path / "model.pt2", "torch", explain=True)
+    # Its maps ask, while they are made, which constants are 0: no graph can.
+    with pytest.raises(CheckpointError, match="with explanations: .*Nothing was written; leave --explain out"):
+        export(student("test_resnet", CaStreamConfig()), tmp_path / "model.pt2", "torch", explain=True)
     assert not list(tmp_path.iterdir())
 
 
