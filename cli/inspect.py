@@ -37,12 +37,9 @@ def _short(value: Any) -> str:
 
 def _converted(reference: str) -> dict[str, Any]:
     from ..convert import load
-    from ..convert.layers import scheduled_layers
+    from ..convert.layers import strength_spans
 
     student = load(reference)
-    values = [layer.strengths() for _, layer in scheduled_layers(student.model)]
-    names = dict.fromkeys(name for value in values for name in value)
-    span = {name: sorted({value[name] for value in values if name in value}) for name in names}
     alignment = student.report.get("alignment", {})
     return {
         "source": student.source.reference,
@@ -51,7 +48,8 @@ def _converted(reference: str) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "layers": student.plan.counts(),
         "strengths": {
-            name: f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "") for name, ends in span.items()
+            name: f"{least:g}" + (f" to {most:g}" if most > least else "")
+            for name, (least, most) in strength_spans(student.model).items()
         },
         "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",
         "identity_error": student.report.get("identity_error"),
