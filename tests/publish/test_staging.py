@@ -115,7 +115,7 @@ def test_a_picture_that_cannot_be_read(student, out, tmp_path, content):
     "place",
     [
         "/home/me/models/x",
-        "timm:local-dir:/root/x/y",
+        "timm:local-dir:/home/x/y",
         "see /tmp/x.",
         "~/models",
         "C:\\Users\\me",
