@@ -9,7 +9,7 @@ from .console import console, show_table
 
 
 def align(
-    run: Path,
+    run: str,
     *,
     data: str,
     recipe: str = "bcos/vit",
@@ -33,7 +33,7 @@ def align(
     Example: bcosify align runs/dino-s --data 'shards/*.tar' --recipe bcos/vit
 
     Args:
-        run: folder of a converted model.
+        run: a converted model: a folder, or ORG/REPO[@rev] on the hub (then with --out).
         data: shards: a folder, a glob, brace syntax, http(s):// URLs, pipe:COMMAND (run by your shell, as you typed
             it), or several of these joined by ::
         recipe: a recipe that ships with bcosify (bcos/vit, bcos/cnn, coda/cnn, kmeans/fit, smoke and others: a wrong
@@ -56,13 +56,18 @@ def align(
     from ..align.recipe import load_recipe, scaled
     from ..align.trainer import AlignConfig
     from ..align.trainer import align as align_model
+    from ..convert.hub import student_folder
+    from ..errors import CheckpointError
 
+    folder = student_folder(run)
+    if out is None and not Path(run).expanduser().is_dir():
+        raise CheckpointError(f"--out FOLDER is missing: {run} is no folder here that the aligned model could lie in.")
     resolved = load_recipe(recipe, set or ())
     resolved = resolved if pictures is None else scaled(resolved, pictures)
     config = AlignConfig(
-        run,
+        folder,
         data,
-        out or run / "aligned",
+        out or folder / "aligned",
         resolved,
         val,
         resume,

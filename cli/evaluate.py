@@ -13,7 +13,7 @@ CHEAP = ("input-x-gradient", "integrated-gradients", "grad-cam", "occlusion")
 
 
 def evaluate(
-    model: Path,
+    model: str,
     *,
     data: str,
     masks: str | None = None,
@@ -41,7 +41,7 @@ def evaluate(
     Example: bcosify evaluate runs/dino/aligned --data val.tar --masks objects.tar --out report
 
     Args:
-        model: folder of a converted model.
+        model: a converted model: a folder, or ORG/REPO[@rev] on the hub.
         data: shards that fidelity is measured on: a folder, a glob, brace syntax, or several joined by ::
         masks: shards whose samples have a mask.png or a box; these pictures are explained, else those of --data are.
         labels: key of a label in each sample's json (or its cls member): adds k-NN, linear probe and zero-shot.

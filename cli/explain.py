@@ -36,7 +36,8 @@ def explain(
     Example: bcosify explain runs/resnet50/aligned cat.jpg dog.jpg --target tabby 'golden retriever' --out maps
 
     Args:
-        model: a converted folder; or any model reference (timm:NAME, hf:ORG/NAME, ...), explained as it is.
+        model: a converted model (a folder, or ORG/REPO[@rev] on the hub); or any model reference (timm:NAME,
+            hf:ORG/NAME, ...), explained as it is.
         pictures: picture files, or folders of them.
         out: folder for the results.
         target: what to explain: class numbers or names, `top1`, `top3`, ...; `self` for models without classes.
@@ -113,13 +114,14 @@ def _with_prototypes(question: Question, report: dict[str, Any]) -> Question:
 
 
 def _open(model: str, head: str, image_size: int | None) -> Any:
-    """The Student of a converted folder, or the Teacher of a reference, in eval mode, at `image_size`."""
+    """The Student of a folder or repository, or the Teacher of a reference, in eval mode, at `image_size`."""
     from ..convert import load, load_teacher
+    from ..convert.hub import is_student
     from ..convert.trace import trace_forward
     from ..errors import SourceError
 
     opened: Any
-    if (Path(model) / "bcosify.json").is_file():
+    if is_student(model):
         opened = load(model)
     elif Path(model).is_dir() or ":" not in model:
         raise SourceError(

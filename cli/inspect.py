@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from .console import console, show_table
@@ -14,12 +13,15 @@ def inspect(reference: str, pretrained: bool = True, json: bool = False) -> dict
     Example: bcosify inspect runs/resnet50
 
     Args:
-        reference: a converted folder, or a model reference (timm:NAME, open_clip:ARCH/TAG, hf:ORG/NAME, ...).
+        reference: a converted model (a folder, or ORG/REPO[@rev] on the hub), or a model reference (timm:NAME,
+            open_clip:ARCH/TAG, hf:ORG/NAME, ...).
         pretrained: do not fetch the weights of a reference.
         json: print the result as JSON on stdout.
     """
-    converted = (Path(reference) / "bcosify.json").is_file()
-    facts = _converted(Path(reference)) if converted else _reference(reference, pretrained)
+    from ..convert.hub import is_student
+
+    converted = is_student(reference)
+    facts = _converted(reference) if converted else _reference(reference, pretrained)
     if not json:
         rows = [(key.replace("_", " "), _short(value)) for key, value in facts.items()]
         show_table(reference, ["", ""], rows)
@@ -33,14 +35,11 @@ def _short(value: Any) -> str:
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _converted(folder: Path) -> dict[str, Any]:
+def _converted(reference: str) -> dict[str, Any]:
     from ..convert import load
-    from ..convert.layers import scheduled_layers
+    from ..convert.layers import strength_spans
 
-    student = load(folder)
-    values = [layer.strengths() for _, layer in scheduled_layers(student.model)]
-    names = dict.fromkeys(name for value in values for name in value)
-    span = {name: sorted({value[name] for value in values if name in value}) for name in names}
+    student = load(reference)
     alignment = student.report.get("alignment", {})
     return {
         "source": student.source.reference,
@@ -49,7 +48,8 @@ def _converted(folder: Path) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in student.model.parameters()),
         "layers": student.plan.counts(),
         "strengths": {
-            name: f"{ends[0]:g}" + (f" to {ends[-1]:g}" if len(ends) > 1 else "") for name, ends in span.items()
+            name: f"{least:g}" + (f" to {most:g}" if most > least else "")
+            for name, (least, most) in strength_spans(student.model).items()
         },
         "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",
         "identity_error": student.report.get("identity_error"),

@@ -29,6 +29,8 @@ VERBS = {
     "explain": "explain decisions on pictures exactly, with a ledger that adds up",
     "evaluate": "measure a student against its teacher and other methods, and write a report",
     "compare": "put several evaluations side by side",
+    "publish": "put a converted model on the hub, with a card of what was measured",
+    "export": "write a finished student as one ONNX or torch.export file",
     "inspect": "show what a model is, and what a conversion would do to it",
     "shards": "pack a folder of pictures into tar shards",
     "demo": "convert, align and explain a real model in a few minutes, and write a report",

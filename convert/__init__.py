@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .calibrate import calibrate
-from .checkpoint import load, save
+from .checkpoint import load, save, skeleton
 from .layers import set_strength
 from .methods.bcos import BcosConfig
 from .methods.ca_stream import CaStreamConfig
@@ -49,5 +49,6 @@ __all__ = [
     "reload_teacher",
     "save",
     "set_strength",
+    "skeleton",
     "token_grid",
 ]

@@ -2,11 +2,13 @@
 
     model.safetensors    weights, and B and beta of every layer
     bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of all
-    config.json          the source architecture in its library's own words
+    config.json          what timm and transformers read (see `library_files`)
     probe.safetensors    a small input and the output that it had when saved
     text/                the text tower of a dual encoder, unchanged; opened when the first text is embedded
+    open_clip_config.json  what open_clip reads, for its own pairs of towers
 
-Nothing here can run code: safetensors and JSON only; a pickle is refused by name.
+Nothing here can run code: safetensors and JSON only; a pickle is refused by name. What a folder asks for is compared
+with what it holds before it is given memory (see `limits`).
 """
 
 from __future__ import annotations
@@ -16,29 +18,32 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, near_miss
+from ..errors import CheckpointError, PlanError, near_miss
 from .files import file_digest, new_folder
+from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
 from .layers import watching_writes
+from .library_files import config_of, open_clip_config
+from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
-from .plan import plan_conversion
+from .plan import Method, plan_conversion
+from .settings import faults, parse
 from .sources import Preprocess, SavedText, Source, build
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures
 
-__all__ = ["load", "read_record", "save", "versions"]
+__all__ = ["load", "read_record", "save", "skeleton", "versions"]
 
 SCHEMA = 1
-WEIGHTS, RECORD, PROBE, CONFIG = "model.safetensors", "bcosify.json", "probe.safetensors", "config.json"
-TEXT = "text"
+RECORD_LIMIT = 2**26  # bytes; a record with the labels of 21,843 classes has 2**20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 VERSIONED = ("bcosify", "torch", "timm", "open_clip_torch", "transformers")
 # The probe was computed by the same code on the same weights: only another machine's kernels may differ.
@@ -58,37 +63,63 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
         with torch.no_grad(), _in_eval_mode(student.model):
             output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
-        (folder / CONFIG).write_text(json.dumps(CONFIGS.get(student.source.library, _timm_config)(student), indent=2))
+        written = {CONFIG: config_of(student)}
         record = _record(student)
-        record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, CONFIG)}
         if student.text is not None:
             (folder / TEXT).mkdir()
             student.text.save(folder / TEXT)
             record["text"] = {path.name: file_digest(path) for path in sorted((folder / TEXT).iterdir())}
+            if pair := open_clip_config(folder, student):
+                written[OPEN_CLIP] = pair
+        for name, config in written.items():
+            (folder / name).write_text(json.dumps(config, indent=2))
+        record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, *written)}
         record["digest"] = _digest(record)
         (folder / RECORD).write_text(json.dumps(record, indent=2))
     return out
 
 
-def load(folder: str | Path, *, check: bool = True) -> Student:
-    """Opens a folder that `save` wrote: same keys, same shapes, same bytes, same function.
+def load(reference: str | Path, *, check: bool = True, **hub: Any) -> Student:
+    """Opens what `save` wrote, here or on the hub: same keys, same shapes, same bytes, same function.
 
     Args:
+        reference: a folder, or a hub repository `ORG/REPO[@rev]` (see `hub.student_folder`, which takes `hub`).
         check: False skips the hashes and the probe (never the keys and shapes).
 
     Raises:
-        CheckpointError: names what is missing, unknown, of another shape, changed, or a pickle.
+        CheckpointError: names what is missing, unknown, of another shape, changed, too large, or a pickle.
     """
-    folder = Path(folder)
+    folder = student_folder(reference, **hub)
     record = read_record(folder)
     if check:
         _check_record(folder, record)
+    student = _skeleton(folder, record, check)
+    if check:
+        _check_files(folder, record)
+    _load_weights(student.model, folder)
+    if check:
+        _check_probe(folder, record, student.model)
+    return student
+
+
+def skeleton(reference: str | Path, **hub: Any) -> Student:
+    """The student of `load` with random weights, for weights of one's own; raises as `load` does."""
+    folder = student_folder(reference, **hub)
+    record = read_record(folder)
+    _check_record(folder, record)
+    return _skeleton(folder, record, check=True)
+
+
+def _skeleton(folder: Path, record: dict[str, Any], check: bool) -> Student:
+    """The empty student of a record: no larger than the weights beside it, and nothing of it outside of the folder."""
+    _check_names(folder, record)
     _refuse_pickles(folder)
-    method = find_method(record["method"])
-    config = _config_from_json(method.config_class, record["config"])
-    preprocess = Preprocess.from_json(record["preprocess"])
-    source = Source(**record["source"])
-    model = build(source)
+    header = read_header(folder / WEIGHTS)
+    method, config, preprocess, source = _described(folder, record, header)
+    if check:
+        _check_picture(folder, preprocess)
+    with within(header):
+        model = build(source)
     plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(
@@ -96,17 +127,55 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
             f"layers would not match. It was "
             f"written with {_versions_text(record['versions'])}; here are {_versions_text(versions())}."
         )
-    apply_plan(model, plan, preprocess, config)
-    _load_weights(model, folder)
+    with within(header):
+        apply_plan(model, plan, preprocess, config)
     labels = None if record["labels"] is None else tuple(record["labels"])
     # Folders written before text towers were kept have no such entry.
     files = record.get("text")
     text = None if files is None else SavedText(folder / TEXT, files if check else None)
-    student = Student(model, source, preprocess, labels, method.name, config, plan, record["report"], text)
-    if check:
-        _check_files(folder, record)
-        _check_probe(folder, model)
-    return student
+    return Student(model, source, preprocess, labels, method.name, config, plan, record["report"], text)
+
+
+def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Method, Any, Preprocess, Source]:
+    """What a record says of its model, each of its kind and no larger than the weights in `header`."""
+    try:
+        method = find_method(record["method"])
+        check_numbers(record["config"], header, f"{folder / RECORD}: config")
+        check_numbers(record["source"]["model_args"], header, f"{folder / RECORD}: source.model_args")
+        config = _config_from_json(method.config_class, record["config"])
+        preprocess, source = Preprocess.from_json(record["preprocess"]), Source(**record["source"])
+        if len(preprocess.size) != 2 or not all(isinstance(side, int) and side > 0 for side in preprocess.size):
+            raise ValueError(f"preprocess.size is {preprocess.size}")
+        strings = (source.reference, source.library, source.architecture, record["plan"])
+        if not all(isinstance(text, str) for text in strings) or not isinstance(source.model_args, dict):
+            raise TypeError("source and plan must be texts, and model_args an object")
+        kinds = {"labels": list | None, "report": dict, "versions": dict, "files": dict}
+        wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
+        if wrong:
+            raise TypeError(f"{', '.join(wrong)} must be an object (labels: a list)")
+    except (KeyError, TypeError, ValueError, PlanError) as error:
+        raise CheckpointError(
+            f"{folder / RECORD} is no record of a student: {type(error).__name__}: {error}."
+        ) from error
+    return method, config, preprocess, source
+
+
+def _check_names(folder: Path, record: dict[str, Any]) -> None:
+    """Every file that is opened lies in the folder, and a record names no others."""
+    files, text = record.get("files"), record.get("text") or {}
+    if not isinstance(files, dict) or not isinstance(text, dict):
+        raise CheckpointError(f"{folder / RECORD} does not list the folder's files.")
+    check_inside(folder, [*files, WEIGHTS, PROBE, CONFIG, OPEN_CLIP, TEXT])
+    if unknown := sorted(set(files) - {WEIGHTS, PROBE, CONFIG, OPEN_CLIP}):
+        raise CheckpointError(f"{folder / RECORD} names files that a student does not have: {', '.join(unknown)}.")
+    check_inside(folder, text, below=TEXT)
+
+
+def _check_picture(folder: Path, preprocess: Preprocess) -> None:
+    """The recorded size is that of the probe, which bounds it by a file's length."""
+    found, size = read_header(folder / PROBE).shapes.get("input"), (1, 3, *preprocess.size)
+    if found != size:
+        raise CheckpointError(f"{folder / PROBE} holds a picture {found}, but {RECORD} says {size}. Nothing was built.")
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -115,9 +184,12 @@ def read_record(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         _refuse_pickles(Path(folder))
         raise CheckpointError(f"{folder} is not a converted model: {RECORD} is missing. `bcosify convert` makes one.")
+    check_inside(Path(folder), [RECORD])
+    if path.stat().st_size > RECORD_LIMIT:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a record has at most {RECORD_LIMIT:,}.")
     try:
         record = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON any more: {error}") from error
     if not isinstance(record, dict) or record.get("schema") != SCHEMA:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
@@ -137,46 +209,6 @@ def _record(student: Student) -> dict[str, Any]:
         "versions": versions(),
         "report": student.report,
     }
-
-
-def _own_config(student: Student) -> dict[str, Any]:
-    """A model type of our own around the library's words: opened as an ordinary model, it would be another function."""
-    return {
-        "model_type": "bcosify",
-        "bcosify": {"method": student.method, "schema": SCHEMA, "library": student.source.library},
-        "architectures": [student.source.architecture],
-        "source_config": student.source.model_args["config"],
-        "id2label": dict(enumerate(student.labels)) if student.labels else None,
-    }
-
-
-def _timm_config(student: Student) -> dict[str, Any]:
-    """timm's own words for the source; no `num_classes` in `model_args`, as transformers' wrapper passes it too."""
-    preprocess = student.preprocess
-    num_classes = getattr(student.model, "num_classes", None)
-    return {
-        "architecture": student.source.architecture,
-        "num_classes": num_classes,
-        "num_features": getattr(student.model, "num_features", None),
-        "model_args": {key: value for key, value in student.source.model_args.items() if key != "num_classes"},
-        "bcosify": {"method": student.method, "schema": SCHEMA},
-        "pretrained_cfg": {
-            "input_size": [3, *preprocess.size],
-            "mean": preprocess.mean,
-            "std": preprocess.std,
-            "interpolation": preprocess.interpolation,
-            "crop_pct": preprocess.crop_pct,
-            "crop_mode": preprocess.crop_mode,
-            "num_classes": num_classes,
-        },
-    }
-
-
-CONFIGS: dict[str, Callable[[Student], dict[str, Any]]] = {
-    "timm": _timm_config,
-    "open_clip": _own_config,
-    "transformers": _own_config,
-}
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -207,21 +239,20 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 def _load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
     wanted = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    found = read_header(path).shapes
+    misfits = [f"{name} is missing" for name in wanted if name not in found]
+    misfits += [
+        f"{name} is unknown{near_miss(name, set(wanted) - set(found), 1)}" for name in found if name not in wanted
+    ]
+    misfits += [
+        f"{name} has shape {found[name]}, should be {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if misfits:
+        more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
+        raise CheckpointError(f"{path} does not fit the model: {'; '.join(misfits[:5])}{more}. Nothing was loaded.")
     try:
-        with safe_open(path, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        faults = [f"{name} is missing" for name in wanted if name not in found]
-        faults += [
-            f"{name} is unknown{near_miss(name, set(wanted) - set(found), 1)}" for name in found if name not in wanted
-        ]
-        faults += [
-            f"{name} has shape {found[name]}, should be {shape}"
-            for name, shape in wanted.items()
-            if name in found and found[name] != shape
-        ]
-        if faults:
-            more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
-            raise CheckpointError(f"{path} does not fit the model: {'; '.join(faults[:5])}{more}. Nothing was loaded.")
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
@@ -249,7 +280,7 @@ def _check_files(folder: Path, record: dict[str, Any]) -> None:
             raise CheckpointError(f"{folder / TEXT / name} is missing.")
 
 
-def _check_probe(folder: Path, model: nn.Module) -> None:
+def _check_probe(folder: Path, record: dict[str, Any], model: nn.Module) -> None:
     try:
         probe = load_file(folder / PROBE)
     except (OSError, SafetensorError) as error:
@@ -257,12 +288,14 @@ def _check_probe(folder: Path, model: nn.Module) -> None:
     parameter = next(model.parameters())
     with torch.no_grad(), watching_writes(model):
         output = output_of(model, fitted(probe["input"], model)).float()
+    if set(probe) != {"input", "output"} or probe["output"].shape != output.shape:
+        raise CheckpointError(f"{folder / PROBE} does not hold the {tuple(output.shape)} outputs of this model.")
     error = float((output - probe["output"]).abs().max() / probe["output"].abs().max().clamp_min(1e-12))
     if not error <= PROBE_TOLERANCE * (1 if parameter.dtype == torch.float32 else 100):
         raise CheckpointError(
             f"{folder}: the model does not compute what it computed when it was saved (probe "
             f"differs by {error:.1e}). Written "
-            f"with {_versions_text(read_record(folder)['versions'])}; here are {_versions_text(versions())}."
+            f"with {_versions_text(record['versions'])}; here are {_versions_text(versions())}."
         )
 
 
@@ -283,7 +316,9 @@ def _config_from_json(config_class: type, values: dict[str, Any]) -> Any:
         raise CheckpointError(
             f"{RECORD} has settings that this version does not know: {', '.join(unknown)}. Update bcosify."
         )
-    return config_class(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    if wrong := list(faults(config_class, values)):
+        raise CheckpointError(f"{RECORD}: its settings do not fit --method: {'; '.join(wrong)}.")
+    return parse(config_class, values)
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ __all__ = [
     "LedgerError",
     "NotApplicable",
     "PlanError",
+    "PublishError",
     "RecipeError",
     "SourceError",
     "TargetError",
@@ -49,6 +50,10 @@ class DataError(BcosifyError):
 
 class RecipeError(BcosifyError):
     """A recipe has unknown, missing or wrong keys, or differs from the run that it should resume."""
+
+
+class PublishError(BcosifyError):
+    """A model may not, or could not, be published; says what is on the hub now."""
 
 
 class TargetError(BcosifyError):

@@ -117,7 +117,11 @@ class Evaluation:
         return None
 
     def headline(self) -> dict[str, float]:
-        """The few numbers for a model card: name -> value, of those that were measured."""
+        """The few numbers to begin with: name -> value, of those that were measured."""
+        return {name: one.value for name, one in self.headlines().items() if one.value is not None}
+
+    def headlines(self) -> dict[str, Measurement]:
+        """The same with their intervals."""
         wanted = {
             "centred_cosine": ("centred_cosine", "both", "", "output"),
             "top1_agreement": ("top1_agreement", "both", "", ""),
@@ -130,7 +134,7 @@ class Evaluation:
             "insertion_auc": ("insertion_auc", "student", "explanation", None),
         }
         found = {name: self.find(*key) for name, key in wanted.items()}
-        return {name: one.value for name, one in found.items() if one is not None and one.value is not None}
+        return {name: one for name, one in found.items() if one is not None and one.value is not None}
 
 
 def read_evaluation(path: Path) -> Evaluation:

@@ -27,7 +27,7 @@ from ..errors import LedgerError, TargetError
 from .linearise import Linearised
 from .targets import ClassTarget, Target
 
-__all__ = ["Explanation", "SelfExplaining", "attribute", "explain", "main_output"]
+__all__ = ["Explanation", "MapsOf", "SelfExplaining", "attribute", "explain", "main_output"]
 
 # In which entry models that return several tensors by name put logits or pooled features, best first.
 OUTPUT_NAMES = ("logits", "image_embeds", "image_features", "pooler_output", "x_norm_clstoken")
@@ -125,6 +125,23 @@ def explain(
     if check:
         raise LedgerError(_imbalance(model, explanation, cause, tolerance))
     return explanation
+
+
+class MapsOf(nn.Module):
+    """A `SelfExplaining` model and its explanation as one function of tensors, without gradients.
+
+    (images (B, 3, H, W), classes (B,)) -> outputs (B, D), and what every pixel adds to the output of that number
+    (B, H, W).
+    """
+
+    def __init__(self, model: SelfExplaining) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+        output, maps, _ = self.model.output_maps(images)
+        chosen = classes.view(-1, 1, 1, 1).expand(-1, 1, maps.shape[-2], maps.shape[-1])
+        return output, _spread(maps.gather(1, chosen), images.shape[-2:])[:, 0]
 
 
 def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -> Tensor:

@@ -19,7 +19,9 @@ MAY_IMPORT = {
     "convert": {"explain.linearise"},
     "evaluate": {"convert", "explain"},
     "align": {"convert", "explain", "evaluate.fidelity", "evaluate.report"},
-    "cli": {"convert", "explain", "align", "evaluate", "recipes"},
+    "publish": {"convert", "explain", "evaluate"},
+    "model_cards": set(),
+    "cli": {"convert", "explain", "align", "evaluate", "publish", "recipes"},
 }
 HEAVY = ("transformers", "open_clip", "captum")
 

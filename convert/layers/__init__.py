@@ -20,6 +20,7 @@ from .scheduled import (
     join,
     scheduled_layers,
     set_strength,
+    strength_spans,
 )
 from .stem import (
     SixChannel,
@@ -80,5 +81,6 @@ __all__ = [
     "set_strength",
     "six_channels",
     "squashed",
+    "strength_spans",
     "watching_writes",
 ]

@@ -107,8 +107,12 @@ class CaStream(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.streamed(x))
+
+    def streamed(self, x: Tensor) -> Tensor:
+        """What the head is given of pictures (B, 3, H, W): features in whose place the stream's pooled vector is."""
         final, stages = features_of(self, x, self.stream.stages)
-        return self.forward_head(self._head_input(self._pooled(final, [places(stage) for stage in stages]), final))
+        return self._head_input(self._pooled(final, [places(stage) for stage in stages]), final)
 
     def attention_maps(self, images: Tensor) -> list[Tensor]:
         """(B, h_l, w_l) for every stage: where each query looks, whatever the class, in pictures (B, 3, H, W)."""

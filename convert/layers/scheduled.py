@@ -33,6 +33,7 @@ __all__ = [
     "join",
     "scheduled_layers",
     "set_strength",
+    "strength_spans",
 ]
 
 
@@ -208,6 +209,15 @@ def at_start(model: nn.Module) -> bool:
 def described(strengths: Mapping[str, float]) -> str:
     """Strengths in words, such as `B=1, beta=1`; `the start` where there are none to move."""
     return ", ".join(f"{'B' if name == 'b' else name}={value:g}" for name, value in strengths.items()) or "the start"
+
+
+def strength_spans(model: nn.Module) -> dict[str, tuple[float, float]]:
+    """Strength -> its least and its largest value in the layers of `model` that have it."""
+    found: dict[str, list[float]] = {}
+    for _, layer in scheduled_layers(model):
+        for name, value in layer.strengths().items():
+            found.setdefault(name, []).append(value)
+    return {name: (min(values), max(values)) for name, values in found.items()}
 
 
 def set_strength(

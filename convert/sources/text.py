@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, SourceError
 from ..files import file_digest
+from ..limits import read_header, within
 
 __all__ = ["SavedText", "Text", "TextTower", "embed_texts", "probabilities"]
 
@@ -123,7 +124,7 @@ class SavedText:
         return self._facts["logit_bias"]
 
     def embed(self, texts: Sequence[str]) -> Tensor:
-        return self._tower.embed(texts)
+        return self.tower.embed(texts)
 
     def save(self, folder: Path) -> None:
         self._check()
@@ -137,14 +138,16 @@ class SavedText:
             raise CheckpointError(f"{self.folder / RECORD} cannot be read: {error}") from error
 
     @functools.cached_property
-    def _tower(self) -> TextTower:
+    def tower(self) -> TextTower:
+        """The tower in memory; raises CheckpointError where its files are not what was saved."""
         from . import TEXTS
 
         self._check()
         library = self._facts["library"]
         if library not in TEXTS:
             raise CheckpointError(f"{self.folder}: this version has no text towers of {library!r}. Update bcosify.")
-        tower = TEXTS[library](self.folder, self._facts)
+        with within(read_header(self.folder / WEIGHTS)):
+            tower = TEXTS[library](self.folder, self._facts)
         state, wanted = load_file(self.folder / WEIGHTS), tower.model.state_dict()
         tied = {name for name, tensor in wanted.items() if name not in state and _is_tied(tensor, wanted, state)}
         if set(state) != set(wanted) - tied:

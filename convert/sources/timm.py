@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ...errors import SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
 from .weights import load_weights
 
-__all__ = ["build", "load", "preprocess_of", "token_grid"]
+__all__ = ["build", "check_buildable", "load", "preprocess_of", "token_grid"]
 
 # Lets a transformer take any size that its patches divide; constructors that do not know it are called without.
 OPTIONAL_ARGS = {"dynamic_img_size": True}
@@ -59,8 +59,25 @@ def build(source: Source) -> nn.Module:
     """The empty skeleton of `source`: random weights, no network."""
     import timm
 
+    check_buildable(source.architecture, source.model_args)
     with _said_plainly(source.architecture):
         return timm.create_model(source.architecture, pretrained=False, **source.model_args).eval()
+
+
+# Arguments of timm's factory that open files or wrap the model; the rest are the constructor's.
+FACTORY = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only")
+
+
+def check_buildable(architecture: str, args: Mapping[str, Any]) -> None:
+    """Raises SourceError where `create_model` would do more with recorded arguments than build an empty network."""
+    import timm
+
+    if not timm.is_model(architecture):
+        raise SourceError(
+            f"timm has no architecture {architecture!r} in itself.{near_miss(architecture, timm.list_models())}"
+        )
+    if found := [name for name in FACTORY if args.get(name)]:
+        raise SourceError(f"timm's {architecture} with {', '.join(found)}: a recorded model is only ever built empty.")
 
 
 def preprocess_of(model: nn.Module) -> Preprocess:

@@ -18,7 +18,7 @@ from ..decisions import ClassDecisions
 from ..record import Evaluation
 from ..suite import Explained
 from .pages import data_url, render_page
-from .tables import Cell, Table, fidelity_table, method_tables, named, number
+from .tables import Cell, Table, absences, fidelity_table, method_tables, number
 
 __all__ = ["gallery_of", "report_page"]
 
@@ -57,7 +57,7 @@ def report_page(
         key=key,
         gallery=gallery,
         methods=methods,
-        absent=_absent(evaluation),
+        absent=absences(evaluation),
         seconds=_seconds(evaluation),
         settings=json.dumps({key: getattr(evaluation, key) for key in ("model", "data", "settings")}, indent=2),
     )
@@ -102,15 +102,6 @@ def _ledger(model: str, explanation: Explanation, i: int) -> dict[str, Any]:
         "residual": float(explanation.residual[i, 0]),
         "largest": sorted(shares.items(), key=lambda item: -abs(item[1]))[:LARGEST],
     }
-
-
-def _absent(evaluation: Evaluation) -> list[str]:
-    """One line for every reason, with all that it holds for."""
-    what: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
-    for one in evaluation.measurements:
-        if one.value is None:
-            what[named(one.metric, one.variant), one.reason].append(" ".join(filter(None, (one.model, one.method))))
-    return [f"{metric} ({', '.join(who)}): {reason}." for (metric, reason), who in what.items()]
 
 
 def _seconds(evaluation: Evaluation) -> Table:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
 from ..record import BETTER, Evaluation, Measurement
 
-__all__ = ["Cell", "Table", "cell_of", "comparison", "fidelity_table", "method_tables", "named"]
+__all__ = ["Cell", "Table", "absences", "cell_of", "comparison", "fidelity_table", "method_tables", "named"]
 
 NAMES = {
     "gridpg": "GridPG",
@@ -100,6 +101,15 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
         heads = [(named(metric), "; ".join(filter(None, (variant, _hint(metric))))) for metric, variant in columns]
         tables[section] = Table((("model", ""), ("method", ""), *heads), tuple(rows))
     return tables
+
+
+def absences(evaluation: Evaluation) -> list[str]:
+    """What does not apply: one line for every reason, with all that it holds for."""
+    what: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+    for one in evaluation.measurements:
+        if one.value is None:
+            what[named(one.metric, one.variant), one.reason].append(" ".join(filter(None, (one.model, one.method))))
+    return [f"{metric} ({', '.join(who)}): {reason}." for (metric, reason), who in what.items()]
 
 
 def comparison(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:

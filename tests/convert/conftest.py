@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +15,7 @@ from bcosify.convert.trace import noise_pictures
 from PIL import Image
 from torch import Tensor, nn
 
-from configs import VISION, WORDS
+from folders import write_hf, write_hf_clip, write_open_clip
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 
@@ -84,66 +83,19 @@ def photographs() -> Callable[..., Tensor]:
     return read
 
 
-def write_tokenizer(folder: Path, vocabulary: str = "a red bus photo of the cat dog on grass") -> None:
-    """A word tokenizer in transformers' own files, with the special tokens of `WORDS`."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
-    words = {word: i for i, word in enumerate([*special, *vocabulary.split()])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-
-
 @pytest.fixture
 def hf_folder(tmp_path) -> Callable[..., Path]:
     """hf_folder(MODEL CLASS, CONFIG CLASS, SETTINGS...): a folder that save_pretrained wrote, of randomised weights."""
-
-    def make(model: str, config: str, folder: str = "hf", **settings) -> Path:
-        import transformers
-
-        torch.manual_seed(0)
-        made = getattr(transformers, model)(getattr(transformers, config)(**settings))
-        randomise(made).save_pretrained(tmp_path / folder)
-        return tmp_path / folder
-
-    return make
+    return lambda model, config, folder="hf", **settings: write_hf(tmp_path / folder, model, config, **settings)
 
 
 @pytest.fixture
-def hf_clip(hf_folder) -> Path:
+def hf_clip(tmp_path) -> Path:
     """A CLIP with image processor and tokenizer."""
-    from transformers import CLIPImageProcessor
-
-    folder = hf_folder("CLIPModel", "CLIPConfig", text_config=WORDS, vision_config=VISION, projection_dim=24)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
+    return write_hf_clip(tmp_path / "hf")
 
 
 @pytest.fixture
 def open_clip_folder(tmp_path) -> Callable[..., Path]:
     """open_clip_folder(VISION SETTINGS...): a folder as open_clip writes it, of randomised weights."""
-
-    def make(folder: str = "open_clip", model: dict | None = None, text: dict | None = None, **vision) -> Path:
-        import open_clip
-        from safetensors.torch import save_file
-
-        place = tmp_path / folder
-        place.mkdir()
-        words = {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1, **(text or {})}
-        config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": words, **(model or {})}
-        prepared = {"mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bilinear", "resize_mode": "squash"}
-        (place / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": prepared}))
-        torch.manual_seed(0)
-        made = randomise(open_clip.create_model(f"local-dir:{place}", load_weights=False))
-        state = {key: value.contiguous() for key, value in made.state_dict().items()}
-        save_file(state, place / "open_clip_model.safetensors")
-        return place
-
-    return make
+    return lambda folder="open_clip", **settings: write_open_clip(tmp_path / folder, **settings)

@@ -1,0 +1,175 @@
+"""What a folder of strangers may ask for: nothing that its own files could not fill, and nothing outside of it.
+
+A record names an architecture and its settings, and those decide how much memory is taken long before the weights are
+compared with it. So the header of the weights is read first, and then bounds what is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import BcosifyError, CheckpointError
+
+__all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
+
+# What a skeleton may have beyond its file: parts that are built and thrown away, masks and tables that are not saved.
+TIMES, MORE_ELEMENTS, MORE_TENSORS = 4, 2**24, 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a safetensors file says that it holds, and by its length does hold; no tensor was read for it."""
+
+    path: Path
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the whole file."""
+        return sum(map(math.prod, self.shapes.values()))
+
+
+def read_header(path: Path) -> Header:
+    """The names and shapes in a safetensors file.
+
+    Raises:
+        CheckpointError: no such file, or no safetensors: among others a header that is longer than the file, or
+            shapes that need more bytes than are there.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            return Header(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing.") from error
+    except (OSError, SafetensorError, ValueError, OverflowError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def check_inside(folder: Path, names: Iterable[str], below: str = "") -> None:
+    """Raises CheckpointError where a file of `folder`, or of its folder `below`, leads out by its name or as a link.
+
+    The hub's cache is such a folder of links, into the `blobs` beside its `snapshots`: these are followed.
+    """
+    root = folder.resolve()
+    allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
+    for name in names:
+        if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{folder}: {name!r} is no file name. Nothing outside of a model's folder is opened.")
+        target = (folder / below / name).resolve()
+        if not any(target.is_relative_to(place) for place in allowed):
+            raise CheckpointError(
+                f"{folder / below / name} is a link to {target}, outside of the folder. It is not followed."
+            )
+
+
+def check_numbers(settings: Any, header: Header, where: str) -> None:
+    """Raises CheckpointError for a number in JSON `settings` that is larger than anything in the weights can be."""
+    limit = max(header.elements, 1)
+    for name, number in _numbers(settings, where):
+        if not abs(number) <= max(limit, 2**16):
+            raise CheckpointError(
+                f"{name} is {number:,}, but {header.path} holds only {limit:,} numbers, so no such model is in it. "
+                "Nothing was built."
+            )
+
+
+def _numbers(value: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Names and values of the whole numbers in JSON: sizes and counts are whole, angles and rates are not."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, item in enumerate(value):
+            yield from _numbers(item, f"{name}.{i}")
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield name, value
+
+
+@contextlib.contextmanager
+def within(header: Header) -> Iterator[None]:
+    """Building modules inside takes no more memory than the file of `header` explains.
+
+    A tensor that alone would be larger is refused before it is made, and a model as soon as the tensors that it
+    registers are, so that a billion layers are not waited for.
+
+    Raises:
+        CheckpointError: so; or the settings are none that the library can build.
+    """
+    with _registered(header), _Sizes(header):
+        try:
+            yield
+        except BcosifyError:
+            raise
+        except Exception as error:  # libraries raise anything on settings that they do not know
+            said = str(error).splitlines() or [type(error).__name__]
+            raise CheckpointError(f"{header.path}: the model of its record cannot be built: {said[0]}") from error
+
+
+class _Sizes(TorchDispatchMode):
+    """Looks at the sizes that tensors are asked for with, before they have memory."""
+
+    def __init__(self, header: Header) -> None:
+        super().__init__()
+        self.header = header
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        name = func.overloadpacket.__name__
+        if name.startswith("new_") or not any(isinstance(argument, Tensor) for argument in args):
+            sizes = [math.prod(argument) for argument in args if _is_size(argument)]
+            sizes += [math.prod(filter(_is_count, args))] if name in BY_COUNT else []
+            _check_size(self.header, max(sizes, default=0), 1)
+        return func(*args, **(kwargs or {}))
+
+
+# Factories that are told how many numbers to make, and not a shape.
+BY_COUNT = ("arange", "linspace", "logspace", "eye", "randperm", "range")
+
+
+def _is_count(argument: Any) -> bool:
+    return isinstance(argument, int) and not isinstance(argument, bool) and argument > 0
+
+
+def _is_size(argument: Any) -> bool:
+    return isinstance(argument, list | tuple) and all(isinstance(side, int) for side in argument)
+
+
+@contextlib.contextmanager
+def _registered(header: Header) -> Iterator[None]:
+    """Counts every parameter and buffer that a module gets."""
+    found = [0, 0]
+
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:  # noqa: ARG001 - a hook
+        if tensor is not None:
+            found[0] += tensor.numel()
+            found[1] += 1
+            _check_size(header, *found)
+
+    handles = [
+        registration.register_module_parameter_registration_hook(count),
+        registration.register_module_buffer_registration_hook(count),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_size(header: Header, elements: int, tensors: int) -> None:
+    most = TIMES * header.elements + MORE_ELEMENTS
+    if elements > most or tensors > TIMES * len(header.shapes) + MORE_TENSORS:
+        raise CheckpointError(
+            f"{header.path} does not fit the model: it holds {header.elements:,} numbers in {len(header.shapes):,} "
+            f"tensors, and the settings beside it are of a model with at least {elements:,} in {tensors:,}. "
+            "Nothing was loaded."
+        )

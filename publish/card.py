@@ -1,0 +1,338 @@
+"""The model card: what a converted model is, measured numbers with their intervals, and how to load it.
+
+`model_cards/template.md` is filled from the student's own record and its `evaluation.json`. A number that was not
+measured is not there, and the card says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from ..convert import Student
+from ..convert.layers import strength_spans
+from ..convert.library_files import class_count
+from ..evaluate.record import Evaluation, Measurement
+from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number
+from .licences import Base, Licence
+
+__all__ = ["Shown", "card_of", "load_lines", "task_of"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """The explained picture of a card, and its ledger."""
+
+    target: str
+    score: float
+    input_part: float
+    constant_part: float
+    residual: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A paper or preprint to cite."""
+
+    title: str
+    authors: str
+    venue: str
+    link: str
+
+
+BCOS = (
+    Work("B-cos Networks: Alignment is All We Need for Interpretability", "Böhle, Fritz, Schiele", "CVPR 2022",
+         "https://arxiv.org/abs/2205.10268"),
+    Work("B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers", "Böhle, Singh, Fritz, Schiele",
+         "TPAMI 2024", "https://arxiv.org/abs/2306.10898"),
+    Work("B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable",
+         "Arya, Rao, Böhle, Schiele", "NeurIPS 2024", "https://arxiv.org/abs/2411.00715"),
+)  # fmt: skip
+CODA = (
+    Work("Convolutional Dynamic Alignment Networks for Interpretable Classifications", "Böhle, Fritz, Schiele",
+         "CVPR 2021", "https://arxiv.org/abs/2104.00032"),
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A method in the words of a card."""
+
+    name: str
+    what: str
+    works: tuple[Work, ...] = ()
+
+
+KINDS = {
+    "bcos": Kind(
+        "B-cos",
+        "Its convolutions and linear layers respond as far as input and weight point the same way, "
+        "y = |cos(x, w)|^(B-1) · w·x, and their biases fade.",
+        BCOS,
+    ),
+    "coda": Kind(
+        "CoDA", "Its convolutions and linear layers are dynamic alignment units, whose weights follow the patch.", CODA
+    ),
+    "fa-cnn": Kind(
+        "FA-CNN",
+        "Its classifier works before the pooling, so there is one map for each class.",
+        (Work("FA-CNN", "Farvardin, Chapman", "2026", "https://arxiv.org/abs/2603.25798"),),
+    ),
+    "ca-stream": Kind(
+        "CA-Stream",
+        "A stream of attention beside the frozen backbone takes the place of the pooling.",
+        (Work("CA-Stream", "Torres et al.", "2024", "https://arxiv.org/abs/2404.14996"),),
+    ),
+    "kmeans": Kind(
+        "k-means prototypes",
+        "The nearest prototype decides, in the place of the linear classifier.",
+        (Work("KMEx", "Gautam et al.", "2024", "https://arxiv.org/abs/2312.07822"),),
+    ),
+}
+
+# The lines of every door. `{repo}` is ORG/NAME.
+BCOSIFY = """\
+from bcosify.explain import {target}, explain
+from bcosify.publish import load
+from PIL import Image
+
+student = load("{repo}")
+picture = student.preprocess.transform()(Image.open("cat.png"))[None]
+explanation = explain(student.model, picture, {target}())
+print(explanation.scores, explanation.input_part, explanation.constants)
+"""
+TIMM = """\
+import bcosify.publish  # makes the model known to timm
+import timm
+
+model = timm.create_model("hf-hub:{repo}", pretrained=True)
+"""
+TRANSFORMERS = """\
+import bcosify.publish  # makes the model known to transformers
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained("{repo}")
+model = {auto}.from_pretrained("{repo}")
+"""
+OPEN_CLIP = """\
+import bcosify.publish  # makes the model known to open_clip
+import open_clip
+
+model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repo}")
+"""
+DOORS = {"bcosify": BCOSIFY, "timm": TIMM, "transformers": TRANSFORMERS, "open_clip": OPEN_CLIP}
+
+
+def task_of(student: Student) -> str:
+    """The hub's name of what the model is for."""
+    if student.text is not None:
+        return "zero-shot-image-classification"
+    return "image-classification" if class_count(student) else "image-feature-extraction"
+
+
+def load_lines(student: Student, repo: str) -> dict[str, str]:
+    """Door -> the lines that open `repo` through it, of those that fit: timm and open_clip open their own models."""
+    classifies = class_count(student) > 0
+    words = {
+        "repo": repo,
+        "auto": "AutoModelForImageClassification" if classifies else "AutoModel",
+        "target": "TopTarget" if classifies else "SelfTarget",
+    }
+    shut = {"timm", "open_clip"} - {student.source.library}
+    if student.text is None:
+        shut.add("open_clip")
+    return {door: code.format(**words) for door, code in DOORS.items() if door not in shut}
+
+
+def card_of(
+    student: Student,
+    repo: str,
+    base: Base,
+    licence: Licence,
+    *,
+    evaluation: Evaluation | None = None,
+    recipe: dict[str, Any] | None = None,
+    data: str | None = None,
+    shown: Shown | None = None,
+) -> ModelCard:
+    """The card of `student` in `repo`.
+
+    Args:
+        evaluation: of these weights; None is said in the card.
+        recipe: as `recipe.yaml` of the alignment holds it.
+        data: what pictures it was aligned and measured on, in the publisher's words.
+        shown: the ledger of `explanation.png`, where there is one.
+    """
+    template = resources.files("bcosify.model_cards").joinpath("template.md").read_text("utf-8")
+    kind = KINDS[student.method]
+    tables = {} if evaluation is None else method_tables(evaluation)
+    return ModelCard.from_template(
+        _metadata(student, repo, base, licence, evaluation),
+        template_str=template,
+        title=f"{student.source.architecture}, {kind.name}",
+        kind=kind,
+        repo=repo,
+        base=base,
+        terms=licence,
+        student=student,
+        layers=", ".join(f"{count} {name}" for name, count in student.plan.counts().items()),
+        strengths=_strengths(student),
+        alignment=student.report.get("alignment"),
+        recipe=recipe,
+        phases=[_phase(phase) for phase in (recipe or {}).get("phases", ())],
+        end_to_end=any(phase.get("objective") == "end-to-end" for phase in (recipe or {}).get("phases", ())),
+        data_words=data,
+        doors=load_lines(student, repo),
+        shown=shown,
+        evaluation=evaluation,
+        fidelity="" if evaluation is None else markdown(fidelity_table(evaluation)),
+        localisation=markdown(turned(tables["localisation"])) if tables and tables["localisation"].rows else "",
+        faithfulness=markdown(turned(tables["faithfulness"])) if tables and tables["faithfulness"].rows else "",
+        absent=[] if evaluation is None else absences(evaluation),
+        mask_area=None if evaluation is None else evaluation.find("mask_area", "both"),
+        limits=_limits(student, evaluation, recipe),
+        number=number,
+    )
+
+
+def _strengths(student: Student) -> str:
+    words = {"b": "B", "beta": "share of the biases"}
+    spans = strength_spans(student.model).items()
+    return ", ".join(
+        f"{words.get(name, name)} {least:g}" + (f" to {most:g}" if most > least else "")
+        for name, (least, most) in spans
+    )
+
+
+def _phase(phase: dict[str, Any]) -> dict[str, Any]:
+    """One line of the recipe: what it trains towards, for how long, and where its strengths go."""
+    moves = {name: phase[name] for name in ("b", "beta", "dampening") if isinstance(phase.get(name), list)}
+    return {
+        "objective": phase.get("objective", ""),
+        "pictures": phase.get("pictures", ""),
+        "learning_rate": phase.get("learning_rate", ""),
+        "moves": ", ".join(
+            f"{name} {ends[0]:g}" + (f" → {ends[-1]:g}" if ends[0] != ends[-1] else "") for name, ends in moves.items()
+        ),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- the header
+
+
+def _metadata(
+    student: Student, repo: str, base: Base, licence: Licence, evaluation: Evaluation | None
+) -> ModelCardData:
+    task = task_of(student)
+    related = {} if base.repo is None else {"base_model": base.repo, "base_model_relation": "finetune"}
+    results = [] if evaluation is None else [_result(one, task, evaluation) for one in evaluation.headlines().values()]
+    return ModelCardData(
+        **licence.card_fields(),
+        **related,
+        library_name="bcosify",
+        pipeline_tag=task,
+        tags=["bcosify", "interpretability", "explainable-ai", student.method, student.source.library],
+        **({"model_name": repo.partition("/")[2], "eval_results": results} if results else {}),
+    )
+
+
+def _result(one: Measurement, task: str, evaluation: Evaluation) -> EvalResult:
+    """A line of the model-index. The hub knows no data set of these pictures: their digest says which they are."""
+    masks = one.section == "localisation"
+    of = f"{one.model}: {one.method}" if one.method else ""
+    return EvalResult(
+        task_type=task,
+        dataset_type="pictures-with-masks" if masks else "pictures",
+        dataset_name="held-out pictures with masks" if masks else "held-out pictures, no labels read",
+        dataset_args={"sha256 of the index": evaluation.data.get("masks" if masks else "data")},
+        metric_type=one.metric,
+        metric_name=", ".join(filter(None, (named(one.metric, one.variant), of))),
+        metric_value=one.value,
+        metric_args={"low": one.low, "high": one.high, "interval": "95 %", "n": one.n},
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the tables
+
+
+def turned(table: Table) -> Table:
+    """Metrics down and methods across: a page is narrow."""
+    models, methods, *metrics = zip(*table.rows, strict=True)
+    heads = [(f"{model.text}: {method.text}", "") for model, method in zip(models, methods, strict=True)]
+    rows = [
+        (Cell(f"{name} ({hint})" if hint else name, name), *cells)
+        for (name, hint), cells in zip(table.columns[2:], metrics, strict=True)
+    ]
+    return Table((("metric", ""), *heads), tuple(rows))
+
+
+def markdown(table: Table) -> str:
+    """A table with each value's interval behind it; the best of its column in bold, as `table` says."""
+
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+    heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]
+    return "\n".join([line(heads), line(["---"] * len(heads)), *(line([_told(c) for c in row]) for row in table.rows)])
+
+
+def _told(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best and cell.text else cell.text
+    return f"{text} ({cell.interval})" if cell.interval else text
+
+
+# ----------------------------------------------------------------------------------------------------------- the limits
+
+
+def _limits(student: Student, evaluation: Evaluation | None, recipe: dict[str, Any] | None) -> list[str]:
+    """What the facts say against this model, one sentence each."""
+    found = [*_of_training(student, recipe), *(_of_measuring(evaluation) if evaluation else ())]
+    if evaluation is None:
+        found.append("It was not evaluated: nothing is known here of how close it is to its teacher, or of its maps.")
+    return found
+
+
+def _of_training(student: Student, recipe: dict[str, Any] | None) -> list[str]:
+    found = []
+    if "alignment" not in student.report:
+        found.append("It was converted but not aligned.")
+    spans = strength_spans(student.model)
+    if spans.get("beta", (0.0, 0.0))[1] > 0:
+        found.append("Biases are left in it: they are constants of the ledger, and may outweigh the picture.")
+    size, height = (recipe or {}).get("image_size"), student.preprocess.size[0]
+    if size and size != height:
+        found.append(
+            f"It was aligned on pictures of {size} px, but its preprocessing makes {height} px: what is said of it "
+            f"here holds at {size} px."
+        )
+    return found
+
+
+def _of_measuring(evaluation: Evaluation) -> list[str]:
+    found, lines = evaluation.headlines(), []
+    for metric, meaning in (
+        ("top1_agreement", "is the share of held-out pictures on which it decides as its teacher does"),
+        ("centred_cosine", "is the centred cosine of its output to its teacher's (1 is the same)"),
+    ):
+        if metric in found:
+            lines.append(f"{_with_interval(found[metric])} {meaning}. It is not its teacher: measure it on your task.")
+            break
+    ours, theirs = found.get("energy_in_mask"), found.get("energy_in_mask_teacher")
+    if ours and theirs and (ours.value or 0) <= (theirs.value or 0):
+        lines.append(
+            f"Its maps do not lie on the object more than its teacher's in explanation mode: {_with_interval(ours)} of "
+            f"the positive contribution against {_with_interval(theirs)}."
+        )
+    if found:
+        least = min(one.n for one in found.values())
+        lines.append(f"Some figures are of {least} pictures or grids only; the intervals say how far to trust them.")
+    return lines
+
+
+def _with_interval(one: Measurement) -> str:
+    interval = "" if one.low is None or one.high is None else f" ({number(one.low)} to {number(one.high)})"
+    return f"{number(one.value or 0.0)}{interval}"

@@ -1,0 +1,198 @@
+"""Whose licence a converted model is under: that of the weights it was made from.
+
+What the base model's own card says is carried over where anyone may do so (`PERMISSIVE`). Other terms - non-commercial,
+research only, with an agreement to sign (gated), or unknown - bind whoever publishes, so they must be said out loud:
+`--license ID --license-link URL`. A licence that is known is never replaced by a laxer one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..convert import Source
+from ..convert.sources.bundled import BUNDLED
+from ..errors import PublishError
+
+__all__ = ["PERMISSIVE", "Base", "Licence", "base_of", "choose_licence"]
+
+# The hub's identifiers of licences that ask for no more than the notice.
+PERMISSIVE = frozenset(
+    "apache-2.0 mit bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear isc zlib unlicense cc0-1.0 cc-by-2.0 cc-by-2.5 "
+    "cc-by-3.0 cc-by-4.0 cdla-permissive-1.0 cdla-permissive-2.0 bsl-1.0 ncsa postgresql pddl wtfpl".split()
+)
+# Others that the hub knows by their identifier; of any further one it wants `other`, its name and a link.
+KNOWN = PERMISSIVE | frozenset(
+    "cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 "
+    "cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 agpl-3.0 gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 mpl-2.0 "
+    "epl-2.0 eupl-1.2 osl-3.0 openrail openrail++ apple-ascl apple-amlr fair-noncommercial-research-license "
+    "intel-research h-research gemma llama2 llama3 llama3.1 llama3.2 llama3.3 ms-pl afl-3.0 artistic-2.0".split()
+)
+UNSAID = (None, "unknown", "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """What is known of the weights that a student was made from.
+
+    Attributes:
+        name: how the card names it; `repo` is its repository on the hub, where it has one.
+        licence: the hub's identifier or the licence's own name; None where nobody says.
+        link: the licence's text, where the base's card links it.
+        gated: it is handed out against an agreement.
+        found: where that was read, in words.
+    """
+
+    name: str
+    repo: str | None = None
+    licence: str | None = None
+    link: str | None = None
+    gated: bool = False
+    found: str = ""
+
+    @property
+    def permissive(self) -> bool:
+        return self.licence in PERMISSIVE and not self.gated
+
+
+@dataclasses.dataclass(frozen=True)
+class Licence:
+    """The licence that a model is published under."""
+
+    id: str
+    link: str | None = None
+
+    def card_fields(self) -> dict[str, str]:
+        """As the hub's cards spell it."""
+        link = {"license_link": self.link} if self.link else {}
+        return (
+            {"license": self.id, **link} if self.id in KNOWN else {"license": "other", "license_name": self.id, **link}
+        )
+
+
+def choose_licence(base: Base, given: str | None, link: str | None) -> Licence:
+    """The licence to publish under; raises PublishError where it must be said, or contradicts the base's."""
+    known = base.licence not in UNSAID
+    if base.permissive and given is None:
+        return Licence(str(base.licence), link or base.link)
+    if not base.permissive:
+        _check_restricted(base, given, link, known)
+    if given in KNOWN or link is not None:
+        return Licence(str(given), link)
+    raise PublishError(
+        f"--license {given}: the hub does not know this licence, so it needs its text: --license-link URL."
+    )
+
+
+def _check_restricted(base: Base, given: str | None, link: str | None, known: bool) -> None:
+    why = f"is under {base.licence}" if known else "says nothing of its licence"
+    why = f"{why} and is handed out against an agreement only (gated)" if base.gated else why
+    name = base.licence if known else "ID"
+    said = f"{base.name} {why}{f' ({base.found})' if base.found else ''}"
+    if given is None or link is None:
+        raise PublishError(
+            f"{said}: its terms bind what is made from it, and are not carried over without your word. Read "
+            f"{base.link or 'them'}, and if you may publish: --license {name} --license-link {base.link or 'URL'}. "
+            "Nothing was uploaded."
+        )
+    if known and given != base.licence:
+        raise PublishError(
+            f"--license {given}: {said}, and what is made from these weights stays under that licence. Pass --license "
+            f"{base.licence} --license-link {base.link or 'URL'}. Nothing was uploaded."
+        )
+
+
+# ----------------------------------------------------------------------------------------------------- where it is said
+
+
+def base_of(source: Source) -> Base:
+    """What the card of the base model, or else its library, says of it; asks the hub, or its cache."""
+    if source.weights is not None:
+        what = "random weights" if source.weights == "random" else f"weights of your own (sha256 {source.weights[:12]})"
+        return Base(f"{source.architecture} with {what}")
+    scheme, _, name = source.reference.partition(":")
+    for prefix in ("hf-hub:", "local-dir:"):
+        if name.startswith(prefix):
+            scheme, name = prefix[:-1], name.removeprefix(prefix)
+    return WHERE[scheme](name, source) if scheme in WHERE else Base(source.reference)
+
+
+def _bundled(name: str, source: Source) -> Base:
+    package = BUNDLED[name].install.split("&&")[0].split()[-1]
+    return Base(
+        f"{name} ({source.architecture})",
+        licence=BUNDLED[name].licence,
+        found=f"its weights are carried by the package {package}",
+    )
+
+
+def _timm(name: str, source: Source) -> Base:
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(name)
+    repo = getattr(config, "hf_hub_id", None)
+    licence = getattr(config, "license", None)
+    if licence not in UNSAID:
+        return Base(f"timm:{name}", repo, licence, found="timm's record of it")
+    return _hub(repo, source) if repo else Base(f"timm:{name}")
+
+
+def _open_clip(name: str, source: Source) -> Base:
+    from open_clip import get_pretrained_cfg
+
+    repo = (get_pretrained_cfg(*name.split("/", 1)) or {}).get("hf_hub", "").strip("/")
+    return _hub(repo, source) if repo.count("/") == 1 else Base(f"open_clip:{name}")
+
+
+def _folder_or_hub(name: str, source: Source) -> Base:
+    return _folder(name, source) if Path(name).is_dir() else _hub(name, source)
+
+
+def _folder(name: str, source: Source) -> Base:  # noqa: ARG001 - one signature for all
+    card = Path(name) / "README.md"
+    named = f"the folder {Path(name).name}"
+    return _read(card, named, None) if card.is_file() else Base(named)
+
+
+def _hub(name: str, source: Source) -> Base:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    repo, _, revision = name.partition("@")
+    try:
+        card = HfApi().hf_hub_download(repo, "README.md", revision=revision or source.revision)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return Base(repo, repo, found="its card could not be fetched")
+    except EntryNotFoundError:
+        return Base(repo, repo, found="it has no card")
+    except HfHubHTTPError as error:
+        refused = error.response.status_code
+        return Base(repo, repo, gated=refused in (401, 403), found=f"the hub refused its card, {refused}")
+    return _read(Path(card), repo, repo)
+
+
+def _read(card: Path, name: str, repo: str | None) -> Base:
+    """What a card's header says; keys that begin with `extra_gated` are of an agreement to sign."""
+    from huggingface_hub import ModelCard
+
+    facts: dict[str, Any] = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
+    licence = facts.get("license")
+    licence = facts.get("license_name", licence) if licence == "other" else licence
+    link = facts.get("license_link")
+    if link and repo and "://" not in link:
+        link = f"https://huggingface.co/{repo}/blob/main/{link}"
+    gated = any(key.startswith("extra_gated") for key in facts)
+    return Base(name, repo, None if licence in UNSAID else str(licence), link, gated, "its card")
+
+
+WHERE: dict[str, Callable[[str, Source], Base]] = {
+    "bundled": _bundled,
+    "timm": _timm,
+    "open_clip": _open_clip,
+    "hf": _folder_or_hub,
+    "hf-hub": _hub,
+    "local-dir": _folder,
+    "dir": _folder,
+}

@@ -1,0 +1,280 @@
+"""What goes up is put together and checked in a folder of its own first; nothing else is uploaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from ..convert import Student, load, save
+from ..convert.checkpoint import PICKLES, read_record
+from ..convert.hub import CONFIG, RECORD, TEXT
+from ..convert.library_files import class_count, config_of
+from ..convert.trace import fitted, noise_pictures
+from ..errors import DataError, PublishError
+from ..evaluate.record import Evaluation, read_evaluation
+from ..evaluate.subject import weights_digest
+from ..explain import Explanation, SelfTarget, TopTarget, explain, panel
+from .card import Shown, card_of, load_lines
+from .licences import Licence, base_of, choose_licence
+
+__all__ = ["CARD", "Release", "Request", "stage"]
+
+CARD, PICTURE, RECIPE = "README.md", "explanation.png", "recipe.yaml"
+TEXTS = (".json", ".yaml", ".md", ".txt")
+REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
+REPO = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to publish, and what to say of it.
+
+    Attributes:
+        folder: of a converted model.
+        repo: ORG/NAME.
+        licence, licence_link: where the base model's own is not carried over.
+        evaluation: folder or file that `bcosify evaluate` wrote for these weights.
+        picture: a photograph to explain in the card.
+        data: what pictures it was aligned and measured on, in words.
+    """
+
+    folder: Path
+    repo: str
+    licence: str | None = None
+    licence_link: str | None = None
+    evaluation: Path | None = None
+    picture: Path | None = None
+    data: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """A folder that passed every check.
+
+    Attributes:
+        files: path in the repository -> size in bytes.
+        left_out: what lies beside the model and is not part of it.
+        anew: the model was saved once more for this, as others could not open it, or it names a place of this machine.
+        doors: name -> the lines that load it.
+    """
+
+    folder: Path
+    repo: str
+    files: dict[str, int]
+    left_out: tuple[str, ...]
+    anew: bool
+    licence: Licence
+    doors: dict[str, str]
+    headline: dict[str, float]
+
+
+def stage(request: Request, out: Path) -> Release:
+    """Fills the empty folder `out` with what is to be published of `request`, checked.
+
+    Raises:
+        CheckpointError: the model does not load strictly, or computes something else than when it was saved.
+        LedgerError: an explanation of it does not add up.
+        PublishError: licence, names, an evaluation of other weights, paths of this machine, a pickle.
+    """
+    if not REPO.fullmatch(request.repo):
+        raise PublishError(
+            f"{request.repo!r} is not the name of a repository. Pass ORG/NAME, such as my-lab/bcos-dino."
+        )
+    pickles = sorted({path.name for pattern in PICKLES for path in request.folder.glob(f"**/{pattern}")})
+    if pickles:
+        raise PublishError(
+            f"{request.folder} holds {', '.join(pickles)}: pickles can run code and are not published. Move them away."
+        )
+    found = load(request.folder)
+    base = base_of(found.source)
+    licence = choose_licence(base, request.licence, request.licence_link)
+    student = _named_for_others(found)
+    evaluation = None if request.evaluation is None else _evaluation(request.evaluation, student)
+    recipe = _recipe(request.folder)
+    size = evaluation.model["size"] if evaluation else (recipe or {}).get("image_size")
+    shown = _explained(student, request.picture, size, out / PICTURE)
+    anew = not _as_saved_now(request.folder, student)
+    with tempfile.TemporaryDirectory(prefix="bcosify-save-") as scratch:
+        _copy_model(save(student, Path(scratch) / "model") if anew else request.folder, out)
+    if anew:
+        load(out)
+    if evaluation is not None:
+        evaluation.write(out)
+    if recipe is not None:
+        shutil.copyfile(_recipe_of(request.folder), out / RECIPE)
+    card = card_of(
+        student, request.repo, base, licence, evaluation=evaluation, recipe=recipe, data=request.data, shown=shown
+    )
+    card.save(out / CARD)
+    _check_card(out / CARD)
+    _check_paths(out)
+    files = {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+    beside = (path.relative_to(request.folder).as_posix() for path in request.folder.rglob("*") if path.is_file())
+    return Release(
+        out,
+        request.repo,
+        files,
+        tuple(sorted(set(beside) - set(_own_files(request.folder)))),
+        anew,
+        licence,
+        load_lines(student, request.repo),
+        {} if evaluation is None else evaluation.headline(),
+    )
+
+
+def _own_files(folder: Path) -> list[str]:
+    """What the record of a converted model lists, and the record."""
+    record = read_record(folder)
+    return [RECORD, *record["files"], *(f"{TEXT}/{name}" for name in record.get("text") or ())]
+
+
+def _copy_model(folder: Path, out: Path) -> None:
+    for name in _own_files(folder):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
+
+
+def _named_for_others(student: Student) -> Student:
+    """The same student; of a source in a folder of this machine only the folder's name is told."""
+    # open_clip's adapter calls an architecture by its folder, too; nothing is built by that name.
+    told = {key: _last_part(getattr(student.source, key)) for key in ("reference", "architecture")}
+    return dataclasses.replace(student, source=dataclasses.replace(student.source, **told))
+
+
+def _last_part(reference: str) -> str:
+    """`scheme:/a/b/c` -> `scheme:c`; other references as they are."""
+    scheme, separator, place = reference.rpartition(":")
+    return f"{scheme}{separator}{Path(place).name}" if place.startswith(("/", "~")) else reference
+
+
+def _as_saved_now(folder: Path, student: Student) -> bool:
+    """Whether `folder` is what saving `student` would make: not so in folders of older versions."""
+    known = json.loads(json.dumps([dataclasses.asdict(student.source), config_of(student)]))
+    return known == [read_record(folder)["source"], json.loads((folder / CONFIG).read_text("utf-8"))]
+
+
+def _recipe_of(folder: Path) -> Path:
+    """Where `bcosify align` keeps the recipe of the run that made `folder`."""
+    return folder.with_name(f"{folder.name}.run") / RECIPE
+
+
+def _recipe(folder: Path) -> dict[str, Any] | None:
+    path = _recipe_of(folder)
+    if not path.is_file():
+        return None
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PublishError(
+            f"{path} is not YAML: {error}. Move it away, and the card says that it is missing."
+        ) from error
+    return found if isinstance(found, dict) else None
+
+
+def _evaluation(path: Path, student: Student) -> Evaluation:
+    evaluation = read_evaluation(path)
+    measured, here = evaluation.model.get("student_weights"), weights_digest(student.model)
+    if measured != here:
+        raise PublishError(
+            f"{path} is an evaluation of other weights (sha256 {str(measured)[:12]}) than these ({here[:12]}). "
+            "Evaluate this model: bcosify evaluate DIR --data SHARDS --out report."
+        )
+    return dataclasses.replace(evaluation, model={**evaluation.model, "reference": student.source.reference})
+
+
+# --------------------------------------------------------------------------------------------------------- explanation
+
+
+def _explained(student: Student, picture: Path | None, size: Any, out: Path) -> Shown | None:
+    """Proves the ledger on `picture`, or on noise, which is not drawn; raises LedgerError where it does not add up."""
+    preprocess = student.preprocess.at(tuple(size) if isinstance(size, list) else size)
+    opened = None if picture is None else preprocess.transform()(_read(picture))
+    inputs = noise_pictures(1, preprocess.size) if opened is None else opened[None]
+    target = TopTarget() if class_count(student) else SelfTarget()
+    explanation = explain(student.model, fitted(inputs, student.model), target)
+    if opened is None:
+        return None
+    caption = _caption(student, explanation)
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
+    seen = to_pil_image((opened * std + mean).clamp(0, 1))
+    panel(seen, explanation, caption).save(out)
+    parts = (explanation.scores, explanation.input_part, explanation.constant_part, explanation.residual)
+    return Shown(caption, *(float(part[0, 0]) for part in parts))
+
+
+def _caption(student: Student, explanation: Explanation) -> str:
+    if not class_count(student):
+        return "the feature along itself"
+    top = int(explanation.outputs[0].argmax())
+    return student.labels[top] if student.labels else f"class {top}"
+
+
+def _read(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} is no picture that can be read: {error}. Nothing was written.") from error
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_card(path: Path) -> None:
+    facts = ModelCard.load(path).data.to_dict()
+    missing = [name for name in REQUIRED if not facts.get(name)]
+    if facts.get("license") == "other":
+        missing += [name for name in ("license_name", "license_link") if not facts.get(name)]
+    if missing:
+        raise PublishError(f"The card lacks {', '.join(missing)}. This is a fault of bcosify: nothing was uploaded.")
+
+
+def _check_paths(folder: Path) -> None:
+    """Raises PublishError where a text of `folder` names a place on this machine."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in TEXTS:
+            for place in _places(path):
+                raise PublishError(
+                    f"{path.relative_to(folder)} would publish {place!r}, a path of this machine. Convert again from a "
+                    "name on the hub or a relative path, or leave out what names it. Nothing was uploaded."
+                )
+
+
+# What a path may follow: a beginning, a space, a quote, a bracket, or the colon of `local-dir:`.
+ABSOLUTE = re.compile(r"(?:^|(?<=[\s\"'`(=:,]))(?:/[\w.@+-]+(?:/[\w.@+ -]*)+|~/\w|[A-Za-z]:\\\w)")
+ELSEWHERE = ("home", "Users", "root", "mnt", "tmp")
+
+
+def _places(path: Path) -> Iterator[str]:
+    """Absolute paths in a file: those whose first folder this machine has, or that any machine's users have."""
+    roots = {entry.name for entry in os.scandir("/")} | set(ELSEWHERE)
+    texts = _strings(json.loads(path.read_text("utf-8"))) if path.suffix == ".json" else [path.read_text("utf-8")]
+    for text in texts:
+        for found in ABSOLUTE.findall(text):
+            if not found.startswith("/") or found.split("/")[1] in roots:
+                yield found
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+    elif isinstance(value, str):
+        yield value
