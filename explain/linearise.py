@@ -27,7 +27,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,11 +35,12 @@ from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_
 from torch.utils._pytree import tree_leaves
 
 from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, colours, encoding, gate, linear, resolve
+from .rules import OPERATIONS, Operation, Rule, beside, colours, encoding, gate, linear, resolve
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding"]
+__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding", "with_statistics"]
 
 P = ParamSpec("P")
+ResultT = TypeVar("ResultT")
 
 
 class Linearised(TorchFunctionMode):
@@ -143,6 +144,14 @@ def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return _declared(function, linear)
 
 
+def with_statistics(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Declares an f(x, ...) that returns x and something that is only ever part of a gate.
+
+    In explanation mode x is itself and the other a constant.
+    """
+    return _declared(function, beside)
+
+
 def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Declares an encode(x, mean, std, padding) from pictures x (B, 3, H, W) to channels (B, C, H+t+b, W+l+r).
 
@@ -160,11 +169,11 @@ def input_colours(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return _declared(function, colours)
 
 
-def _declared(function: Callable[P, Tensor], rule: Rule) -> Callable[P, Tensor]:
+def _declared(function: Callable[P, ResultT], rule: Rule) -> Callable[P, ResultT]:
     """`function`, shown to modes as torch's own functions are, with its affine form in the table."""
 
     @functools.wraps(function)
-    def public(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def public(*args: P.args, **kwargs: P.kwargs) -> ResultT:
         if has_torch_function_variadic(*args):
             return handle_torch_function(public, args, *args, **kwargs)
         return function(*args, **kwargs)

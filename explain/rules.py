@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .ledger import Ledger, continuous, frozen, graft, moves, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "colours", "encoding", "gate", "linear", "resolve"]
+__all__ = ["OPERATIONS", "Operation", "Rule", "beside", "colours", "encoding", "gate", "linear", "resolve"]
 
 Run = Callable[..., Any]
 
@@ -226,6 +226,11 @@ def freezing(name: str) -> Rule:
         return ledger.name(run(*frozen(args), **frozen(kwargs)), (f"{name} output",))
 
     return rule
+
+
+def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
+    """The input itself, and a statistic of it that is only ever part of a gate."""
+    return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
 
 
 def distrusting(name: str) -> Rule:

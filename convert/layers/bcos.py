@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import gated
-from .convolution import DynamicConv2d, SamePadding, sum_of_squares
+from .convolution import DynamicConv2d, SamePadding, in_blocks, with_squares
 from .scheduled import Rescalable, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
@@ -25,34 +25,49 @@ TINY = 1e-24
 
 
 class _BcosScale(torch.autograd.Function):
-    """|o| / sqrt(q * w2) to the power B-1, times o; keeps only o and the two small norms for the backward."""
+    """|cos|^(B-1) * o, where |cos| = |o| / sqrt(q * w2).
+
+    Keeps its output, which whatever reads it keeps too, and the two small norms: |cos| = (|y| / sqrt(q * w2))^(1/B).
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
-        return o * _scale(o, patch_norm_sq, weight_norm_sq, b)
+    def forward(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
+        return _scale(o, q, w2, b).mul_(o).to(o.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
-        o, patch_norm_sq, weight_norm_sq, b = inputs
-        ctx.save_for_backward(o, patch_norm_sq, weight_norm_sq)
-        ctx.b = b
+        _, q, w2, ctx.b = inputs
+        ctx.save_for_backward(output, q, w2)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        o, q, w2 = ctx.saved_tensors
-        scaled_grad = grad * _scale(o, q, w2, ctx.b)
-        # y depends on q and w2 through their power (1-B)/2, so dy/dq = (1-B)/2 * y/q; zero where clamped.
-        product = scaled_grad * o * ((1 - ctx.b) / 2)
-        grad_q = _over(product.sum_to_size(q.shape), q) if ctx.needs_input_grad[1] else None
-        grad_w2 = _over(product.sum_to_size(w2.shape), w2) if ctx.needs_input_grad[2] else None
-        return ctx.b * scaled_grad, grad_q, grad_w2, None
+        (y, q, w2), b = ctx.saved_tensors, ctx.b
+        # Not quite zero: at y = 0 a root has no derivative, and a double backward would be NaN.
+        power = _over_norms(y, q, w2).abs_().clamp_min_(torch.finfo(torch.float32).tiny)
+        scale = power.sqrt_() if is_exactly(b, 2) else power.pow_((b - 1) / b)
+        grads = [None, None]
+        if any(ctx.needs_input_grad[1:3]):
+            # y depends on q and w2 through their power (1-B)/2, so dy/dq = (1-B)/2 * y/q; zero where clamped.
+            product = grad * y.to(q.dtype)
+            grads = [
+                _over(product.sum_to_size(norm_sq.shape) * ((1 - b) / 2), norm_sq) if needed else None
+                for norm_sq, needed in zip((q, w2), ctx.needs_input_grad[1:3], strict=True)
+            ]
+            del product  # its memory is used again
+        return (scale * grad).mul_(b).to(y.dtype), *grads, None
 
 
 def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
-    cosine = o.abs() * q.clamp_min(TINY).rsqrt() * w2.clamp_min(TINY).rsqrt()
-    return (cosine if is_exactly(b, 2) else cosine.pow(b - 1)).to(o.dtype)
+    """A new tensor |cos|^(B-1)."""
+    cosine = _over_norms(o, q, w2).abs_()
+    return cosine if is_exactly(b, 2) else cosine.pow_(b - 1)
+
+
+def _over_norms(o: Tensor, q: Tensor, w2: Tensor) -> Tensor:
+    """A new tensor o / sqrt(q * w2), in the precision of the norms."""
+    return (o * q.clamp_min(TINY).rsqrt()).mul_(w2.clamp_min(TINY).rsqrt())
 
 
 def _over(total: Tensor, q: Tensor) -> Tensor:
@@ -63,10 +78,14 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
-    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Explanation mode
-    sees it as o times a frozen gate.
+    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Where gradients
+    are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen gate.
     """
-    return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
+    if torch.is_grad_enabled():
+        return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
+    for part, norm_sq in zip(in_blocks(o), in_blocks(patch_norm_sq, like=o), strict=True):
+        part.mul_(_scale(part, norm_sq, weight_norm_sq, b))
+    return o
 
 
 class _Bcos(Rescalable):
@@ -78,10 +97,13 @@ class _Bcos(Rescalable):
     weight: nn.Parameter
     bounded: bool = True
 
-    def _weight_norm_sq(self) -> Tensor:
-        """(C_out,) float32: squared norm of every filter; ones for the unbounded variant."""
-        squares = sum_of_squares(self.weight.flatten(1), 1)
-        return squares if self.bounded else torch.ones_like(squares)
+    def _with_norms(self) -> tuple[Tensor, Tensor]:
+        """The weight, and the squared norm (C_out,) of every filter; ones for the unbounded variant."""
+        if not self.bounded:
+            ones = torch.ones(len(self.weight), device=self.weight.device)
+            return self.weight, ones.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight, squares = with_squares(self.weight, tuple(range(1, self.weight.dim())))
+        return weight, squares.flatten()
 
 
 class BcosLinear(_Bcos):
@@ -91,8 +113,8 @@ class BcosLinear(_Bcos):
         b = self._strength("b")
         if is_exactly(b, 1):
             return F.linear(x, self.weight, self.bias)
-        o = F.linear(x, self.weight)
-        y = bcos_scale(o, sum_of_squares(x, -1, keepdim=True), self._weight_norm_sq(), b)
+        (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1), self._with_norms()
+        y = bcos_scale(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b)
         return y if self.bias is None else y + self.bias
 
 
@@ -106,10 +128,10 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         b = self._strength("b")
         if is_exactly(b, 1):
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        o = F.conv2d(x, self.weight, None, self.stride, padding, self.dilation, self.groups)
-        grouped = o.unflatten(1, (self.groups, -1))
-        weight_norm_sq = self._weight_norm_sq().view(self.groups, -1, 1, 1)
-        y = bcos_scale(grouped, self.patch_norm_sq(x, padding), weight_norm_sq, b).flatten(1, 2)
+        (grouped, squares), (weight, weight_norm_sq) = with_squares(x.unflatten(1, (self.groups, -1)), 2), self._with_norms()
+        o = F.conv2d(grouped.flatten(1, 2), weight, None, self.stride, padding, self.dilation, self.groups)
+        patch_norm_sq, weight_norm_sq = self.under_patches(squares, padding), weight_norm_sq.view(self.groups, -1, 1, 1)
+        y = bcos_scale(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 

@@ -8,14 +8,65 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled
 
-__all__ = ["DynamicConv2d", "SamePadding", "sum_of_squares"]
+__all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "with_squares"]
 
 
-def sum_of_squares(x: Tensor, dim: int | tuple[int, ...], keepdim: bool = False) -> Tensor:
-    """In float32 at least: 300 squared is already infinite in float16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).square().sum(dim, keepdim=keepdim)
+# Elements of a block that stays in a core's cache while several operations pass over it.
+BLOCK = 2**18
+
+
+def in_blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    """`x` (B, ...) in parts along B, of the size of a CPU's cache for `like` (B, ...) or x; whole elsewhere."""
+    like = x if like is None else like
+    if like.device.type != "cpu" or like.dim() < 2 or torch.compiler.is_compiling():
+        return (x,)
+    return x.split(max(1, BLOCK * len(like) // max(1, like.numel())))
+
+
+def sum_of_squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
+    """Over `dim`, which stays. In float32 at least: 300 squared is already infinite in float16."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(dim, int) and x.shape[dim] == 1:
+        return x.to(dtype).square()
+    if not isinstance(dim, int) or x.stride(dim) == 1:
+        return torch.linalg.vector_norm(x, dim=dim, keepdim=True, dtype=dtype).square()
+    # Of numbers that lie apart torch takes a norm one by one.
+    return torch.cat([part.to(dtype).square().sum(dim, keepdim=True) for part in in_blocks(x)])
+
+
+class _WithSquares(torch.autograd.Function):
+    """x beside its sum of squares, so that the gradients of both meet in one pass over x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), sum_of_squares(x, dim)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG004 - torch's own signature
+        ctx.save_for_backward(inputs[0])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, grad_squares: Tensor | None):  # noqa: ANN001, ANN205 - torch's own signature
+        if grad_squares is None:
+            return grad, None
+        (x,) = ctx.saved_tensors
+        of_squares = grad_squares.to(x.dtype)
+        return 2 * x * of_squares if grad is None else torch.addcmul(grad, x, of_squares, value=2), None
+
+
+@with_statistics
+def with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """x, to be read on, and its sum of squares over `dim`, which stays; in float32 at least.
+
+    In explanation mode the sum is a constant.
+    """
+    return _WithSquares.apply(x, dim) if torch.is_grad_enabled() else (x, sum_of_squares(x, dim))
 
 
 class DynamicConv2d(BiasScheduled):
@@ -47,17 +98,21 @@ class DynamicConv2d(BiasScheduled):
         """The layer's formula, on x with zeros (rows, columns) still to be padded."""
         raise NotImplementedError
 
-    def patch_norm_sq(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        """(B, G, 1, H', W') float32: sum of squares under every patch, per group of channels."""
-        per_pixel = sum_of_squares(x.unflatten(1, (self.groups, -1)), 2)
-        area = math.prod(self.kernel_size)
-        if area == 1:
-            pooled = F.pad(per_pixel, _four(padding))[..., :: self.stride[0], :: self.stride[1]]
+    def under_patches(self, squares: Tensor, padding: tuple[int, int]) -> Tensor:
+        """(B, G, 1, H, W) -> (B, G, 1, H', W'): the sum of `squares` under every patch."""
+        squares = squares.squeeze(2)
+        if self.kernel_size == (1, 1):
+            pooled = F.pad(squares, _four(padding))[..., :: self.stride[0], :: self.stride[1]]
         elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
-            pooled = F.avg_pool2d(per_pixel, self.kernel_size, self.stride, padding) * area
+            if self.groups > 1:
+                # A pool over many channels is fast where they lie side by side.
+                squares = squares.contiguous(memory_format=torch.channels_last)
+            # Rows, then columns: k + k additions and not k * k.
+            (k, l), (s, t), (p, q) = self.kernel_size, self.stride, padding
+            pooled = F.avg_pool2d(F.avg_pool2d(squares, (1, l), (1, t), (0, q)), (k, 1), (s, 1), (p, 0)) * (k * l)
         else:
             # A pool cannot do it, and a convolution would take the sums in float16 or TF32 where those are switched on.
-            pooled = F.pad(per_pixel, _four(padding))
+            pooled = F.pad(squares, _four(padding))
             for dim, kernel, dilation in zip((-2, -1), self.kernel_size, self.dilation, strict=True):
                 size = pooled.shape[dim] - dilation * (kernel - 1)
                 pooled = torch.stack([pooled.narrow(dim, k * dilation, size) for k in range(kernel)]).sum(0)

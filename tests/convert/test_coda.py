@@ -119,10 +119,15 @@ def test_the_start_is_the_source_and_has_a_gradient(squash, data, rank, basis):
         assert (layer.directions if layer.mixing is None else layer.mixing).grad.any()
 
 
+def patch_norm(layer: DynamicConv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
+    """(B, G, 1, H', W') by the layer's own pooling."""
+    return layer.under_patches(x.unflatten(1, (layer.groups, -1)).square().sum(2, keepdim=True), padding).sqrt()
+
+
 def bounded(layer: nn.Module, x: Tensor) -> Tensor:
     """|y| over gain * |x|, by the layer's own patch norm; dead units and patches are 0."""
     padded, padding = layer.padded(x) if isinstance(layer, DynamicConv2d) else (x, None)
-    norm = x.norm(dim=-1, keepdim=True) if padding is None else layer.patch_norm_sq(padded, padding).sqrt()
+    norm = x.norm(dim=-1, keepdim=True) if padding is None else patch_norm(layer, padded, padding)
     y = layer(x) if padding is None else layer(x).unflatten(1, (layer.groups, -1))
     gain = layer.gain if padding is None else layer.gain.view(layer.groups, -1, 1, 1)
     return (y.abs() / (gain * norm)).nan_to_num(0)
