@@ -11,18 +11,18 @@ buffers to what is computed from them, so that the ledger can say `blocks.0.attn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LedgerError
 
-__all__ = ["Ledger", "continuous", "frozen", "graft", "moves", "tensors"]
+__all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors"]
 
 Names = tuple[str, ...]
 
@@ -39,7 +39,19 @@ def moves(value: object) -> TypeGuard[Tensor]:
 
 def frozen(value: Any) -> Any:
     """`value` with each tensor in it cut from the input."""
-    return tree_map_only(Tensor, Tensor.detach, value)
+    return _each_tensor(Tensor.detach, value)
+
+
+def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `change` of each tensor in it."""
+    # What most calls are made of is taken apart here: torch's trees cost more than many of the operations themselves.
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) is tuple or type(value) is list:
+        return type(value)([_each_tensor(change, item) for item in value])
+    if isinstance(value, tuple | list | dict) and value:
+        return tree_map_only(Tensor, change, value)
+    return value
 
 
 def continuous(value: object) -> TypeGuard[Tensor]:
@@ -49,7 +61,18 @@ def continuous(value: object) -> TypeGuard[Tensor]:
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in `value`, however nested, that can carry a derivative."""
-    return filter(continuous, tree_leaves(value))
+    return filter(continuous, leaves(value))
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What is in `value`, however nested."""
+    if type(value) is tuple or type(value) is list:
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, tuple | list | dict):
+        yield from tree_iter(value)
+    else:
+        yield value
 
 
 def graft(value: Tensor, linear: Tensor) -> Tensor:
@@ -60,6 +83,25 @@ def graft(value: Tensor, linear: Tensor) -> Tensor:
     """
     linear.data = value.detach()
     return linear
+
+
+def pulled(value: Tensor, input: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+    """`value`, a fresh tensor, as a linear function of `input`, whose transpose is `pull`.
+
+    As `graft`, for rules that know the derivative: the linear function itself is never computed.
+    """
+    return _Pulled.apply(input, value, pull)
+
+
+class _Pulled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, value: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.pull = pull
+        return value.data  # no view of it, so that the model may write into what it gets
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.pull(grad), None, None
 
 
 class Ledger:
@@ -120,7 +162,7 @@ class Ledger:
 
     def settle(self, value: Any) -> Any:
         """`value` fit to be an argument: parameters cut from their gradient, so that only the input moves."""
-        return tree_map_only(Tensor, self._settled, value)
+        return _each_tensor(self._settled, value)
 
     def name(self, result: Any, names: Iterable[str]) -> Any:
         """Names those tensors of `result` that do not move, beside the names that they have."""
@@ -131,8 +173,9 @@ class Ledger:
 
     def inherit(self, result: Any, sources: Any) -> Any:
         """Names those tensors of `result` that neither move nor have a name after what they were computed from."""
-        sources = list(tensors(sources))
-        for tensor in tensors(result):
+        still = [tensor for tensor in tensors(result) if not tensor.requires_grad]
+        sources = list(tensors(sources)) if still else []
+        for tensor in still:
             # What was written to in place is a source of its own.
             if tensor not in self._names or any(tensor is source for source in sources):
                 self.name(tensor, _merged(self._names.get(source) or () for source in sources))
@@ -149,7 +192,7 @@ class Ledger:
 
     def gates(self, value: object) -> bool:
         """Whether `value` moves, but is to be frozen where it multiplies something else that moves."""
-        return isinstance(value, Tensor) and value in self._gates
+        return bool(self._gates) and isinstance(value, Tensor) and value in self._gates
 
     def mark(self, value: Any, gate: bool = True) -> Any:
         """Says whether the tensors in `value` are such gates."""

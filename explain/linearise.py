@@ -32,10 +32,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
-from torch.utils._pytree import tree_leaves
 
-from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, beside, colours, encoding, gate, linear, resolve
+from .ledger import Ledger, leaves, moves
+from .rules import OPERATIONS, PROPERTIES, Operation, Rule, beside, colours, encoding, gate, linear, resolve
 
 __all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding", "with_statistics"]
 
@@ -100,14 +99,18 @@ class Linearised(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = (args, kwargs or {})
-        if _modes.active[-1] is not self or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(call)):
-            return func(*args, **call[1])
+        kwargs = kwargs or {}
+        if (
+            _modes.active[-1] is not self
+            or func in PROPERTIES
+            or not any(isinstance(leaf, Tensor) for leaf in leaves((args, kwargs)))
+        ):
+            return func(*args, **kwargs)
         with torch.inference_mode(False), torch.enable_grad():
-            args, options = call = self._ledger.settle(call)
-            if any(moves(leaf) for leaf in tree_leaves(call)):
-                return self._linearised(func, args, options)
-            return self._ledger.inherit(func(*args, **options), call)
+            args, kwargs = call = self._ledger.settle((args, kwargs))
+            if any(moves(leaf) for leaf in leaves(call)):
+                return self._linearised(func, args, kwargs)
+            return self._ledger.inherit(func(*args, **kwargs), call)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""

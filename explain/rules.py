@@ -28,9 +28,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .ledger import Ledger, continuous, frozen, graft, moves, tensors
+from .ledger import Ledger, continuous, frozen, graft, moves, pulled, tensors
 
-__all__ = ["OPERATIONS", "Operation", "Rule", "beside", "colours", "encoding", "gate", "linear", "resolve"]
+__all__ = [
+    "OPERATIONS",
+    "PROPERTIES",
+    "Operation",
+    "Rule",
+    "beside",
+    "colours",
+    "encoding",
+    "gate",
+    "linear",
+    "resolve",
+]
 
 Run = Callable[..., Any]
 
@@ -96,6 +107,12 @@ def combination(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
         return _still_gate(ledger, out, input, other)
 
     return rule
+
+
+def padding(ledger: Ledger, run: Run, input: Tensor, widths: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`pad`: linear, unless it fills in a number."""
+    fills = any(isinstance(option, int | float) and option for option in (*args, *kwargs.values()))
+    return (affine if fills else linear)(ledger, run, input, widths, *args, **kwargs)
 
 
 def interpolation(ledger: Ledger, run: Run, input: Tensor, end: Tensor, weight: Any) -> Tensor:
@@ -190,8 +207,18 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     value = run(*frozen((input, *args)), **frozen(kwargs))
     if not moves(input):
         return value
-    x = input.detach()
-    return graft(value, input * torch.where(x == 0, 0, value / x))
+    factor = _factor(value, input.detach())
+    return pulled(value, input, lambda grad: grad * factor)
+
+
+def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`relu`: its own derivative, 0 or 1, is its gate."""
+    return run(input, *args, **kwargs)
+
+
+def _factor(value: Tensor, x: Tensor) -> Tensor:
+    """value / x, and 0 where x is 0."""
+    return (value / x).masked_fill_(x == 0, 0)
 
 
 def saturation(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -256,8 +283,19 @@ def layer_norm(
     *_: Any,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
-    out = _standardised(input, dims, eps)
-    return _dressed(ledger, run(input.detach(), normalized_shape, *frozen((weight, bias, eps))), out, weight, bias)
+    # What `run` calls; it has 1 / σ at hand.
+    x, gain, shift = frozen((input, weight, bias))
+    value, _, inverse = torch.native_layer_norm(x, normalized_shape, gain, shift, eps)
+    inverse = inverse.to(x.dtype)
+
+    def pull(grad: Tensor) -> Tensor:
+        grad = grad if gain is None else grad * gain
+        return (grad - grad.mean(dims, keepdim=True)).mul_(inverse)
+
+    out = pulled(value, input, pull)
+    if bias is not None:
+        ledger.enter(out, bias, bias)
+    return out
 
 
 def rms_norm(
@@ -306,7 +344,8 @@ def batch_norm(
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight.detach()
-    out = graft(value, input * _per_channel(scale, input))
+    factor = _per_channel(scale, input)
+    out = pulled(value, input, lambda grad: grad * factor)
     ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)
@@ -365,9 +404,26 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
+# Attention weights that are held at once in a backward pass on a CPU.
+WEIGHTS = 2**20
+
+
 def attention(ledger: Ledger, run: Run, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Tensor:
     """`scaled_dot_product_attention`, on its fused kernel: who looks where is a gate, what is seen moves."""
-    return run(*frozen((query, key)), value, *frozen(args), **frozen(kwargs))
+    query, key, args, kwargs = frozen((query, key, args, kwargs))
+    plain = not args and not kwargs.keys() - {"scale"} and query.shape[:-2] == value.shape[:-2]
+    if not moves(value) or not plain or query.device.type != "cpu":
+        return run(query, key, value, *args, **kwargs)
+
+    # torch's backward pass on a CPU makes the gradients of query and key too, wanted or not: five products, not two.
+    scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+    rows = max(1, WEIGHTS // max(1, key.shape[:-1].numel()))
+
+    def pull(grad: Tensor) -> Tensor:
+        parts = zip((query * scale).split(rows, -2), grad.split(rows, -2), strict=True)
+        return sum((q @ key.mT).softmax(-1).mT @ part for q, part in parts)  # type: ignore[return-value]
+
+    return pulled(run(query, key, value.detach(), **kwargs), value, pull)
 
 
 def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -462,8 +518,7 @@ INDEPENDENT = """
 """.split()
 
 AFFINE = """
-    cat concat concatenate stack hstack vstack dstack column_stack row_stack where pad constant_pad_nd
-    masked_fill masked_scatter index_fill index_copy index_put index_add scatter scatter_add
+    cat concat concatenate stack hstack vstack dstack column_stack row_stack where masked_fill masked_scatter index_fill index_copy index_put index_add scatter scatter_add
     select_scatter slice_scatter diagonal_scatter
     copy_ fill_ zero_ __setitem__
 """.split()
@@ -476,7 +531,7 @@ PRODUCT = """
 """.split()
 
 GATED = """
-    relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softsign tanhshrink hardshrink softshrink
+    relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softsign tanhshrink hardshrink softshrink
     local_response_norm
 """.split()
 
@@ -508,6 +563,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), weighted),
     **dict.fromkeys(("var_mean", "std_mean"), moments),
     **dict.fromkeys(("pow", "__pow__"), power),
+    **dict.fromkeys(("pad", "constant_pad_nd"), padding),
+    "relu": routing,
     "square": gate,
     "tanh": saturation,
     "lerp": interpolation,
@@ -562,6 +619,12 @@ def _writes(spelling: str) -> bool:
 
 
 OPERATIONS: dict[Callable[..., Any], Operation] = dict(_operations())
+
+# What returns no tensor, and is asked so often that looking further would show.
+PROPERTIES = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")]
+    + [Tensor.dim, Tensor.size, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.stride, Tensor.numel]
+)
 
 
 def resolve(function: Callable[..., Any]) -> Operation:
