@@ -17,12 +17,12 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LedgerError
 
-__all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors"]
+__all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors", "write"]
 
 Names = tuple[str, ...]
 
@@ -47,8 +47,8 @@ def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     # What most calls are made of is taken apart here: torch's trees cost more than many of the operations themselves.
     if isinstance(value, Tensor):
         return change(value)
-    if type(value) is tuple or type(value) is list:
-        return type(value)([_each_tensor(change, item) for item in value])
+    if type(value) is tuple:
+        return tuple([_each_tensor(change, item) for item in value])
     if isinstance(value, tuple | list | dict) and value:
         return tree_map_only(Tensor, change, value)
     return value
@@ -64,15 +64,15 @@ def tensors(value: Any) -> Iterator[Tensor]:
     return filter(continuous, leaves(value))
 
 
-def leaves(value: Any) -> Iterator[Any]:
+def leaves(value: Any) -> list[Any]:
     """What is in `value`, however nested."""
-    if type(value) is tuple or type(value) is list:
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, tuple | list | dict):
-        yield from tree_iter(value)
-    else:
-        yield value
+    found: list[Any] = []
+    for item in value if type(value) is tuple else (value,):
+        if not isinstance(item, tuple | list | dict):
+            found.append(item)
+        elif item:
+            found += leaves(item) if type(item) is tuple else tree_leaves(item)
+    return found
 
 
 def graft(value: Tensor, linear: Tensor) -> Tensor:
@@ -85,23 +85,44 @@ def graft(value: Tensor, linear: Tensor) -> Tensor:
     return linear
 
 
-def pulled(value: Tensor, input: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
-    """`value`, a fresh tensor, as a linear function of `input`, whose transpose is `pull`.
+def pulled(value: Tensor, input: Tensor, pull: Callable[..., Tensor], *kept: Tensor) -> Tensor:
+    """`value`, a fresh tensor, as a linear function of `input` whose transpose is pull(gradient, *kept).
 
     As `graft`, for rules that know the derivative: the linear function itself is never computed.
     """
-    return _Pulled.apply(input, value, pull)
+    return _Pulled.apply(input, value, pull, *kept)
 
 
 class _Pulled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor, value: Tensor, pull: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, input: Tensor, value: Tensor, pull: Callable[..., Tensor], *kept: Tensor) -> Tensor:
         ctx.pull = pull
+        ctx.save_for_backward(*kept)
         return value.data  # no view of it, so that the model may write into what it gets
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.pull(grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.pull(grad, *ctx.saved_tensors), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def write(target: Tensor, value: Tensor) -> None:
+    """target.copy_(value), without the zeros that torch makes up as the gradient of what stood in a whole tensor."""
+    if target._base is None and target.shape == value.shape and not target.is_leaf:
+        _Written.apply(target, value)
+    else:
+        target.copy_(value)
+
+
+class _Written(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, value: Tensor) -> Tensor:
+        ctx.mark_dirty(target)
+        ctx.dtype = value.dtype
+        return target.copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
 
 
 class Ledger:
@@ -114,6 +135,8 @@ class Ledger:
         self.images: list[Tensor] = []
         self.encodings: list[Tensor] = []
         self.unknown: dict[str, int] = {}
+        # Whether the graph is pulled for the last time, so that what it keeps may be written over.
+        self.last = False
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._gates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shares: dict[str, Tensor] = {}
@@ -231,7 +254,7 @@ class Ledger:
         """The gradient of `score` () at each explained input, and the share (B,) of each constant in the score."""
         if not score.requires_grad:
             raise LedgerError("The score does not move with the input. Compute it inside the mode, from what moves.")
-        self._shares = {}
+        self._shares, self.last = {}, not retain_graph
         inputs = self.inputs
         found = torch.autograd.grad(score, [*inputs, self._anchor], retain_graph=retain_graph, allow_unused=True)
         gradients = [
@@ -240,13 +263,15 @@ class Ledger:
         ]
         return gradients, self._shares
 
+    @staticmethod
+    def settled(tensor: Tensor) -> bool:
+        """Whether it is fit to be an argument as it is."""
+        return not (tensor.is_inference() or (tensor.requires_grad and tensor.is_leaf))
+
     def _settled(self, tensor: Tensor) -> Tensor:
-        if tensor.is_inference():
-            settled = tensor.detach().clone()
-        elif tensor.requires_grad and tensor.is_leaf:
-            settled = tensor.detach()
-        else:
+        if self.settled(tensor):
             return tensor
+        settled = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
         if tensor in self._names:
             self._names[settled] = self._names[tensor]
         return settled

@@ -13,9 +13,9 @@ is put back when the mode ends, also after an exception.
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate), `dynamic_linear` (linear in x, by weights that may depend on it),
-`input_encoding` (picture to channels that are explained), and `input_colours` (the picture as it is, explained by its
-colours).
+which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand), `dynamic_linear` (linear in
+x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a gate), `input_encoding`
+(picture to channels that are explained), and `input_colours` (the picture as it is, explained by its colours).
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from .ledger import Ledger, leaves, moves
-from .rules import OPERATIONS, PROPERTIES, Operation, Rule, beside, colours, encoding, gate, linear, resolve
+from .ledger import Ledger, leaves, moves, write
+from .rules import OPERATIONS, PROPERTIES, Operation, Rule, beside, colours, encoding, gate, gate_by, linear, resolve
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "input_colours", "input_encoding", "with_statistics"]
+__all__ = ["Linearised", "dynamic_linear", "gated", "gated_by", "input_colours", "input_encoding", "with_statistics"]
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -100,22 +100,26 @@ class Linearised(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if (
-            _modes.active[-1] is not self
-            or func in PROPERTIES
-            or not any(isinstance(leaf, Tensor) for leaf in leaves((args, kwargs)))
-        ):
+        if _modes.active[-1] is not self or func in PROPERTIES:
+            return func(*args, **kwargs)
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not given:
             return func(*args, **kwargs)
         with torch.inference_mode(False), torch.enable_grad():
-            args, kwargs = call = self._ledger.settle((args, kwargs))
-            if any(moves(leaf) for leaf in leaves(call)):
+            call = (args, kwargs)
+            if not all(map(self._ledger.settled, given)):
+                args, kwargs = call = self._ledger.settle(call)
+                given = leaves(call)
+            if any(map(moves, given)):
                 return self._linearised(func, args, kwargs)
             return self._ledger.inherit(func(*args, **kwargs), call)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""
         ledger, operation = self._ledger, resolve(func)
-        into = kwargs.pop("out", None)
+        into = kwargs.get("out")
+        if "out" in kwargs:
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if operation.in_place:
             into, func = args[0], _out_of_place(func)
         elif kwargs.get("inplace"):
@@ -127,7 +131,7 @@ class Linearised(TorchFunctionMode):
             return out
         # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be
         # written over something that moves if it seems to move, but it stays a gate.
-        into.copy_(out if moves(out) else ledger.entered(out, out))
+        write(into, out if moves(out) else ledger.entered(out, out))
         return ledger.mark(into, not moves(out) or ledger.gates(out))
 
 
@@ -137,6 +141,11 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     In explanation mode it is x · sg(f(x, *others) / x): the gate and all the others are constants.
     """
     return _declared(function, gate)
+
+
+def gated_by(factor: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """As `gated`, for an f(x, *others) = x · factor(x, *others), which spares the division."""
+    return lambda function: _declared(function, gate_by(factor))
 
 
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -173,8 +173,27 @@ def quotient(
     return _still_gate(ledger, run(input, frozen(other), **kwargs), input, other)
 
 
+def projection(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    """`linear`. (A weight that moves makes it a product.)"""
+    if moves(weight) or moves(bias) or not moves(input):
+        return weighted(ledger, run, input, weight, bias)
+    out = pulled(run(input.detach(), weight, bias), input, _through, weight)
+    if bias is not None:
+        ledger.enter(out, bias, bias)
+    return out
+
+
+def _through(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad · weight, without outputs at either end that have no gradient: q and k, where one product makes q, k and v."""
+    if grad.numel() and not grad[(0,) * (grad.dim() - 1)].all():
+        used = grad.reshape(-1, grad.shape[-1]).any(0).nonzero()
+        low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        grad, weight = grad[..., low:high], weight[low:high]
+    return grad @ weight
+
+
 def weighted(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any):
-    """`linear` and the convolutions. (A weight that moves makes them products, as in dynamic convolution.)"""
+    """The convolutions. (A weight that moves makes them products, as in dynamic convolution.)"""
     shape = (-1, *(1,) * (weight.dim() - 2))
     if moves(bias) or (moves(input) and moves(weight)):
         sum_of_products = product(ledger, run, input, weight, None, *args, **kwargs)
@@ -207,8 +226,25 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     value = run(*frozen((input, *args)), **frozen(kwargs))
     if not moves(input):
         return value
-    factor = _factor(value, input.detach())
-    return pulled(value, input, lambda grad: grad * factor)
+    return scaled(ledger, value, input, _factor(value, input.detach()))
+
+
+def gate_by(factor: Run) -> Rule:
+    """x · factor(x, *others), as `gate`, for functions that know their factor."""
+
+    def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any) -> Tensor:
+        if not moves(input):
+            return run(input, *frozen(others))
+        scale = factor(*frozen((input, *others))).to(input.dtype)
+        return scaled(ledger, scale * input.detach(), input, scale)
+
+    return rule
+
+
+def scaled(ledger: Ledger, value: Tensor, input: Tensor, factor: Tensor) -> Tensor:
+    """`value` as `input` times the constant `factor`, a fresh tensor of the same shape."""
+    # After the last score nothing reads the factor again, and fresh memory costs more than the product.
+    return pulled(value, input, lambda grad, factor: factor.mul_(grad) if ledger.last else grad * factor, factor)
 
 
 def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -218,7 +254,7 @@ def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) 
 
 def _factor(value: Tensor, x: Tensor) -> Tensor:
     """value / x, and 0 where x is 0."""
-    return (value / x).masked_fill_(x == 0, 0)
+    return torch.nan_to_num_(value / x, 0, torch.inf, -torch.inf)
 
 
 def saturation(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -235,7 +271,7 @@ def power(ledger: Ledger, run: Run, input: Any, exponent: Any) -> Tensor:
 
 def clipping(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`clamp` and its like: a gate where 0 stays 0, else a known non-linear operation."""
-    if moves(input) and not run(torch.zeros_like(input), *frozen(args), **frozen(kwargs)).any():
+    if moves(input) and not run(input.new_zeros(()), *frozen(args), **frozen(kwargs)).any():
         return gate(ledger, run, input, *args, **kwargs)
     return ledger.name(run(*frozen((input, *args)), **frozen(kwargs)), ("clamp output",))
 
@@ -257,7 +293,8 @@ def freezing(name: str) -> Rule:
 
 def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
     """The input itself, and a statistic of it that is only ever part of a gate."""
-    return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
+    with torch.no_grad():
+        return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
 
 
 def distrusting(name: str) -> Rule:
@@ -288,11 +325,11 @@ def layer_norm(
     value, _, inverse = torch.native_layer_norm(x, normalized_shape, gain, shift, eps)
     inverse = inverse.to(x.dtype)
 
-    def pull(grad: Tensor) -> Tensor:
+    def pull(grad: Tensor, inverse: Tensor) -> Tensor:
         grad = grad if gain is None else grad * gain
         return (grad - grad.mean(dims, keepdim=True)).mul_(inverse)
 
-    out = pulled(value, input, pull)
+    out = pulled(value, input, pull, inverse)
     if bias is not None:
         ledger.enter(out, bias, bias)
     return out
@@ -345,7 +382,7 @@ def batch_norm(
         mean, variance = running_mean, running_var
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight.detach()
     factor = _per_channel(scale, input)
-    out = pulled(value, input, lambda grad: grad * factor)
+    out = pulled(value, input, lambda grad, factor: grad * factor, factor)
     ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)
@@ -408,22 +445,34 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
 WEIGHTS = 2**20
 
 
-def attention(ledger: Ledger, run: Run, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Tensor:
+def attention(
+    ledger: Ledger,
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """`scaled_dot_product_attention`, on its fused kernel: who looks where is a gate, what is seen moves."""
-    query, key, args, kwargs = frozen((query, key, args, kwargs))
-    plain = not args and not kwargs.keys() - {"scale"} and query.shape[:-2] == value.shape[:-2]
+    query, key, attn_mask = frozen((query, key, attn_mask))
+    options = (attn_mask, dropout_p, is_causal)
+    more = {"scale": scale, "enable_gqa": enable_gqa}
+    plain = attn_mask is None and not dropout_p and not is_causal and query.shape[:-2] == value.shape[:-2]
     if not moves(value) or not plain or query.device.type != "cpu":
-        return run(query, key, value, *args, **kwargs)
+        return run(query, key, value, *options, **more)
 
     # torch's backward pass on a CPU makes the gradients of query and key too, wanted or not: five products, not two.
-    scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-    rows = max(1, WEIGHTS // max(1, key.shape[:-1].numel()))
-
-    def pull(grad: Tensor) -> Tensor:
-        parts = zip((query * scale).split(rows, -2), grad.split(rows, -2), strict=True)
+    def pull(grad: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        rows = max(1, WEIGHTS // key.shape[:-1].numel())
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        parts = zip((query * factor).split(rows, -2), grad.split(rows, -2), strict=True)
         return sum((q @ key.mT).softmax(-1).mT @ part for q, part in parts)  # type: ignore[return-value]
 
-    return pulled(run(query, key, value.detach(), **kwargs), value, pull)
+    return pulled(run(query, key, value.detach(), *options, **more), value, pull, query, key)
 
 
 def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -518,7 +567,8 @@ INDEPENDENT = """
 """.split()
 
 AFFINE = """
-    cat concat concatenate stack hstack vstack dstack column_stack row_stack where masked_fill masked_scatter index_fill index_copy index_put index_add scatter scatter_add
+    cat concat concatenate stack hstack vstack dstack column_stack row_stack where
+    masked_fill masked_scatter index_fill index_copy index_put index_add scatter scatter_add
     select_scatter slice_scatter diagonal_scatter
     copy_ fill_ zero_ __setitem__
 """.split()
@@ -559,7 +609,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rsub", "__rsub__"), combination(lambda alpha: (-alpha, 1))),
     **dict.fromkeys(("div", "divide", "true_divide", "__truediv__", "__div__"), quotient),
     **dict.fromkeys(("__rdiv__", "__rtruediv__"), freezing("reciprocal")),
-    **dict.fromkeys(("linear", *(f"conv{n}d" for n in (1, 2, 3))), weighted),
+    "linear": projection,
+    **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), weighted),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), weighted),
     **dict.fromkeys(("var_mean", "std_mean"), moments),
     **dict.fromkeys(("pow", "__pow__"), power),

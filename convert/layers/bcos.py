@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...explain.linearise import gated
+from ...explain.linearise import gated_by
 from .convolution import DynamicConv2d, SamePadding, in_blocks, with_squares
 from .scheduled import Rescalable, is_exactly
 
@@ -74,7 +74,7 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-@gated
+@gated_by(_scale)
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
