@@ -276,8 +276,10 @@ class Ledger:
             self._names[settled] = self._names[tensor]
         return settled
 
-    def _add(self, name: str, constant: Tensor, gradient: Tensor) -> None:
+    def _add(self, name: str, constant: Tensor, gradient: Tensor | None) -> None:
         """A backward hook: adds Σ gradient · constant of each picture to the share of `name`."""
+        if gradient is None:
+            return  # written over before anything read it
         constant = constant.reshape((1,) * (gradient.dim() - constant.dim()) + constant.shape)
         # What is broadcast is summed before it is multiplied: a bias costs one pass over the gradient.
         shared = [dim for dim in range(1, gradient.dim()) if constant.shape[dim] == 1]

@@ -184,7 +184,7 @@ def projection(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: An
 
 
 def _through(grad: Tensor, weight: Tensor) -> Tensor:
-    """grad · weight, without outputs at either end that have no gradient: q and k, where one product makes q, k and v."""
+    """grad · weight, without those first and last outputs that have no gradient: q and k, beside v in one product."""
     if grad.numel() and not grad[(0,) * (grad.dim() - 1)].all():
         used = grad.reshape(-1, grad.shape[-1]).any(0).nonzero()
         low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
