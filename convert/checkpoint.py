@@ -30,8 +30,9 @@ from .files import file_digest, new_folder
 from .methods import find_method
 from .plan import plan_conversion
 from .sources import Preprocess, SavedText, Source, build
+from .sources.weights import hollow, take_weights
 from .student import Student, apply_plan, output_of
-from .trace import fitted, noise_pictures
+from .trace import fitted, noise_pictures, trace_forward
 
 __all__ = ["load", "read_record", "save", "versions"]
 
@@ -87,7 +88,8 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
     config = _config_from_json(method.config_class, record["config"])
     preprocess = Preprocess.from_json(record["preprocess"])
     source = Source(**record["source"])
-    model = build(source)
+    # Methods that look at more than shapes when they plan need a skeleton with weights.
+    model = hollow(lambda: build(source)) if method.look is trace_forward else build(source)
     plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(
@@ -183,13 +185,13 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     seen: dict[int, str] = {}
     return {
         name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if seen.setdefault(_memory(tensor), name) == name
     }
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else id(tensor)
+    return tensor.data_ptr() if tensor.numel() and not tensor.is_meta else id(tensor)
 
 
 @contextlib.contextmanager
@@ -226,8 +228,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
     model.to(state[next(name for name, _ in model.named_parameters())].dtype)
-    # Tied tensors come back through the name that they were saved under.
-    model.load_state_dict({**{k: v for k, v in model.state_dict().items() if k not in wanted}, **state}, strict=True)
+    take_weights(model, state)
 
 
 def _check_record(folder: Path, record: dict[str, Any]) -> None:

@@ -128,7 +128,10 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         b = self._strength("b")
         if is_exactly(b, 1):
             return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        (grouped, squares), (weight, weight_norm_sq) = with_squares(x.unflatten(1, (self.groups, -1)), 2), self._with_norms()
+        (grouped, squares), (weight, weight_norm_sq) = (
+            with_squares(x.unflatten(1, (self.groups, -1)), 2),
+            self._with_norms(),
+        )
         o = F.conv2d(grouped.flatten(1, 2), weight, None, self.stride, padding, self.dilation, self.groups)
         patch_norm_sq, weight_norm_sq = self.under_patches(squares, padding), weight_norm_sq.view(self.groups, -1, 1, 1)
         y = bcos_scale(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)

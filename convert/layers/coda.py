@@ -153,7 +153,9 @@ class _Coda(Rescalable):
         weight, self.squash = self.weight, squash
         units, size = weight.shape[0] // self.groups, weight[0].numel()
         rank = min(rank, size if self.groups == 1 else min(size, units))
-        norm = sum_of_squares(weight.flatten(1), 1).flatten().sqrt().to(torch.promote_types(weight.dtype, torch.float32))
+        norm = (
+            sum_of_squares(weight.flatten(1), 1).flatten().sqrt().to(torch.promote_types(weight.dtype, torch.float32))
+        )
         # Of a zero kernel nothing is left to align: its gain is 0, so it stays silent.
         direction = weight / _per_unit(torch.where(norm > 0, norm, 1), weight)
         self.register_buffer("gain", norm / SQUASHES[squash].scale(torch.ones_like(norm)))
