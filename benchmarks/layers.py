@@ -205,6 +205,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu":
         torch.set_num_threads(1)
+        measure.keep_memory()
     rows: list[dict[str, Any]] = []
     for name, row in ROWS.items():
         for layout in LAYOUTS if len(row.shape) == 4 else LAYOUTS[:1]:

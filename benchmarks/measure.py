@@ -9,6 +9,8 @@ clock around work that was waited for.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -40,6 +42,18 @@ def cpu_seconds() -> float:
     """Of this process and of its children that have ended."""
     used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def keep_memory() -> None:
+    """Lets the process keep what it frees, as allocators for GPUs do (glibc only; elsewhere nothing happens).
+
+    Otherwise the system takes large blocks back and hands them out again page by page, more often for one side than for
+    another, by rules that depend on what ran before.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back
 
 
 def seconds(run: Run, device: str = "cpu") -> float:

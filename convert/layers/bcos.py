@@ -8,6 +8,7 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import gated_by
-from .convolution import DynamicConv2d, SamePadding, in_blocks, with_squares
+from .convolution import DynamicConv2d, SamePadding, in_blocks, unobserved, with_squares
 from .scheduled import Rescalable, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
@@ -34,7 +35,12 @@ class _BcosScale(torch.autograd.Function):
 
     @staticmethod
     def forward(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
-        return _scale(o, q, w2, b).mul_(o).to(o.dtype)
+        if not unobserved():
+            return _scale(o, _inverse(q), _inverse(w2), b).mul_(o).to(o.dtype)
+        y, inverse_w = torch.empty_like(o), _inverse(w2)
+        for out, part, of_part in _blocks(y, o, q):
+            torch.mul(_scale(part, _inverse(of_part), inverse_w, b), part, out=out)
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
@@ -44,37 +50,65 @@ class _BcosScale(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
         (y, q, w2), b = ctx.saved_tensors, ctx.b
-        # Not quite zero: at y = 0 a root has no derivative, and a double backward would be NaN.
-        power = _over_norms(y, q, w2).abs_().clamp_min_(torch.finfo(torch.float32).tiny)
-        scale = power.sqrt_() if is_exactly(b, 2) else power.pow_((b - 1) / b)
-        grads = [None, None]
-        if any(ctx.needs_input_grad[1:3]):
-            # y depends on q and w2 through their power (1-B)/2, so dy/dq = (1-B)/2 * y/q; zero where clamped.
-            product = grad * y.to(q.dtype)
-            grads = [
-                _over(product.sum_to_size(norm_sq.shape) * ((1 - b) / 2), norm_sq) if needed else None
-                for norm_sq, needed in zip((q, w2), ctx.needs_input_grad[1:3], strict=True)
-            ]
-            del product  # its memory is used again
-        return (scale * grad).mul_(b).to(y.dtype), *grads, None
+        inverse_w = _inverse(w2)
+        if unobserved():
+            grad_o, sums_q, sums_w = torch.empty_like(y), [], []
+            for out, part, pull, of_part in _blocks(grad_o, y, grad, q):
+                product = _product(part, pull)
+                sums_q.append(product.sum_to_size(of_part.shape))
+                sums_w.append(product.sum_to_size(w2.shape))
+                torch.mul(_root(_power(part, _inverse(of_part), inverse_w), b).mul_(b), pull, out=out)
+            sum_q, sum_w = torch.cat(sums_q), torch.stack(sums_w).sum(0)
+        else:
+            product = _product(y, grad)
+            sum_q, sum_w = product.sum_to_size(q.shape), product.sum_to_size(w2.shape)
+            # Not quite zero: at y = 0 a root has no derivative, and a double backward would be NaN.
+            power = _power(y, _inverse(q), inverse_w).clamp_min_(torch.finfo(torch.float32).tiny)
+            grad_o = (_root(power, b) * grad).mul_(b).to(y.dtype)
+        # y depends on q and w2 through their power (1-B)/2, so dy/dq = (1-B)/2 * y/q; zero where clamped.
+        return grad_o, _over(sum_q * ((1 - b) / 2), q), _over(sum_w * ((1 - b) / 2), w2), None
 
 
-def _scale(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
-    """A new tensor |cos|^(B-1)."""
-    cosine = _over_norms(o, q, w2).abs_()
+def _blocks(y: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts along the first dimension (B, ...) that fit into a CPU's cache."""
+    return zip(in_blocks(y), *(in_blocks(other, like=y) for other in others), strict=True)
+
+
+def _inverse(norm_sq: Tensor) -> Tensor:
+    return norm_sq.clamp_min(TINY).rsqrt_()
+
+
+def _power(o: Tensor, inverse_q: Tensor, inverse_w: Tensor) -> Tensor:
+    """|o| / sqrt(q * w2), a new tensor in the precision of the norms: |cos| of o, |cos|^B of y."""
+    return (o * inverse_q).mul_(inverse_w).abs_()
+
+
+def _scale(o: Tensor, inverse_q: Tensor, inverse_w: Tensor, b: float | Tensor) -> Tensor:
+    """|cos|^(B-1) of o, a new tensor."""
+    cosine = _power(o, inverse_q, inverse_w)
     return cosine if is_exactly(b, 2) else cosine.pow_(b - 1)
 
 
-def _over_norms(o: Tensor, q: Tensor, w2: Tensor) -> Tensor:
-    """A new tensor o / sqrt(q * w2), in the precision of the norms."""
-    return (o * q.clamp_min(TINY).rsqrt()).mul_(w2.clamp_min(TINY).rsqrt())
+def _root(power: Tensor, b: float | Tensor) -> Tensor:
+    """|cos|^(B-1) from |cos|^B, in place; dy/do is B times that."""
+    return power.sqrt_() if is_exactly(b, 2) else power.pow_((b - 1) / b)
+
+
+def _product(y: Tensor, grad: Tensor) -> Tensor:
+    """Of which the gradients of both norms are sums; in float32 at least."""
+    return grad * y.to(torch.promote_types(y.dtype, torch.float32))
 
 
 def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-@gated_by(_scale)
+def _factor(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
+    """What `bcos_scale` multiplies o by."""
+    return _scale(o, _inverse(q), _inverse(w2), b)
+
+
+@gated_by(_factor)
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
@@ -83,8 +117,9 @@ def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: floa
     """
     if torch.is_grad_enabled():
         return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
-    for part, norm_sq in zip(in_blocks(o), in_blocks(patch_norm_sq, like=o), strict=True):
-        part.mul_(_scale(part, norm_sq, weight_norm_sq, b))
+    inverse_w = _inverse(weight_norm_sq)
+    for part, of_part in _blocks(o, patch_norm_sq):
+        part.mul_(_scale(part, _inverse(of_part), inverse_w, b))
     return o
 
 

@@ -7,21 +7,27 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 
 from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled
 
-__all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "with_squares"]
+__all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "unobserved", "with_squares"]
 
 
 # Elements of a block that stays in a core's cache while several operations pass over it.
-BLOCK = 2**18
+BLOCK = 2**16
+
+
+def unobserved() -> bool:
+    """Whether no graph, transform or compiler follows what is done, so that one's own tensors may be written to."""
+    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or peek_interpreter_stack() is not None)
 
 
 def in_blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """`x` (B, ...) in parts along B, of the size of a CPU's cache for `like` (B, ...) or x; whole elsewhere."""
     like = x if like is None else like
-    if like.device.type != "cpu" or like.dim() < 2 or torch.compiler.is_compiling():
+    if like.dim() < 2 or not unobserved() or like.device.type != "cpu":
         return (x,)
     return x.split(max(1, BLOCK * len(like) // max(1, like.numel())))
 
@@ -57,7 +63,11 @@ class _WithSquares(torch.autograd.Function):
             return grad, None
         (x,) = ctx.saved_tensors
         of_squares = grad_squares.to(x.dtype)
-        return 2 * x * of_squares if grad is None else torch.addcmul(grad, x, of_squares, value=2), None
+        if grad is None:
+            return 2 * x * of_squares, None
+        # Nobody else has this gradient: only the layer's own product reads x behind this function.
+        add = grad.addcmul_ if unobserved() else grad.addcmul
+        return add(x, of_squares, value=2), None
 
 
 @with_statistics
@@ -109,7 +119,8 @@ class DynamicConv2d(BiasScheduled):
                 squares = squares.contiguous(memory_format=torch.channels_last)
             # Rows, then columns: k + k additions and not k * k.
             (k, l), (s, t), (p, q) = self.kernel_size, self.stride, padding
-            pooled = F.avg_pool2d(F.avg_pool2d(squares, (1, l), (1, t), (0, q)), (k, 1), (s, 1), (p, 0)) * (k * l)
+            pooled = F.avg_pool2d(squares, (1, l), (1, t), (0, q), divisor_override=1)
+            pooled = F.avg_pool2d(pooled, (k, 1), (s, 1), (p, 0), divisor_override=1)
         else:
             # A pool cannot do it, and a convolution would take the sums in float16 or TF32 where those are switched on.
             pooled = F.pad(squares, _four(padding))
