@@ -191,8 +191,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         for side, found in row["sides"].items():
             line = [row["row"] if side == "torch" else "", side]
             for kind in ("forward", "both"):
-                ms, ratio = found[kind]["ms"], found[kind]["ratio"]
-                line += [f"{ms['median']:.1f}", f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"]
+                line += [f"{found[kind]['ms']['median']:.1f}", measure.bold(found[kind]["ratio"])]
             line += [f"{found['kept'] / measure.MIB:.1f}", f"{found['kept'] / base['kept']:.2f}"]
             line += [f"{found['beyond'] / measure.MIB:.1f}", f"{found['peak'] / measure.MIB:.0f}"]
             cells.append(line)
@@ -203,9 +202,7 @@ def main() -> None:
     parser = measure.options(__doc__, "layers", rounds=15)
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     options = parser.parse_args()
-    if options.device == "cpu":
-        torch.set_num_threads(1)
-        measure.keep_memory()
+    measure.prepare(options.device)
     rows: list[dict[str, Any]] = []
     for name, row in ROWS.items():
         for layout in LAYOUTS if len(row.shape) == 4 else LAYOUTS[:1]:
@@ -213,9 +210,7 @@ def main() -> None:
                 row = dataclasses.replace(row, channels_last=bool(layout))
                 rows.append(measured(name + layout, row, ["torch", *options.sides], options))
                 print(table(rows[-1:]), flush=True)
-                every = measure.merged(options.json, rows, ("row", "device", "dtype"))
-    here = [row for row in every if (row["device"], row["dtype"]) == (options.device, options.dtype)]
-    measure.write_section(options.page, "layers.py", table(here))
+    measure.finish(options, "layers.py", rows, table)
 
 
 if __name__ == "__main__":

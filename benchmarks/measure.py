@@ -179,6 +179,20 @@ def options(description: str | None, name: str, rounds: int) -> argparse.Argumen
     return parser
 
 
+def prepare(device: str) -> None:
+    """One thread and steady memory, where the CPU is what is measured."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+        keep_memory()
+
+
+def finish(options: argparse.Namespace, name: str, rows: list[dict[str, Any]], table: Callable[[Any], str]) -> None:
+    """Adds `rows` to the results, and writes the section `name` of the page from those of this device and precision."""
+    every = merged(options.json, rows, ("row", "device", "dtype"))
+    same = (options.device, options.dtype)
+    write_section(options.page, name, table([row for row in every if (row["device"], row["dtype"]) == same]))
+
+
 def merged(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> list[dict[str, Any]]:
     """Writes `rows` into the JSON at `path`, in the place of those with the same values of `key`; returns all."""
     old = json.loads(path.read_text()) if path.is_file() else []
@@ -187,6 +201,11 @@ def merged(path: Path, rows: list[dict[str, Any]], key: Sequence[str]) -> list[d
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(list(every.values()), indent=1) + "\n")
     return list(every.values())
+
+
+def bold(ratio: Mapping[str, float]) -> str:
+    """A spread, as tables show it."""
+    return f"**{ratio['median']:.2f}** ({ratio['low']:.2f}–{ratio['high']:.2f})"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -34,9 +34,31 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
 from .ledger import Ledger, leaves, moves, write
-from .rules import OPERATIONS, PROPERTIES, Operation, Rule, beside, colours, encoding, gate, gate_by, linear, resolve
+from .rules import (
+    OPERATIONS,
+    PROPERTIES,
+    Operation,
+    Rule,
+    beside,
+    beside_mean,
+    colours,
+    encoding,
+    gate,
+    gate_by,
+    linear,
+    resolve,
+)
 
-__all__ = ["Linearised", "dynamic_linear", "gated", "gated_by", "input_colours", "input_encoding", "with_statistics"]
+__all__ = [
+    "Linearised",
+    "dynamic_linear",
+    "gated",
+    "gated_by",
+    "input_colours",
+    "input_encoding",
+    "with_mean",
+    "with_statistics",
+]
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -162,6 +184,14 @@ def with_statistics(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P,
     In explanation mode x is itself and the other a constant.
     """
     return _declared(function, beside)
+
+
+def with_mean(function: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
+    """Declares an f(x) that returns x, its mean (C,) over all but the channels, and what is only ever part of a gate.
+
+    In explanation mode x and its mean are what they are, linear in x, and the others constants.
+    """
+    return _declared(function, beside_mean)
 
 
 def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

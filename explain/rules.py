@@ -36,9 +36,11 @@ __all__ = [
     "Operation",
     "Rule",
     "beside",
+    "beside_mean",
     "colours",
     "encoding",
     "gate",
+    "gate_by",
     "linear",
     "resolve",
 ]
@@ -295,6 +297,13 @@ def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
     """The input itself, and a statistic of it that is only ever part of a gate."""
     with torch.no_grad():
         return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
+
+
+def beside_mean(ledger: Ledger, run: Run, input: Tensor) -> Any:
+    """As `beside`, where the first statistic is the mean of every channel, which is linear."""
+    _, mean, *others = run(input.detach())
+    moving = input.mean([dim for dim in range(input.dim()) if dim != 1])
+    return input, graft(mean, moving), *ledger.name(others, ("norm output",))
 
 
 def distrusting(name: str) -> Rule:

@@ -20,6 +20,8 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from ...explain.linearise import with_mean
+from .convolution import in_blocks, unobserved
 from .scheduled import Rescalable, faded, is_exactly
 
 __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
@@ -72,7 +74,8 @@ class UncentredBatchNorm(Rescalable):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        self._moments = _moments(x)
+        x, *moments = _with_moments(x)
+        self._moments = _over_processes(*moments)
         self.training = False
         try:
             return super().forward(x)
@@ -94,11 +97,51 @@ class UncentredBatchNorm(Rescalable):
             buffer.lerp_(value.to(buffer.dtype), share)
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of every channel of (B, C, ...), over the batches of all processes."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    others = [dim for dim in range(x.dim()) if dim != 1]
-    mean, square = x.mean(others), x.square().mean(others)
+class _WithMoments(torch.autograd.Function):
+    """x beside mean and mean square of every channel, so that the gradients of all three meet in one pass over x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        total = 0
+        for part in in_blocks(x):
+            part = part.to(torch.promote_types(x.dtype, torch.float32))
+            total = total + torch.stack([part.sum(_others(x)), part.square().sum(_others(x))])
+        mean, square = total / (x.numel() / x.shape[1])
+        return x.view_as(x), mean, square
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG004 - torch's own signature
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, grad_mean: Tensor, grad_square: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
+        (x,) = ctx.saved_tensors
+        count = x.numel() / x.shape[1]
+        shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+        shift, slope = ((g / count).to(x.dtype).view(shape) for g in (grad_mean, grad_square))
+        if not unobserved():
+            return grad.addcmul(x, slope, value=2) + shift
+        # Nobody else has this gradient: only the layer's own norm reads x behind this function.
+        for part, of_part in zip(in_blocks(grad), in_blocks(x), strict=True):
+            part.addcmul_(of_part, slope, value=2).add_(shift)
+        return grad
+
+
+def _others(x: Tensor) -> list[int]:
+    """All dimensions but the channels'."""
+    return [dim for dim in range(x.dim()) if dim != 1]
+
+
+@with_mean
+def _with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, C, ...), to be read on, and mean and mean square (C,) of its channels, in float32 at least."""
+    return _WithMoments.apply(x)
+
+
+def _over_processes(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) over the batches of all processes, from mean and mean square of this one's."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         count = torch.distributed.get_world_size()
         mean, square = all_reduce(torch.stack([mean, square])) / count
