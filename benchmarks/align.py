@@ -72,10 +72,8 @@ class Bare:
 
 def measured(reference: str, name: str, options: Any, folder: Path) -> list[dict[str, Any]]:
     """One row a phase of the recipe `name`."""
-    recipe = load_recipe(name)
-    phases = tuple(
-        dataclasses.replace(p, pictures=(options.steps + WARM_UP) * recipe.batch_size) for p in recipe.phases
-    )
+    recipe, length = load_recipe(name), options.steps + WARM_UP
+    phases = tuple(dataclasses.replace(phase, pictures=length * recipe.batch_size) for phase in recipe.phases)
     dtype = measure.DTYPES[options.dtype]
     recipe = dataclasses.replace(
         recipe, phases=phases, held_out=16, evaluate_every=NEVER, checkpoint_every=NEVER, probe_pictures=0,
@@ -149,10 +147,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([
         "## Alignment step", "",
         "A step of `align`, against the limit: the teacher's forward pass and three times the plain model's, at the "
-        "plain model's own speed. \"Beyond the bare step\" is what is not teacher, student, loss and backward: fetching, "
-        "normalising, clipping, optimizer, schedule, logging. Medians and quartiles over steps that were paired in one "
-        f"process; {machine['device']}, {machine['threads']} thread, {machine['dtype']}, torch {machine['torch']} "
-        "(`benchmarks/align.py`).", "", measure.markdown(heads, cells), "", "Where the time goes, in ms:", "",
+        "plain model's own speed. \"Beyond the bare step\" is what is not teacher, student, loss and backward: "
+        "fetching, normalising, clipping, optimizer, schedule, logging. Medians and quartiles over steps that were "
+        f"paired in one process; {machine['device']}, {machine['threads']} thread, {machine['dtype']}, "
+        f"torch {machine['torch']} (`benchmarks/align.py`).",
+        "", measure.markdown(heads, cells), "", "Where the time goes, in ms:", "",
         measure.markdown(["part", *(row["row"] for row in rows)], parts),
     ])  # fmt: skip
 

@@ -130,8 +130,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([
         "## Conversion", "",
         f"timm's `{row['row']}`, {row['parameters'] / 1e6:.0f} M parameters, {row['disk'] / 2**30:.2f} GiB of float32 "
-        "from a safetensors file, on one thread of a CPU. Opening and loading put one copy into memory, converting a second "
-        "one (the student beside its teacher). One picture's forward pass takes "
+        "from a safetensors file, on one thread of a CPU. Opening and loading put one copy into memory, converting a "
+        "second one (the student beside its teacher). One picture's forward pass takes "
         f"{forward:.1f} s here; most of the time is spent on checking that the student is the teacher "
         f"(torch {row['torch']}, `benchmarks/convert.py`).",
         "", measure.markdown(heads, cells),

@@ -295,11 +295,11 @@ def section(rows: list[dict[str, Any]]) -> str:
     machine = rows[0]
     return "\n".join([
         "## Growth", "",
-        f"A converted vision transformer (patch {PATCH}, {BASE['depth']} blocks of width {BASE['width']}, one picture of "
-        f"{BASE['size']} px), of which one setting grows; tar shards of four pictures; and EfficientNet-Lite0 aligned by "
-        "one and by two processes. Dashed: what is expected. Time in proportion to floating-point operations and memory "
-        "to tokens x width x depth, both through the middle point; k targets at the price of the second; an index in "
-        "proportion to its shards, through the last point; reading a picture, and CPU time and memory of a process, "
+        f"A converted vision transformer (patch {PATCH}, {BASE['depth']} blocks of width {BASE['width']}, one picture "
+        f"of {BASE['size']} px), of which one setting grows; tar shards of four pictures; EfficientNet-Lite0 aligned "
+        "by one and by two processes. Dashed: what is expected. Time in proportion to floating-point operations and "
+        "memory to tokens x width x depth, both through the middle point; k targets at the price of a second; an index "
+        "in proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
         f"constant. {machine['device']}, {machine['threads']} thread, float32, torch {machine['torch']} "
         "(`benchmarks/growth.py`).", "",
         measure.markdown(heads, cells), "", *pictures,
