@@ -32,7 +32,7 @@ from .plan import plan_conversion
 from .sources import Preprocess, SavedText, Source, build
 from .sources.weights import hollow, take_weights
 from .student import Student, apply_plan, output_of
-from .trace import fitted, noise_pictures, trace_forward
+from .trace import fitted, noise_pictures
 
 __all__ = ["load", "read_record", "save", "versions"]
 
@@ -88,8 +88,7 @@ def load(folder: str | Path, *, check: bool = True) -> Student:
     config = _config_from_json(method.config_class, record["config"])
     preprocess = Preprocess.from_json(record["preprocess"])
     source = Source(**record["source"])
-    # Methods that look at more than shapes when they plan need a skeleton with weights.
-    model = hollow(lambda: build(source)) if method.look is trace_forward else build(source)
+    model = build(source) if method.tries else hollow(lambda: build(source))
     plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(

@@ -237,7 +237,8 @@ def gate_by(factor: Run) -> Rule:
     def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any) -> Tensor:
         if not moves(input):
             return run(input, *frozen(others))
-        scale = factor(*frozen((input, *others))).to(input.dtype)
+        with torch.no_grad():
+            scale = factor(*frozen((input, *others)))
         return scaled(ledger, scale * input.detach(), input, scale)
 
     return rule

@@ -105,7 +105,10 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
 
 def _factor(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
     """What `bcos_scale` multiplies o by."""
-    return _scale(o, _inverse(q), _inverse(w2), b)
+    factor, inverse_w = torch.empty_like(o), _inverse(w2)
+    for out, part, of_part in _blocks(factor, o, q):
+        out.copy_(_scale(part, _inverse(of_part), inverse_w, b))
+    return factor
 
 
 @gated_by(_factor)
