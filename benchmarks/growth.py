@@ -229,7 +229,8 @@ def lines(sweep: str, points: list[dict[str, Any]]) -> tuple[list[Line], list[Li
     if sweep == "targets":
         further = explained[1] - explained[0]
         time = [explained[0] + (count - 1) * further for count in values]
-        memory = proportional(peaks[1], ones)
+        # What is returned of a target: a gradient in six channels and a map, in float32.
+        memory = [peaks[1][0] + (count - 1) * 7 * 4 * BASE["size"] ** 2 / measure.MIB for count in values]
         return (
             [("forward", forward, proportional(forward, ones)), ("explain", explained, time)],
             [("explain", peaks[1], memory)],
@@ -298,7 +299,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         f"A converted vision transformer (patch {PATCH}, {BASE['depth']} blocks of width {BASE['width']}, one picture "
         f"of {BASE['size']} px), of which one setting grows; tar shards of four pictures; EfficientNet-Lite0 aligned "
         "by one and by two processes. Dashed: what is expected. Time in proportion to floating-point operations and "
-        "memory to tokens x width x depth, both through the middle point; k targets at the price of a second; an index "
+        "memory to tokens x width x depth, both through the middle point; k targets at the price of a second, and "
+        "of what they return; an index "
         "in proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
         f"constant. {machine['device']}, {machine['threads']} thread, float32, torch {machine['torch']} "
         "(`benchmarks/growth.py`).", "",
