@@ -30,6 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 WARM_UP = 2  # steps of a phase that are not counted
 NEVER = 10**9
+PLAIN, PLAIN_STEP = "plain forward, no graph", "plain forward and backward"
 MODELS = (("bundled:dinov2_small", "bcos/vit"), ("bundled:efficientnet_lite0", "bcos/cnn"))
 
 
@@ -38,6 +39,7 @@ class Bare:
 
     def __init__(self, reference: str, recipe: Recipe, phase: Phase, device: str, dtype: torch.dtype) -> None:
         self.teacher = load_teacher(reference).model.to(device).requires_grad_(False)
+        self.plain = copy.deepcopy(self.teacher).train(phase.batch_statistics).requires_grad_(True)
         student = convert(reference).model.to(device)
         # As a run has it: the student, before it moves.
         self.theirs = copy.deepcopy(student).requires_grad_(False)
@@ -54,12 +56,15 @@ class Bare:
         seen: list[Any] = []
         losses: list[Any] = []
 
-        def plain() -> None:
+        def forward() -> None:
             with torch.inference_mode():
                 self.teacher(self.pictures)
 
+        def both() -> None:
+            self.plain(self.pictures).square().mean().backward()
+
         with statistics, torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
-            found = {"plain forward": measure.seconds(plain, self.device)}
+            found = {PLAIN: measure.seconds(forward, self.device), PLAIN_STEP: measure.seconds(both, self.device)}
             parts = {
                 "teacher": lambda: seen.extend(observe(self.theirs, self.pictures, self.objective.taps)),
                 "student and loss": lambda: losses.append(self.objective(self.pictures, *seen)["total"]),
@@ -67,6 +72,7 @@ class Bare:
             }
             found |= {name: measure.seconds(part, self.device) for name, part in parts.items()}
         self.student.zero_grad()
+        self.plain.zero_grad()
         return found
 
 
@@ -109,45 +115,43 @@ def _now(device: str) -> float:
 
 
 def _row(reference: str, recipe: Recipe, phase: Phase, steps: list[dict[str, float]], options: Any) -> dict[str, Any]:
-    parts = [name for name in steps[0] if name not in ("whole", "plain forward")]
+    parts = [name for name in steps[0] if name not in ("whole", PLAIN, PLAIN_STEP)]
     for step in steps:
         step["bare"] = sum(step[part] for part in parts)
-        step["limit"] = 4 * step["plain forward"]
+        step["limit"] = 4 * step[PLAIN]
+        step["plain step"] = step[PLAIN] + step[PLAIN_STEP]
         step["rest"] = step["whole"] - step["bare"]
     row = {"row": f"{reference.partition(':')[2]}, {phase.objective}", "dtype": options.dtype, "rounds": len(steps)}
     row |= {"image_size": recipe.image_size, "batch_size": recipe.batch_size, **measure.machine(options.device)}
     row["ms"] = {name: measure.spread([1e3 * step[name] for step in steps]) for name in steps[0]}
     row["overhead"] = measure.spread([step["rest"] / step["bare"] for step in steps])
     row["share"] = measure.spread([step["limit"] / step["whole"] for step in steps])
+    row["plain_share"] = measure.spread([step["plain step"] / step["whole"] for step in steps])
     row["pictures_per_second"] = measure.spread([recipe.batch_size / step["whole"] for step in steps])
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    heads = [
-        "model, objective",
-        "pictures",
-        "step ms",
-        "pictures/s",
-        "limit ms",
-        "share of the limit",
-        "beyond the bare step",
-    ]
+    heads = ["model, objective", "pictures", "step ms", "pictures/s", "limit ms", "share of it"]
+    heads += ["plain training ms", "share of it", "beyond the bare step"]
     cells = [
         [
             row["row"], f"{row['batch_size']} of {row['image_size']} px", f"{row['ms']['whole']['median']:.0f}",
             f"{row['pictures_per_second']['median']:.1f}", f"{row['ms']['limit']['median']:.0f}",
-            measure.bold(row["share"]), _percent(row["overhead"]),
+            measure.bold(row["share"]), f"{row['ms']['plain step']['median']:.0f}", measure.bold(row["plain_share"]),
+            _percent(row["overhead"]),
         ]
         for row in rows
     ]  # fmt: skip
-    names = ["plain forward", "teacher", "student and loss", "backward", "rest"]
+    names = [PLAIN, PLAIN_STEP, "teacher", "student and loss", "backward", "rest"]
     parts = [[name, *(f"{row['ms'][name]['median']:.0f}" for row in rows)] for name in names]
     machine = rows[0]
     return "\n".join([
         "## Alignment step", "",
         "A step of `align`, against the limit: the teacher's forward pass and three times the plain model's, at the "
-        "plain model's own speed. \"Beyond the bare step\" is what is not teacher, student, loss and backward: "
+        "plain model's own speed. \"Plain training\" is the teacher's forward pass and the plain model's own forward "
+        "and backward pass, measured (with batch statistics where the phase has them). \"Beyond the bare "
+        "step\" is what is not teacher, student, loss and backward: "
         "fetching, normalising, clipping, optimizer, schedule, logging. Medians and quartiles over steps that were "
         f"paired in one process; {machine['device']}, {machine['threads']} thread, {machine['dtype']}, "
         f"torch {machine['torch']} (`benchmarks/align.py`).",
