@@ -239,7 +239,7 @@ def lines(sweep: str, points: list[dict[str, Any]]) -> tuple[list[Line], list[Li
     flops, activations = column("flops"), column("activations")
     return (
         [(n, v, proportional(v, flops, middle)) for n, v in (("forward", forward), ("explain one target", explained))],
-        [("explain one target", peaks[1], proportional(peaks[1], activations, middle)), ("forward", peaks[0], None)],
+        [("forward", peaks[0], None), ("explain one target", peaks[1], proportional(peaks[1], activations, middle))],
     )
 
 
@@ -254,9 +254,10 @@ def plot(sweep: str, points: list[dict[str, Any]], path: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for panel, drawn, unit in zip(panels, lines(sweep, points), ("ms", "MiB"), strict=True):
         for number, (name, found, expected) in enumerate(drawn):
-            panel.plot(values, found, "o-", color=f"C{number}", label=name)
+            colour = "C1" if name.startswith("explain") else f"C{number}"
+            panel.plot(values, found, "o-", color=colour, label=name)
             if expected is not None:
-                panel.plot(values, expected, "--", color=f"C{number}", alpha=0.6, label="expected")
+                panel.plot(values, expected, "--", color=colour, alpha=0.6, label="expected")
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xticks(values, [f"{value:,}" for value in values])
