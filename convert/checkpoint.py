@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, near_miss
 from .files import file_digest, new_folder
+from .layers import watching_writes
 from .methods import find_method
 from .plan import plan_conversion
 from .sources import Preprocess, SavedText, Source, build
@@ -254,7 +255,7 @@ def _check_probe(folder: Path, model: nn.Module) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / PROBE} cannot be read as safetensors: {error}") from error
     parameter = next(model.parameters())
-    with torch.no_grad():
+    with torch.no_grad(), watching_writes(model):
         output = output_of(model, fitted(probe["input"], model)).float()
     error = float((output - probe["output"]).abs().max() / probe["output"].abs().max().clamp_min(1e-12))
     if not error <= PROBE_TOLERANCE * (1 if parameter.dtype == torch.float32 else 100):

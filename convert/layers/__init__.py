@@ -2,7 +2,7 @@
 
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
-from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
+from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale, watching_writes
 from .ca_stream import CaStream, CaStreamForToken, Stream
 from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
 from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, squashed
@@ -80,4 +80,5 @@ __all__ = [
     "set_strength",
     "six_channels",
     "squashed",
+    "watching_writes",
 ]

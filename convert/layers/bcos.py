@@ -8,6 +8,7 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ from ...explain.linearise import gated_by
 from .convolution import DynamicConv2d, SamePadding, in_blocks, unobserved, with_squares
 from .scheduled import Rescalable, is_exactly
 
-__all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
+__all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale", "watching_writes"]
 
 # Squared norms below this count as zero: the one epsilon of all B-cos layers.
 TINY = 1e-24
@@ -134,6 +135,12 @@ class _Bcos(Rescalable):
     _b: float
     weight: nn.Parameter
     bounded: bool = True
+    # Whether what follows writes into the output, as `ReLU(inplace=True)` does; see `watching_writes`.
+    overwritten: bool = False
+
+    def _scaled(self, o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
+        y = bcos_scale(o, patch_norm_sq, weight_norm_sq, b)
+        return y.clone() if self.overwritten and torch.is_grad_enabled() else y
 
     def _with_norms(self) -> tuple[Tensor, Tensor]:
         """The weight, and the squared norm (C_out,) of every filter; ones for the unbounded variant."""
@@ -152,7 +159,7 @@ class BcosLinear(_Bcos):
         if is_exactly(b, 1):
             return F.linear(x, self.weight, self.bias)
         (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1), self._with_norms()
-        y = bcos_scale(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b)
+        y = self._scaled(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b)
         return y if self.bias is None else y + self.bias
 
 
@@ -172,9 +179,31 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         )
         o = F.conv2d(grouped.flatten(1, 2), weight, None, self.stride, padding, self.dilation, self.groups)
         patch_norm_sq, weight_norm_sq = self.under_patches(squares, padding), weight_norm_sq.view(self.groups, -1, 1, 1)
-        y = bcos_scale(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)
+        y = self._scaled(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
 class BcosConv2dSame(SamePadding, BcosConv2d):
     """B-cos over timm's `Conv2dSame`."""
+
+
+@contextlib.contextmanager
+def watching_writes(model: nn.Module) -> Iterator[None]:
+    """Finds the B-cos layers of `model` whose output is written to by what follows, while it runs inside.
+
+    The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
+    all others need none.
+    """
+    outputs: list[tuple[_Bcos, Tensor, int]] = []
+    handles = [
+        layer.register_forward_hook(lambda layer, _, output: outputs.append((layer, output, output._version)))
+        for layer in model.modules()
+        if isinstance(layer, _Bcos)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, output, version in outputs:
+        layer.overwritten |= output._version != version
