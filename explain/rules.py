@@ -19,6 +19,7 @@ moves, with every summand that does not move entered in the ledger. With sg = st
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
@@ -430,8 +431,10 @@ def cosine_similarity(ledger: Ledger, run: Run, x1: Any, x2: Any, dim: int = 1, 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     """(x - μ) / sg(σ) over `dims`: to subtract a mean is linear, so it moves."""
-    variance = x.detach().var(dims, correction=0, keepdim=True)
-    return (x - x.mean(dims, keepdim=True)) * (variance + eps).rsqrt()
+    centred = x - x.mean(dims, keepdim=True)
+    count = math.prod(x.shape[dim] for dim in dims)
+    variance = torch.linalg.vector_norm(centred.detach(), dim=dims, keepdim=True).square() / count
+    return centred * (variance + eps).rsqrt()
 
 
 def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False) -> Tensor:
