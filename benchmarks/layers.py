@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import measure
 import torch
 import torch.nn.functional as F
 from bcosify.convert.layers import (
@@ -31,8 +33,6 @@ from bcosify.convert.layers import (
     set_strength,
 )
 from torch import Tensor, nn
-
-import measure
 
 try:
     import bcos.modules as published
@@ -93,7 +93,9 @@ def published_layer(source: nn.Module) -> nn.Module:
     if isinstance(source, nn.Linear):
         return published.BcosLinear(source.in_features, source.out_features)
     assert isinstance(source, nn.Conv2d)
-    geometry = (source.kernel_size, source.stride, source.padding, source.dilation, source.groups)
+    # It takes no pair for a dilation.
+    pairs = (source.kernel_size, source.stride, source.padding, source.dilation)
+    geometry = (*(pair[0] for pair in pairs), source.groups)  # type: ignore[index]
     return published.BcosConv2d(source.in_channels, source.out_channels, *geometry)
 
 
@@ -165,13 +167,10 @@ def measured(name: str, row: Row, sides: list[str], options: Any) -> dict[str, A
 
     found: dict[str, Any] = {"row": name, "rounds": options.rounds, **measure.machine(options.device)}
     found |= {"dtype": options.dtype, "sides": {}}
-    timed = {
-        kind: measure.against(
-            measure.paired({n: lambda layer=layer: run(layer) for n, layer in made.items()}, options.rounds, options.device),
-            "torch",
-        )
-        for kind, run in (("forward", forward), ("both", both))
-    }
+    timed = {}
+    for kind, run in (("forward", forward), ("both", both)):
+        runs = {side: functools.partial(run, layer) for side, layer in made.items()}
+        timed[kind] = measure.against(measure.paired(runs, options.rounds, options.device), "torch")
     for side, layer in made.items():
         there = [x, *layer.parameters(), *layer.buffers()]
         found["sides"][side] = {

@@ -96,7 +96,11 @@ def paired(
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and quartiles."""
     ordered = sorted(values)
-    return {"median": statistics.median(ordered), "low": ordered[len(ordered) // 4], "high": ordered[-1 - len(ordered) // 4]}
+    return {
+        "median": statistics.median(ordered),
+        "low": ordered[len(ordered) // 4],
+        "high": ordered[-1 - len(ordered) // 4],
+    }
 
 
 def against(found: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, Any]]:

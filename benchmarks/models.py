@@ -17,14 +17,13 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import measure
 import torch
 from bcosify.align.compiling import compile_blocks
 from bcosify.convert import convert, load_teacher, set_strength
 from bcosify.convert.layers import batch_statistics
 from bcosify.explain import explain
 from torch import Tensor, nn
-
-import measure
 
 try:
     from bcos.models import pretrained as published
@@ -119,11 +118,16 @@ def measured(name: str, channels_last: bool, options: Any) -> dict[str, Any]:
     for side, model in models.items():
         with in_training(model, side):
             kept[side] = measure.kept_bytes(lambda s=side: models[s](pictures[s]), list(model.parameters()))
-    timed = {kind: measure.against(measure.paired(r, options.rounds, options.device, 1), "torch") for kind, r in runs.items()}
+    timed = {
+        kind: measure.against(measure.paired(r, options.rounds, options.device, 1), "torch") for kind, r in runs.items()
+    }
     found = {side: {kind: timed[kind][side] for kind in runs} | {"kept": kept[side]} for side in models}
     for side in found:
         if side in ("bcosify", "bcos"):
-            pair = {"inference": runs["inference"][side], "explain": lambda s=side: explained(models[s], s, pictures[s])}
+            pair = {
+                "inference": runs["inference"][side],
+                "explain": lambda s=side: explained(models[s], s, pictures[s]),
+            }
             seconds = measure.paired(pair, options.rounds, options.device, 1)
             found[side]["explain"] = measure.against(seconds, "inference")["explain"]
     settings = {"batch": options.batch, "rounds": options.rounds, "dtype": options.dtype}

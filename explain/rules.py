@@ -235,11 +235,12 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
 def gate_by(factor: Run) -> Rule:
     """x · factor(x, *others), as `gate`, for functions that know their factor."""
 
-    def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any) -> Tensor:
+    def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any, **more: Any) -> Tensor:
+        others, more = frozen(others), frozen(more)
         if not moves(input):
-            return run(input, *frozen(others))
+            return run(input, *others, **more)
         with torch.no_grad():
-            scale = factor(*frozen((input, *others)))
+            scale = factor(input.detach(), *others, **more)
         return scaled(ledger, scale * input.detach(), input, scale)
 
     return rule

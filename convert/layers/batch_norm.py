@@ -104,11 +104,12 @@ class _WithMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        total = 0
-        for part in in_blocks(x):
-            part = part.to(torch.promote_types(x.dtype, torch.float32))
-            total = total + torch.stack([part.sum(_others(x)), part.square().sum(_others(x))])
-        mean, square = total / (x.numel() / x.shape[1])
+        wide, others = torch.promote_types(x.dtype, torch.float32), _others(x)
+        parts = [part.to(wide) for part in in_blocks(x)]
+        mean, square = (
+            torch.stack(sums).sum(0) / (x.numel() / x.shape[1])
+            for sums in zip(*((part.sum(others), part.square().sum(others)) for part in parts), strict=True)
+        )
         return x.view_as(x), mean, square
 
     @staticmethod
@@ -121,7 +122,7 @@ class _WithMoments(torch.autograd.Function):
         count = x.numel() / x.shape[1]
         shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
         shift, slope = ((g / count).to(x.dtype).view(shape) for g in (grad_mean, grad_square))
-        if not unobserved():
+        if not unobserved(grad, x, slope):
             return grad.addcmul(x, slope, value=2) + shift
         # Nobody else has this gradient: only the layer's own norm reads x behind this function.
         for part, of_part in zip(in_blocks(grad), in_blocks(x), strict=True):

@@ -36,7 +36,7 @@ class _BcosScale(torch.autograd.Function):
 
     @staticmethod
     def forward(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
-        if not unobserved():
+        if not unobserved(o, q, w2):
             return _scale(o, _inverse(q), _inverse(w2), b).mul_(o).to(o.dtype)
         y, inverse_w = torch.empty_like(o), _inverse(w2)
         for out, part, of_part in _blocks(y, o, q):
@@ -52,7 +52,7 @@ class _BcosScale(torch.autograd.Function):
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
         (y, q, w2), b = ctx.saved_tensors, ctx.b
         inverse_w = _inverse(w2)
-        if unobserved():
+        if unobserved(grad, y, q, w2):
             grad_o, sums_q, sums_w = torch.empty_like(y), [], []
             for out, part, pull, of_part in _blocks(grad_o, y, grad, q):
                 product = _product(part, pull)
@@ -104,15 +104,15 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-def _factor(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
+def _gate(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """What `bcos_scale` multiplies o by."""
-    factor, inverse_w = torch.empty_like(o), _inverse(w2)
-    for out, part, of_part in _blocks(factor, o, q):
+    gate, inverse_w = torch.empty_like(o), _inverse(weight_norm_sq)
+    for out, part, of_part in _blocks(gate, o, patch_norm_sq):
         out.copy_(_scale(part, _inverse(of_part), inverse_w, b))
-    return factor
+    return gate
 
 
-@gated_by(_factor)
+@gated_by(_gate)
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
@@ -195,11 +195,12 @@ def watching_writes(model: nn.Module) -> Iterator[None]:
     all others need none.
     """
     outputs: list[tuple[_Bcos, Tensor, int]] = []
-    handles = [
-        layer.register_forward_hook(lambda layer, _, output: outputs.append((layer, output, output._version)))
-        for layer in model.modules()
-        if isinstance(layer, _Bcos)
-    ]
+
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer, _Bcos)
+        outputs.append((layer, output, output._version))
+
+    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, _Bcos)]
     try:
         yield
     finally:

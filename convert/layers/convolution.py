@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 
 from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled
@@ -19,15 +19,17 @@ __all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "unobs
 BLOCK = 2**16
 
 
-def unobserved() -> bool:
-    """Whether no graph, transform or compiler follows what is done, so that one's own tensors may be written to."""
-    return not (torch.compiler.is_compiling() or torch.is_grad_enabled() or peek_interpreter_stack() is not None)
+def unobserved(*tensors: Tensor) -> bool:
+    """Whether no graph, transform or compiler follows what is done with `tensors`, so that memory may be written to."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return not any(is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def in_blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
     """`x` (B, ...) in parts along B, of the size of a CPU's cache for `like` (B, ...) or x; whole elsewhere."""
     like = x if like is None else like
-    if like.dim() < 2 or not unobserved() or like.device.type != "cpu":
+    if like.dim() < 2 or like.device.type != "cpu" or not unobserved(x, like):
         return (x,)
     return x.split(max(1, BLOCK * len(like) // max(1, like.numel())))
 
@@ -66,7 +68,7 @@ class _WithSquares(torch.autograd.Function):
         if grad is None:
             return 2 * x * of_squares, None
         # Nobody else has this gradient: only the layer's own product reads x behind this function.
-        add = grad.addcmul_ if unobserved() else grad.addcmul
+        add = grad.addcmul_ if unobserved(grad, x, of_squares) else grad.addcmul
         return add(x, of_squares, value=2), None
 
 
@@ -114,8 +116,8 @@ class DynamicConv2d(BiasScheduled):
         if self.kernel_size == (1, 1):
             pooled = F.pad(squares, _four(padding))[..., :: self.stride[0], :: self.stride[1]]
         elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
-            if self.groups > 1:
-                # A pool over many channels is fast where they lie side by side.
+            if self.groups > 1 and (torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(squares)):
+                # A pool over many channels is fast where they lie side by side; `vmap` cannot lay them so.
                 squares = squares.contiguous(memory_format=torch.channels_last)
             # Rows, then columns: k + k additions and not k * k.
             (k, l), (s, t), (p, q) = self.kernel_size, self.stride, padding
