@@ -262,20 +262,26 @@ def plot(sweep: str, points: list[dict[str, Any]], path: Path) -> None:
         panel.set_yscale("log")
         panel.set_xticks(values, [f"{value:,}" for value in values])
         panel.xaxis.set_minor_formatter(NullFormatter())
-        for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
-            formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "125" else ""))
-        panel.set_xlabel(AXES[sweep])
-        panel.set_ylabel(unit)
         bottom, top = panel.get_ylim()
         if top < 3 * bottom:
-            panel.set_ylim(bottom / 2, top * 2)
+            bottom, top = panel.set_ylim(bottom / 2, top * 2)
+        digits = "125" if top < 1e3 * bottom else "1"
+        for formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+            formatter(FuncFormatter(functools.partial(_tick, digits)))
+        panel.set_xlabel(AXES[sweep])
+        panel.set_ylabel(unit)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8)
+        panel.legend(fontsize=8, loc="upper left")
     panels[0].set_title("time" if sweep != "processes" else "CPU time, all processes")
     panels[1].set_title("memory")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
+
+
+def _tick(digits: str, value: float, _: int) -> str:
+    """A number, where it begins with one of `digits`."""
+    return f"{value:,g}" if f"{value:e}"[0] in digits else ""
 
 
 def slope(measured: Sequence[float], values: Sequence[float]) -> float:

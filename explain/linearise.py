@@ -121,20 +121,20 @@ class Linearised(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        options: dict[str, Any] = kwargs or {}
         if _modes.active[-1] is not self or func in PROPERTIES:
-            return func(*args, **kwargs)
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            return func(*args, **options)
+        given = [leaf for leaf in leaves((args, options)) if isinstance(leaf, Tensor)]
         if not given:
-            return func(*args, **kwargs)
+            return func(*args, **options)
         with torch.inference_mode(False), torch.enable_grad():
-            call = (args, kwargs)
+            call = (args, options)
             if not all(map(self._ledger.settled, given)):
-                args, kwargs = call = self._ledger.settle(call)
+                args, options = call = self._ledger.settle(call)
                 given = leaves(call)
             if any(map(moves, given)):
-                return self._linearised(func, args, kwargs)
-            return self._ledger.inherit(func(*args, **kwargs), call)
+                return self._linearised(func, args, options)
+            return self._ledger.inherit(func(*args, **options), call)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""
