@@ -46,7 +46,7 @@ AXES = {
 }  # fmt: skip
 SHARDS = (10, 100, 1000, 10000)
 PROCESSES = (1, 2)
-STEPS, BATCH = (4, 24), 16
+STEPS, BATCH = (2, 14), 16  # BATCH pictures a process
 
 
 # ------------------------------------------------------------------------------------------------------ of one model
@@ -167,8 +167,9 @@ def _run(folder: Path, processes: int, steps: int) -> tuple[float, int]:
     """CPU seconds of an alignment, and the most memory of one of its processes."""
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(measure.ROOT / "recipes/accelerate/cpu.yaml")]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
-    changes = {"image_size": 64, "batch_size": BATCH, "workers": 0, "held_out": 8, "probe_pictures": 0}
-    changes |= {"phases.0.pictures": steps * BATCH, "evaluate_every": 10**9, "checkpoint_every": 10**9}
+    batch = BATCH * processes
+    changes = {"image_size": 64, "batch_size": batch, "workers": 0, "held_out": 8, "probe_pictures": 0}
+    changes |= {"phases.0.pictures": steps * batch, "evaluate_every": 10**9, "checkpoint_every": 10**9}
     words = [
         "-m",
         "bcosify.cli",
@@ -257,7 +258,7 @@ def plot(sweep: str, points: list[dict[str, Any]], path: Path) -> None:
             colour = "C1" if name.startswith("explain") else f"C{number}"
             panel.plot(values, found, "o-", color=colour, label=name)
             if expected is not None:
-                panel.plot(values, expected, "--", color=colour, alpha=0.6, label="expected")
+                panel.plot(values, expected, "--", color=colour, alpha=0.6, label="" if number else "expected")
         panel.set_xscale("log")
         panel.set_yscale("log")
         panel.set_xticks(values, [f"{value:,}" for value in values])
@@ -271,7 +272,7 @@ def plot(sweep: str, points: list[dict[str, Any]], path: Path) -> None:
         panel.set_xlabel(AXES[sweep])
         panel.set_ylabel(unit)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=8, loc="upper left")
+        panel.legend(fontsize=8)
     panels[0].set_title("time" if sweep != "processes" else "CPU time, all processes")
     panels[1].set_title("memory")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -305,7 +306,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         "## Growth", "",
         f"A converted vision transformer (patch {PATCH}, {BASE['depth']} blocks of width {BASE['width']}, one picture "
         f"of {BASE['size']} px), of which one setting grows; tar shards of four pictures; EfficientNet-Lite0 aligned "
-        "by one and by two processes. Dashed: what is expected. Time in proportion to floating-point operations and "
+        f"by one and by two processes ({BATCH} pictures of 64 px each a step). "
+        "Dashed: what is expected. Time in proportion to floating-point operations and "
         "memory to tokens x width x depth, both through the middle point; k targets at the price of a second, and "
         "of what they return; an index "
         "in proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
