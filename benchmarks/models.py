@@ -160,7 +160,7 @@ def main() -> None:
             if options.only in name + LAYOUTS[channels_last]:
                 rows.append(measured(name, channels_last, options))
                 print(table(rows[-1:]), flush=True)
-    measure.finish(options, "models.py", rows, table)
+                measure.finish(options, "models.py", rows, table)
 
 
 if __name__ == "__main__":
