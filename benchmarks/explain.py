@@ -107,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             + [measure.bold(sides[name]["ratio"]) for name in names]
             + [f"{(last - first) / (TARGETS[-1] - TARGETS[0]):.2f}", *(f"{peak:.0f}" for peak in peaks)]
         )
-    heads = [head.replace("1 targets", "1 target") if head == "1 targets" else head for head in heads]
+    heads = ["1 target" if head == "1 targets" else head for head in heads]
     machine = rows[0]
     lines = [
         "## Explanation", "",

@@ -142,7 +142,7 @@ def _indexed(folder: Path, rounds: int) -> dict[str, Any]:
 
 
 def of_processes(options: Any) -> list[dict[str, Any]]:
-    """CPU time of a picture, of all processes together: a long run less a short one; and the largest process."""
+    """CPU time of a picture, of all processes together: long runs less short ones; and the largest process."""
     points = []
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent)
@@ -154,44 +154,34 @@ def of_processes(options: Any) -> list[dict[str, Any]]:
             Image.fromarray(pixels).save(folder / "pictures" / f"{number}.jpg")
         write_shards(folder / "pictures", folder / "shards", progress=False)
         for count in PROCESSES:
-            found = {steps: _run(folder, count, steps) for steps in STEPS}
-            (short, few), (long, _) = ((found[steps][0], steps) for steps in STEPS)
-            pictures = (STEPS[1] - few) * BATCH
-            points.append(
-                {"value": count, "cpu": (long - short) / pictures, "start": short, "peak": found[STEPS[1]][1]}
-            )
+            (short, _), (long, peak) = (_runs(folder, count, steps) for steps in STEPS)
+            pictures = (STEPS[1] - STEPS[0]) * BATCH * max(PROCESSES)
+            points.append({"value": count, "cpu": (long - short) / pictures, "start": short, "peak": peak})
     return points
 
 
-def _run(folder: Path, processes: int, steps: int) -> tuple[float, int]:
-    """CPU seconds of an alignment, and the most memory of one of its processes."""
+def _runs(folder: Path, processes: int, steps: int) -> tuple[float, int]:
+    """CPU seconds, and the most memory of one process, of as many alignments at once as keep all processes busy.
+
+    One process alone would have caches and memory to itself, which two that work together never have.
+    """
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(measure.ROOT / "recipes/accelerate/cpu.yaml")]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     batch = BATCH * processes
     changes = {"image_size": 64, "batch_size": batch, "workers": 0, "held_out": 8, "probe_pictures": 0}
     changes |= {"phases.0.pictures": steps * batch, "evaluate_every": 10**9, "checkpoint_every": 10**9}
-    words = [
-        "-m",
-        "bcosify.cli",
-        "align",
-        str(folder / "run"),
-        "--data",
-        str(folder / "shards"),
-        "--recipe",
-        "bcos/cnn",
+    command = [sys.executable, *(launch if processes > 1 else []), "-m", "bcosify.cli", "align", str(folder / "run")]
+    command += ["--data", str(folder / "shards"), "--recipe", "bcos/cnn"]
+    command += [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([*command, "--out", str(folder / f"out-{processes}-{steps}-{number}")], env=environment)
+        for number in range(max(PROCESSES) // processes)
     ]
-    words += ["--out", str(folder / f"out-{processes}-{steps}")]
-    words += [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *(launch if processes > 1 else []), *words]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    said = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(said.decode()[-2000:])
-    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    ends = [os.wait4(process.pid, 0) for process in started]
+    if any(status for _, status, _ in ends):
+        raise SystemExit(f"an alignment on {processes} process(es) failed: {' '.join(command)}")
+    return sum(use.ru_utime + use.ru_stime for *_, use in ends), max(use.ru_maxrss for *_, use in ends) * 1024
 
 
 # ------------------------------------------------------------------------------------------------------------- plots
@@ -306,11 +296,10 @@ def section(rows: list[dict[str, Any]]) -> str:
         "## Growth", "",
         f"A converted vision transformer (patch {PATCH}, {BASE['depth']} blocks of width {BASE['width']}, one picture "
         f"of {BASE['size']} px), of which one setting grows; tar shards of four pictures; EfficientNet-Lite0 aligned "
-        f"by one and by two processes ({BATCH} pictures of 64 px each a step). "
-        "Dashed: what is expected. Time in proportion to floating-point operations and "
-        "memory to tokens x width x depth, both through the middle point; k targets at the price of a second, and "
-        "of what they return; an index "
-        "in proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
+        f"by two processes at once, each for itself and then together ({BATCH} pictures of 64 px a process and step). "
+        "Dashed: what is expected. Time in proportion to floating-point operations and memory to tokens x width x "
+        "depth, both through the middle point; k targets at the price of a second, and of what they return; an index in "
+        "proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
         f"constant. {machine['device']}, {machine['threads']} thread, float32, torch {machine['torch']} "
         "(`benchmarks/growth.py`).", "",
         measure.markdown(heads, cells), "", *pictures,
