@@ -298,8 +298,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         f"of {BASE['size']} px), of which one setting grows; tar shards of four pictures; EfficientNet-Lite0 aligned "
         f"by two processes at once, each for itself and then together ({BATCH} pictures of 64 px a process and step). "
         "Dashed: what is expected. Time in proportion to floating-point operations and memory to tokens x width x "
-        "depth, both through the middle point; k targets at the price of a second, and of what they return; an index in "
-        "proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
+        "depth, both through the middle point; k targets at the price of a second, and of what they return; an index "
+        "in proportion to its shards, through the last point; reading a picture, CPU time and memory of a process "
         f"constant. {machine['device']}, {machine['threads']} thread, float32, torch {machine['torch']} "
         "(`benchmarks/growth.py`).", "",
         measure.markdown(heads, cells), "", *pictures,
