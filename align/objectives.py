@@ -280,8 +280,12 @@ class WeightNorms:
 
 
 @torch.no_grad()
+@torch.no_grad()
 def observe(teacher: nn.Module, pictures: Tensor, taps: tuple[str, ...]) -> tuple[dict[str, Call], Tensor]:
-    """The teacher's calls at `taps` and its output on pictures (B, 3, H, W)."""
+    """The teacher's calls at `taps` and its output on pictures (B, 3, H, W), without a graph.
+
+    (Not in inference mode: a loss that compares with these tensors could not keep them for its backward pass.)
+    """
     with record(teacher, taps) as calls:
         output = first_tensor(teacher(pictures))
     return calls, output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json as json_module
 from collections.abc import Iterator
@@ -71,12 +72,13 @@ def explain(
     question = _with_prototypes(question, getattr(opened, "report", {}))
     files = list(_files(pictures))
     names = _unique([file.stem for file in files])
-    pictures_read = [_read(file) for file in files]
+    for file in files:
+        _check(file)
     rows: list[dict[str, Any]] = []
     with new_folder(out, overwrite) as folder:
         for start in range(0, len(files), batch_size):
             part = slice(start, start + batch_size)
-            rows += _explained(question, opened.preprocess, files[part], names[part], pictures_read[part], folder)
+            rows += _explained(question, opened.preprocess, files[part], names[part], folder)
     probable = any("probability" in row for row in rows)
     show_table(
         f"{model}: scores and where they come from",
@@ -154,14 +156,29 @@ def _files(pictures: list[Path]) -> Iterator[Path]:
             raise DataError(f"{path}: there is no such file or folder.")
 
 
+def _check(file: Path) -> None:
+    """Raises DataError for what is no picture. Of what is, the pixels are read when its turn comes."""
+    from PIL import Image
+
+    with _readable(file), Image.open(file):
+        pass
+
+
 def _read(file: Path) -> Any:
     from PIL import Image, ImageOps
+
+    with _readable(file), Image.open(file) as picture:
+        return ImageOps.exif_transpose(picture).convert("RGB")
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    from PIL import Image
 
     from ..errors import DataError
 
     try:
-        with Image.open(file) as picture:
-            return ImageOps.exif_transpose(picture).convert("RGB")
+        yield
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{file} is no picture that can be read: {error}. Nothing was written.") from error
 
@@ -177,9 +194,9 @@ def _unique(stems: list[str]) -> list[str]:
 
 
 def _explained(
-    question: Question, preprocess: Any, files: list[Path], names: list[str], opened: list, folder: Path
+    question: Question, preprocess: Any, files: list[Path], names: list[str], folder: Path
 ) -> list[dict[str, Any]]:
-    """Explains one batch, writes its files, returns its ledger rows."""
+    """Explains one batch, writes its files, returns its ledger rows; nothing else of it is kept."""
     import numpy as np
     import torch
     from torchvision.transforms.functional import to_pil_image
@@ -188,7 +205,7 @@ def _explained(
     from ..explain.render import panel
 
     transform = preprocess.transform()
-    inputs = torch.stack([transform(picture) for picture in opened])
+    inputs = torch.stack([transform(_read(file)) for file in files])
     explanation = explain_scores(question.network, inputs, question.target)
     others = question.network.extra_maps(inputs) if hasattr(question.network, "extra_maps") else {}
     facts = question.names(explanation.outputs)

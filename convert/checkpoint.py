@@ -37,6 +37,7 @@ from .methods import find_method
 from .plan import Method, plan_conversion
 from .settings import faults, parse
 from .sources import Preprocess, SavedText, Source, build
+from .sources.weights import hollow, take_weights
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures
 
@@ -107,10 +108,10 @@ def skeleton(reference: str | Path, **hub: Any) -> Student:
     folder = student_folder(reference, **hub)
     record = read_record(folder)
     _check_record(folder, record)
-    return _skeleton(folder, record, check=True)
+    return _skeleton(folder, record, check=True, random=True)
 
 
-def _skeleton(folder: Path, record: dict[str, Any], check: bool) -> Student:
+def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = False) -> Student:
     """The empty student of a record: no larger than the weights beside it, and nothing of it outside of the folder."""
     _check_names(folder, record)
     _refuse_pickles(folder)
@@ -119,7 +120,8 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool) -> Student:
     if check:
         _check_picture(folder, preprocess)
     with within(header):
-        model = build(source)
+        # Weights that come out of a file need no random ones first; a method that runs the model to plan needs some.
+        model = build(source) if random or method.tries else hollow(lambda: build(source))
     plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(
@@ -216,13 +218,13 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     seen: dict[int, str] = {}
     return {
         name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict().items()
+        for name, tensor in model.state_dict(keep_vars=True).items()
         if seen.setdefault(_memory(tensor), name) == name
     }
 
 
 def _memory(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() else id(tensor)
+    return tensor.data_ptr() if tensor.numel() and not tensor.is_meta else id(tensor)
 
 
 @contextlib.contextmanager
@@ -258,8 +260,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
     model.to(state[next(name for name, _ in model.named_parameters())].dtype)
-    # Tied tensors come back through the name that they were saved under.
-    model.load_state_dict({**{k: v for k, v in model.state_dict().items() if k not in wanted}, **state}, strict=True)
+    take_weights(model, state)
 
 
 def _check_record(folder: Path, record: dict[str, Any]) -> None:

@@ -72,6 +72,7 @@ class Method:
         ends: config -> where alignment usually takes each strength of its layers (see `layers.STRENGTHS`).
         look: (model, size) -> what `decide` needs to have `seen` of a model that runs on a picture of this size. It
             must not depend on the weights, as a saved model is planned again before they are there.
+        tries: whether `decide` tries parts of the model, so that it needs weights, whatever they are.
         whole: whether a swap of the whole model is a conversion; else it only goes with swaps of layers.
         trains: the one module that alignment trains; empty for the whole model.
         objectives: name of a swap -> the objectives of alignment that fit a model with it; empty for all that train.
@@ -83,6 +84,7 @@ class Method:
     swaps: dict[str, Callable[..., None]]
     ends: Callable[[Any], Mapping[str, float]]
     look: Callable[[nn.Module, tuple[int, int]], Any] = trace_forward
+    tries: bool = False
     whole: bool = False
     trains: str = ""
     objectives: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)

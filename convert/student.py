@@ -89,8 +89,12 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     )
     if any(parameter.is_meta for parameter in model.parameters()):
         return student  # without memory there is nothing to compare
-    with watching_writes(model):
-        error = identity_error(model, original, fitted(noise_pictures(2, teacher.preprocess.size), original))
+    # The first is the picture of the fingerprint.
+    size = teacher.preprocess.size
+    pictures = fitted(torch.cat([noise_pictures(1, size, seed) for seed in (0, 1)]), original)
+    with torch.no_grad(), watching_writes(model):
+        theirs, ours = output_of(original, pictures), output_of(model, pictures)
+    error = _relative_error(ours, theirs)
     if original is not teacher.model:
         _take_precision(model, teacher.model)
     if not error <= IDENTITY_LIMIT:
@@ -99,7 +103,7 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
             f"{student.start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; "
             "nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
-    return student.with_report(identity_error=error, teacher=_fingerprint(original, teacher.preprocess.size))
+    return student.with_report(identity_error=error, teacher=_fingerprint(theirs[:1]))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -150,7 +154,10 @@ def output_of(model: nn.Module, pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def identity_error(student: nn.Module, teacher: nn.Module, pictures: Tensor) -> float:
     """Largest difference of outputs over the teacher's largest output, on pictures (B, 3, H, W)."""
-    ours, theirs = output_of(student, pictures), output_of(teacher, pictures)
+    return _relative_error(output_of(student, pictures), output_of(teacher, pictures))
+
+
+def _relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
 
 
@@ -159,10 +166,9 @@ FINGERPRINT = 16  # outputs in a fingerprint
 SAME_TEACHER = 1e-2
 
 
-@torch.no_grad()
-def _fingerprint(model: nn.Module, size: tuple[int, int]) -> list[float]:
-    """Outputs on one noise picture, evenly chosen: tells one set of weights from another."""
-    output = output_of(model, fitted(noise_pictures(1, size), model)).flatten().float()
+def _fingerprint(output: Tensor) -> list[float]:
+    """Of a model's output on one noise picture, evenly chosen numbers: tells one set of weights from another."""
+    output = output.flatten().float()
     return output[:: -(-len(output) // FINGERPRINT)].tolist()
 
 
@@ -175,7 +181,9 @@ def check_teacher(student: Student, model: nn.Module) -> None:
     if recorded is None:
         return
     wanted = torch.tensor(recorded)
-    found = torch.tensor(_fingerprint(model, student.preprocess.size))
+    with torch.no_grad():
+        output = output_of(model, fitted(noise_pictures(1, student.preprocess.size), model))
+    found = torch.tensor(_fingerprint(output))
     scale = wanted.abs().max().clamp_min(1e-12)
     if wanted.shape != found.shape or not (wanted - found).abs().max() <= SAME_TEACHER * scale:
         raise SourceError(
@@ -204,7 +212,8 @@ def lossy_steps(
     def row(changed: nn.Module, strengths: dict[str, float], more: str = "") -> dict[str, Any]:
         words = filter(None, (WORDS[name](value) for name, value in strengths.items()))
         what = "identity" if strengths == start else ", ".join([*words, *filter(None, [more])])
-        cosine = nn.functional.cosine_similarity(output_of(changed, pictures), theirs, dim=-1).mean()
+        ours = theirs if strengths == start else output_of(changed, pictures)
+        cosine = nn.functional.cosine_similarity(ours, theirs, dim=-1).mean()
         return {"step": what, **strengths, "cosine": round(float(cosine), 4)}
 
     rows = []

@@ -59,7 +59,7 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
             f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}. Pass another --image-size."
         )
     if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        model = with_memory(model)
+        model = _readable(model)
     picture = fitted(noise_pictures(1, size), model)
     called: dict[str, None] = {}
     readers: set[str] = set()
@@ -110,6 +110,23 @@ def with_memory(model: nn.Module) -> nn.Module:
     for tensor in [*copied.parameters(), *copied.buffers()]:
         tensor.detach().zero_()
     return copied
+
+
+def _readable(model: nn.Module) -> nn.Module:
+    """As `with_memory`, to be read only: one number stands for a whole tensor, so a copy of any size costs nothing."""
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                module._parameters[name] = nn.Parameter(_zero(parameter), parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _zero(buffer)
+    return copied
+
+
+def _zero(tensor: Tensor) -> Tensor:
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 @contextlib.contextmanager

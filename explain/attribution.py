@@ -15,7 +15,7 @@ to each output, and then no backward pass goes through it. Only the target is li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -186,16 +186,24 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
         with Linearised(model) as mode:
             output = main_output(model(mode.follow(images)))
             scores = target.scores(output)
-        pulled = _pulled(model, mode, scores)
+        leaves = [leaf.detach() for leaf in mode.inputs]
+        if any(leaf.shape != leaves[0].shape for leaf in leaves):
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+            raise LedgerError(
+                f"{type(model).__name__} encodes its input several times, in shapes that differ: {shapes}."
+            )
+        encoded = torch.cat(leaves, 1)
+        batch, channels, *size = encoded.shape
+        # One target after the other into its place: nothing is held twice.
+        gradients = encoded.new_empty(batch, scores.shape[1], channels, *size)
+        contributions = encoded.new_empty(batch, scores.shape[1], *size)
+        shares = []
+        for k, (found, constants) in enumerate(_pulled(model, mode, scores)):
+            torch.cat(found, 1, out=gradients[:, k])
+            contributions[:, k] = torch.einsum("bchw,bchw->bhw", encoded, gradients[:, k])
+            shares.append(constants)
 
-    leaves = [leaf.detach() for leaf in mode.inputs]
-    if any(leaf.shape != leaves[0].shape for leaf in leaves):
-        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
-        raise LedgerError(f"{type(model).__name__} encodes its input several times, in shapes that differ: {shapes}.")
-    encoded = torch.cat(leaves, 1)
-    gradients = torch.stack([torch.cat(gradients, 1) for gradients, _ in pulled], 1)
-    contributions = torch.einsum("bchw,bkchw->bkhw", encoded, gradients)
-    explanation = _entered(output, scores, contributions, [shares for _, shares in pulled])
+    explanation = _entered(output, scores, contributions, shares)
     return dataclasses.replace(explanation, encoded_inputs=encoded, encoded_gradients=gradients), _cause(mode, scores)
 
 
@@ -207,7 +215,7 @@ def _read_off(model: nn.Module, images: Tensor, target: Target) -> tuple[Explana
     with torch.enable_grad():
         with Linearised() as mode:
             scores = target.scores(mode.follow(output))
-        pulled = _pulled(model, mode, scores)
+        pulled = list(_pulled(model, mode, scores))
     weights = torch.stack([gradient for (gradient,), _ in pulled], 1)
     contributions = _spread(torch.einsum("bkd,bdhw->bkhw", weights, maps.detach()), images.shape[-2:])
     shares = [
@@ -246,18 +254,20 @@ def _entered(
     )
 
 
-def _pulled(model: nn.Module, mode: Linearised, scores: Tensor) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
+def _pulled(model: nn.Module, mode: Linearised, scores: Tensor) -> Iterator[tuple[list[Tensor], dict[str, Tensor]]]:
     """For each of K scores (B, K): the gradients at the explained inputs, and the shares of the constants."""
     last = scores.shape[1] - 1
-    if not scores.requires_grad:
-        return [([torch.zeros_like(leaf) for leaf in mode.inputs], {})] * (last + 1)
-    try:
-        return [mode.pull(scores[:, k].sum(), retain_graph=k < last) for k in range(last + 1)]
-    except CheckpointError as error:
-        raise LedgerError(
-            f"{type(model).__name__} recomputes activations in the backward pass, outside explanation mode. "
-            "Turn gradient checkpointing off, in timm with `model.set_grad_checkpointing(False)`."
-        ) from error
+    for k in range(last + 1):
+        if not scores.requires_grad:
+            yield [torch.zeros_like(leaf) for leaf in mode.inputs], {}
+            continue
+        try:
+            yield mode.pull(scores[:, k].sum(), retain_graph=k < last)
+        except CheckpointError as error:
+            raise LedgerError(
+                f"{type(model).__name__} recomputes activations in the backward pass, outside explanation mode. "
+                "Turn gradient checkpointing off, in timm with `model.set_grad_checkpointing(False)`."
+            ) from error
 
 
 def _cause(mode: Linearised, scores: Tensor) -> str:

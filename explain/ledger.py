@@ -11,7 +11,7 @@ buffers to what is computed from them, so that the ledger can say `blocks.0.attn
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, TypeGuard
 
@@ -22,7 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LedgerError
 
-__all__ = ["Ledger", "continuous", "frozen", "graft", "moves", "tensors"]
+__all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors", "write"]
 
 Names = tuple[str, ...]
 
@@ -39,7 +39,19 @@ def moves(value: object) -> TypeGuard[Tensor]:
 
 def frozen(value: Any) -> Any:
     """`value` with each tensor in it cut from the input."""
-    return tree_map_only(Tensor, Tensor.detach, value)
+    return _each_tensor(Tensor.detach, value)
+
+
+def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """`value` with `change` of each tensor in it."""
+    # What most calls are made of is taken apart here: torch's trees cost more than many of the operations themselves.
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) is tuple:
+        return tuple([_each_tensor(change, item) for item in value])
+    if isinstance(value, tuple | list | dict) and value:
+        return tree_map_only(Tensor, change, value)
+    return value
 
 
 def continuous(value: object) -> TypeGuard[Tensor]:
@@ -49,7 +61,18 @@ def continuous(value: object) -> TypeGuard[Tensor]:
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in `value`, however nested, that can carry a derivative."""
-    return filter(continuous, tree_leaves(value))
+    return filter(continuous, leaves(value))
+
+
+def leaves(value: Any) -> list[Any]:
+    """What is in `value`, however nested."""
+    found: list[Any] = []
+    for item in value if type(value) is tuple else (value,):
+        if not isinstance(item, tuple | list | dict):
+            found.append(item)
+        elif item:
+            found += leaves(item) if type(item) is tuple else tree_leaves(item)
+    return found
 
 
 def graft(value: Tensor, linear: Tensor) -> Tensor:
@@ -62,6 +85,46 @@ def graft(value: Tensor, linear: Tensor) -> Tensor:
     return linear
 
 
+def pulled(value: Tensor, input: Tensor, pull: Callable[..., Tensor], *kept: Tensor) -> Tensor:
+    """`value`, a fresh tensor, as a linear function of `input` whose transpose is pull(gradient, *kept).
+
+    As `graft`, for rules that know the derivative: the linear function itself is never computed.
+    """
+    return _Pulled.apply(input, value, pull, *kept)
+
+
+class _Pulled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, value: Tensor, pull: Callable[..., Tensor], *kept: Tensor) -> Tensor:
+        ctx.pull = pull
+        ctx.save_for_backward(*kept)
+        return value.data  # no view of it, so that the model may write into what it gets
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.pull(grad, *ctx.saved_tensors), *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def write(target: Tensor, value: Tensor) -> None:
+    """target.copy_(value), without the zeros that torch makes up as the gradient of what stood in a whole tensor."""
+    if target._base is None and target.shape == value.shape and not target.is_leaf:
+        _Written.apply(target, value)
+    else:
+        target.copy_(value)
+
+
+class _Written(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, target: Tensor, value: Tensor) -> Tensor:
+        ctx.mark_dirty(target)
+        ctx.dtype = value.dtype
+        return target.copy_(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad.to(ctx.dtype)
+
+
 class Ledger:
     """What is explained, what moves, and what has entered the score besides it.
 
@@ -72,6 +135,8 @@ class Ledger:
         self.images: list[Tensor] = []
         self.encodings: list[Tensor] = []
         self.unknown: dict[str, int] = {}
+        # Whether the graph is pulled for the last time, so that what it keeps may be written over.
+        self.last = False
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._gates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shares: dict[str, Tensor] = {}
@@ -120,7 +185,7 @@ class Ledger:
 
     def settle(self, value: Any) -> Any:
         """`value` fit to be an argument: parameters cut from their gradient, so that only the input moves."""
-        return tree_map_only(Tensor, self._settled, value)
+        return _each_tensor(self._settled, value)
 
     def name(self, result: Any, names: Iterable[str]) -> Any:
         """Names those tensors of `result` that do not move, beside the names that they have."""
@@ -131,8 +196,9 @@ class Ledger:
 
     def inherit(self, result: Any, sources: Any) -> Any:
         """Names those tensors of `result` that neither move nor have a name after what they were computed from."""
-        sources = list(tensors(sources))
-        for tensor in tensors(result):
+        still = [tensor for tensor in tensors(result) if not tensor.requires_grad]
+        sources = list(tensors(sources)) if still else []
+        for tensor in still:
             # What was written to in place is a source of its own.
             if tensor not in self._names or any(tensor is source for source in sources):
                 self.name(tensor, _merged(self._names.get(source) or () for source in sources))
@@ -149,7 +215,7 @@ class Ledger:
 
     def gates(self, value: object) -> bool:
         """Whether `value` moves, but is to be frozen where it multiplies something else that moves."""
-        return isinstance(value, Tensor) and value in self._gates
+        return bool(self._gates) and isinstance(value, Tensor) and value in self._gates
 
     def mark(self, value: Any, gate: bool = True) -> Any:
         """Says whether the tensors in `value` are such gates."""
@@ -188,7 +254,7 @@ class Ledger:
         """The gradient of `score` () at each explained input, and the share (B,) of each constant in the score."""
         if not score.requires_grad:
             raise LedgerError("The score does not move with the input. Compute it inside the mode, from what moves.")
-        self._shares = {}
+        self._shares, self.last = {}, not retain_graph
         inputs = self.inputs
         found = torch.autograd.grad(score, [*inputs, self._anchor], retain_graph=retain_graph, allow_unused=True)
         gradients = [
@@ -197,19 +263,23 @@ class Ledger:
         ]
         return gradients, self._shares
 
+    @staticmethod
+    def settled(tensor: Tensor) -> bool:
+        """Whether it is fit to be an argument as it is."""
+        return not (tensor.is_inference() or (tensor.requires_grad and tensor.is_leaf))
+
     def _settled(self, tensor: Tensor) -> Tensor:
-        if tensor.is_inference():
-            settled = tensor.detach().clone()
-        elif tensor.requires_grad and tensor.is_leaf:
-            settled = tensor.detach()
-        else:
+        if self.settled(tensor):
             return tensor
+        settled = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
         if tensor in self._names:
             self._names[settled] = self._names[tensor]
         return settled
 
-    def _add(self, name: str, constant: Tensor, gradient: Tensor) -> None:
+    def _add(self, name: str, constant: Tensor, gradient: Tensor | None) -> None:
         """A backward hook: adds Σ gradient · constant of each picture to the share of `name`."""
+        if gradient is None:
+            return  # written over before anything read it
         constant = constant.reshape((1,) * (gradient.dim() - constant.dim()) + constant.shape)
         # What is broadcast is summed before it is multiplied: a bias costs one pass over the gradient.
         shared = [dim for dim in range(1, gradient.dim()) if constant.shape[dim] == 1]

@@ -13,9 +13,9 @@ is put back when the mode ends, also after an exception.
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate), `dynamic_linear` (linear in x, by weights that may depend on it),
-`input_encoding` (picture to channels that are explained), and `input_colours` (the picture as it is, explained by its
-colours).
+which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand), `dynamic_linear` (linear in
+x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a gate), `input_encoding`
+(picture to channels that are explained), and `input_colours` (the picture as it is, explained by its colours).
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -32,10 +32,22 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
-from torch.utils._pytree import tree_leaves
 
-from .ledger import Ledger, moves
-from .rules import OPERATIONS, Operation, Rule, beside, beside_mean, colours, encoding, gate, gate_of, linear, resolve
+from .ledger import Ledger, leaves, moves, write
+from .rules import (
+    OPERATIONS,
+    PROPERTIES,
+    Operation,
+    Rule,
+    beside,
+    beside_mean,
+    colours,
+    encoding,
+    gate,
+    gate_by,
+    linear,
+    resolve,
+)
 
 __all__ = [
     "Linearised",
@@ -109,19 +121,27 @@ class Linearised(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        call = (args, kwargs or {})
-        if _modes.active[-1] is not self or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(call)):
-            return func(*args, **call[1])
+        options: dict[str, Any] = kwargs or {}
+        if _modes.active[-1] is not self or func in PROPERTIES:
+            return func(*args, **options)
+        given = [leaf for leaf in leaves((args, options)) if isinstance(leaf, Tensor)]
+        if not given:
+            return func(*args, **options)
         with torch.inference_mode(False), torch.enable_grad():
-            args, options = call = self._ledger.settle(call)
-            if any(moves(leaf) for leaf in tree_leaves(call)):
+            call = (args, options)
+            if not all(map(self._ledger.settled, given)):
+                args, options = call = self._ledger.settle(call)
+                given = leaves(call)
+            if any(map(moves, given)):
                 return self._linearised(func, args, options)
             return self._ledger.inherit(func(*args, **options), call)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""
         ledger, operation = self._ledger, resolve(func)
-        into = kwargs.pop("out", None)
+        into = kwargs.get("out")
+        if "out" in kwargs:
+            kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         if operation.in_place:
             into, func = args[0], _out_of_place(func)
         elif kwargs.get("inplace"):
@@ -133,7 +153,7 @@ class Linearised(TorchFunctionMode):
             return out
         # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be
         # written over something that moves if it seems to move, but it stays a gate.
-        into.copy_(out if moves(out) else ledger.entered(out, out))
+        write(into, out if moves(out) else ledger.entered(out, out))
         return ledger.mark(into, not moves(out) or ledger.gates(out))
 
 
@@ -145,9 +165,9 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return _declared(function, gate)
 
 
-def gated_by(factor: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """As `gated`, for a function whose gate `factor`(x, *others) is at hand and need not be found by a division."""
-    return lambda function: _declared(function, gate_of(factor))
+def gated_by(factor: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """As `gated`, for an f(x, *others) = x · factor(x, *others), which spares the division."""
+    return lambda function: _declared(function, gate_by(factor))
 
 
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

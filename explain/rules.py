@@ -29,10 +29,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .ledger import Ledger, continuous, frozen, graft, moves, tensors
+from .ledger import Ledger, continuous, frozen, graft, moves, pulled, tensors
 
 __all__ = [
     "OPERATIONS",
+    "PROPERTIES",
     "Operation",
     "Rule",
     "beside",
@@ -40,7 +41,7 @@ __all__ = [
     "colours",
     "encoding",
     "gate",
-    "gate_of",
+    "gate_by",
     "linear",
     "resolve",
 ]
@@ -111,6 +112,12 @@ def combination(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
     return rule
 
 
+def padding(ledger: Ledger, run: Run, input: Tensor, widths: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """`pad`: linear, unless it fills in a number."""
+    fills = any(isinstance(option, int | float) and option for option in (*args, *kwargs.values()))
+    return (affine if fills else linear)(ledger, run, input, widths, *args, **kwargs)
+
+
 def interpolation(ledger: Ledger, run: Run, input: Tensor, end: Tensor, weight: Any) -> Tensor:
     """`lerp`: affine in both ends; the weight is a gate."""
     weight = frozen(weight)
@@ -169,8 +176,27 @@ def quotient(
     return _still_gate(ledger, run(input, frozen(other), **kwargs), input, other)
 
 
+def projection(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
+    """`linear`. (A weight that moves makes it a product.)"""
+    if moves(weight) or moves(bias) or not moves(input):
+        return weighted(ledger, run, input, weight, bias)
+    out = pulled(run(input.detach(), weight, bias), input, _through, weight)
+    if bias is not None:
+        ledger.enter(out, bias, bias)
+    return out
+
+
+def _through(grad: Tensor, weight: Tensor) -> Tensor:
+    """grad · weight, without those first and last outputs that have no gradient: q and k, beside v in one product."""
+    if grad.numel() and not grad[(0,) * (grad.dim() - 1)].all():
+        used = grad.reshape(-1, grad.shape[-1]).any(0).nonzero()
+        low, high = (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 0)
+        grad, weight = grad[..., low:high], weight[low:high]
+    return grad @ weight
+
+
 def weighted(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any):
-    """`linear` and the convolutions. (A weight that moves makes them products, as in dynamic convolution.)"""
+    """The convolutions. (A weight that moves makes them products, as in dynamic convolution.)"""
     shape = (-1, *(1,) * (weight.dim() - 2))
     if moves(bias) or (moves(input) and moves(weight)):
         sum_of_products = product(ledger, run, input, weight, None, *args, **kwargs)
@@ -203,38 +229,37 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     value = run(*frozen((input, *args)), **frozen(kwargs))
     if not moves(input):
         return value
-    x = input.detach()
-    return _Gated.apply(input, value, (value / x).masked_fill_(x == 0, 0))
+    return scaled(ledger, value, input, _factor(value, input.detach()))
 
 
-def piecewise(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG001
-    """Activations whose gate is their derivative: pieces of lines through 0."""
-    return run(input, *frozen(args), **frozen(kwargs))
+def gate_by(factor: Run) -> Rule:
+    """x · factor(x, *others), as `gate`, for functions that know their factor."""
 
-
-def gate_of(factor: Run) -> Rule:
-    """`gate`, by a function of the same arguments that returns the gate itself."""
-
-    def rule(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Tensor:
-        arguments = frozen((input, *args))
-        value = run(*arguments)
-        return _Gated.apply(input, value, factor(*arguments)) if moves(input) else value
+    def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any, **more: Any) -> Tensor:
+        others, more = frozen(others), frozen(more)
+        if not moves(input):
+            return run(input, *others, **more)
+        with torch.no_grad():
+            scale = factor(input.detach(), *others, **more)
+        return scaled(ledger, scale * input.detach(), input, scale)
 
     return rule
 
 
-class _Gated(torch.autograd.Function):
-    """`value`, as x times a gate; the product itself, which is known, is not taken again."""
+def scaled(ledger: Ledger, value: Tensor, input: Tensor, factor: Tensor) -> Tensor:
+    """`value` as `input` times the constant `factor`, a fresh tensor of the same shape."""
+    # After the last score nothing reads the factor again, and fresh memory costs more than the product.
+    return pulled(value, input, lambda grad, factor: factor.mul_(grad) if ledger.last else grad * factor, factor)
 
-    @staticmethod
-    def forward(ctx, x: Tensor, value: Tensor, gate: Tensor) -> Tensor:  # noqa: ANN001, ARG004 - torch's own signature
-        ctx.save_for_backward(gate)
-        return value.detach()
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        (gate,) = ctx.saved_tensors
-        return grad * gate, None, None
+def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`relu`: its own derivative, 0 or 1, is its gate."""
+    return run(input, *args, **kwargs)
+
+
+def _factor(value: Tensor, x: Tensor) -> Tensor:
+    """value / x, and 0 where x is 0."""
+    return torch.nan_to_num_(value / x, 0, torch.inf, -torch.inf)
 
 
 def saturation(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -251,7 +276,7 @@ def power(ledger: Ledger, run: Run, input: Any, exponent: Any) -> Tensor:
 
 def clipping(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`clamp` and its like: a gate where 0 stays 0, else a known non-linear operation."""
-    if moves(input) and not run(torch.zeros_like(input), *frozen(args), **frozen(kwargs)).any():
+    if moves(input) and not run(input.new_zeros(()), *frozen(args), **frozen(kwargs)).any():
         return gate(ledger, run, input, *args, **kwargs)
     return ledger.name(run(*frozen((input, *args)), **frozen(kwargs)), ("clamp output",))
 
@@ -273,7 +298,8 @@ def freezing(name: str) -> Rule:
 
 def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
     """The input itself, and a statistic of it that is only ever part of a gate."""
-    return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
+    with torch.no_grad():
+        return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
 
 
 def beside_mean(ledger: Ledger, run: Run, input: Tensor) -> Any:
@@ -306,8 +332,19 @@ def layer_norm(
     *_: Any,
 ) -> Tensor:
     dims = tuple(range(-len(normalized_shape), 0))
-    out = _standardised(input, dims, eps)
-    return _dressed(ledger, run(input.detach(), normalized_shape, *frozen((weight, bias, eps))), out, weight, bias)
+    # What `run` calls; it has 1 / σ at hand.
+    x, gain, shift = frozen((input, weight, bias))
+    value, inverse = torch.native_layer_norm(x, normalized_shape, gain, shift, eps)[::2]
+    inverse = inverse.to(x.dtype)
+
+    def pull(grad: Tensor, inverse: Tensor) -> Tensor:
+        grad = grad if gain is None else grad * gain
+        return (grad - grad.mean(dims, keepdim=True)).mul_(inverse)
+
+    out = pulled(value, input, pull, inverse)
+    if bias is not None:
+        ledger.enter(out, bias, bias)
+    return out
 
 
 def rms_norm(
@@ -356,7 +393,8 @@ def batch_norm(
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
     scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight.detach()
-    out = _Gated.apply(input, value, _per_channel(scale, input)) if moves(input) else value
+    factor = _per_channel(scale, input)
+    out = pulled(value, input, lambda grad, factor: grad * factor, factor)
     ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)
@@ -417,9 +455,38 @@ def _per_channel(vector: Tensor, like: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def attention(ledger: Ledger, run: Run, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Tensor:
+# Attention weights that are held at once in a backward pass on a CPU.
+WEIGHTS = 2**20
+
+
+def attention(
+    ledger: Ledger,
+    run: Run,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
     """`scaled_dot_product_attention`, on its fused kernel: who looks where is a gate, what is seen moves."""
-    return run(*frozen((query, key)), value, *frozen(args), **frozen(kwargs))
+    query, key, attn_mask = frozen((query, key, attn_mask))
+    options = (attn_mask, dropout_p, is_causal)
+    more = {"scale": scale, "enable_gqa": enable_gqa}
+    plain = attn_mask is None and not dropout_p and not is_causal and query.shape[:-2] == value.shape[:-2]
+    if not moves(value) or not plain or query.device.type != "cpu":
+        return run(query, key, value, *options, **more)
+
+    # torch's backward pass on a CPU makes the gradients of query and key too, wanted or not: five products, not two.
+    def pull(grad: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        rows = max(1, WEIGHTS // key.shape[:-1].numel())
+        factor = query.shape[-1] ** -0.5 if scale is None else scale
+        parts = zip((query * factor).split(rows, -2), grad.split(rows, -2), strict=True)
+        return sum((q @ key.mT).softmax(-1).mT @ part for q, part in parts)  # type: ignore[return-value]
+
+    return pulled(run(query, key, value.detach(), *options, **more), value, pull, query, key)
 
 
 def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
@@ -514,7 +581,7 @@ INDEPENDENT = """
 """.split()
 
 AFFINE = """
-    cat concat concatenate stack hstack vstack dstack column_stack row_stack where pad constant_pad_nd
+    cat concat concatenate stack hstack vstack dstack column_stack row_stack where
     masked_fill masked_scatter index_fill index_copy index_put index_add scatter scatter_add
     select_scatter slice_scatter diagonal_scatter
     copy_ fill_ zero_ __setitem__
@@ -528,7 +595,7 @@ PRODUCT = """
 """.split()
 
 GATED = """
-    relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softsign tanhshrink hardshrink softshrink
+    relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish softsign tanhshrink hardshrink softshrink
     local_response_norm
 """.split()
 
@@ -549,7 +616,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(EXTREME, extreme),
     **dict.fromkeys(PRODUCT, product),
     **dict.fromkeys(GATED, gate),
-    **dict.fromkeys(("relu", "leaky_relu"), piecewise),
     **dict.fromkeys(CLIPPED, clipping),
     **{name: freezing(name.strip("_")) for name in FROZEN},
     **dict.fromkeys(("add", "__add__", "__radd__"), ADD),
@@ -557,10 +623,13 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("rsub", "__rsub__"), combination(lambda alpha: (-alpha, 1))),
     **dict.fromkeys(("div", "divide", "true_divide", "__truediv__", "__div__"), quotient),
     **dict.fromkeys(("__rdiv__", "__rtruediv__"), freezing("reciprocal")),
-    **dict.fromkeys(("linear", *(f"conv{n}d" for n in (1, 2, 3))), weighted),
+    "linear": projection,
+    **dict.fromkeys((f"conv{n}d" for n in (1, 2, 3)), weighted),
     **dict.fromkeys((f"conv_transpose{n}d" for n in (1, 2, 3)), weighted),
     **dict.fromkeys(("var_mean", "std_mean"), moments),
     **dict.fromkeys(("pow", "__pow__"), power),
+    **dict.fromkeys(("pad", "constant_pad_nd"), padding),
+    "relu": routing,
     "square": gate,
     "tanh": saturation,
     "lerp": interpolation,
@@ -615,6 +684,12 @@ def _writes(spelling: str) -> bool:
 
 
 OPERATIONS: dict[Callable[..., Any], Operation] = dict(_operations())
+
+# What returns no tensor, and is asked so often that looking further would show.
+PROPERTIES = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "is_cuda", "layout")]
+    + [Tensor.dim, Tensor.size, Tensor.is_floating_point, Tensor.is_contiguous, Tensor.stride, Tensor.numel]
+)
 
 
 def resolve(function: Callable[..., Any]) -> Operation:

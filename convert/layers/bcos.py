@@ -105,8 +105,11 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
 
 
 def _gate(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
-    """What bcos_scale multiplies o by."""
-    return _scale(o, _inverse(patch_norm_sq), _inverse(weight_norm_sq), b).to(o.dtype)
+    """What `bcos_scale` multiplies o by."""
+    gate, inverse_w = torch.empty_like(o), _inverse(weight_norm_sq)
+    for out, part, of_part in _blocks(gate, o, patch_norm_sq):
+        out.copy_(_scale(part, _inverse(of_part), inverse_w, b))
+    return gate
 
 
 @gated_by(_gate)

@@ -114,6 +114,7 @@ METHOD = Method(
     decide=_decide,
     swaps={CaStream.__name__: _swap_average, CaStreamForToken.__name__: _swap_token},
     ends=lambda config: {},
+    tries=True,
     whole=True,
     trains="stream",
     # Of an average, the pooled vector is matched best by uniform attention: there is nothing to learn from it.

@@ -120,6 +120,7 @@ METHOD = Method(
     decide=_decide,
     swaps={PrototypeMaps.__name__: _swap_model, PrototypeLinear.__name__: _swap_classifier},
     ends=lambda config: {},
+    tries=True,
     whole=True,
     objectives={PrototypeLinear.__name__: ("prototypes",)},
 )

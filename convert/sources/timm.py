@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
-from .weights import load_weights
+from .weights import with_weights
 
 __all__ = ["build", "check_buildable", "load", "preprocess_of", "token_grid"]
 
@@ -43,13 +43,16 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
     if weights is not None:
         args |= _class_count(architecture, args, weights)
     published = pretrained and weights is None
-    with _said_plainly(name):
-        if published:
+
+    def bare() -> nn.Module:
+        with _said_plainly(name):
+            return timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
+
+    if published:
+        with _said_plainly(name):
             model = timm.create_model(name, pretrained=True, **args)
-        else:
-            model = timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
-    if weights is not None:
-        load_weights(model, weights)
+    else:
+        model = bare() if weights is None else with_weights(bare, weights)
     args |= _decided_by_weights(architecture, args, model)
     source = Source(f"timm:{name}", "timm", architecture, args, revision=_revision(model) if published else None)
     return Teacher(model.eval(), source, preprocess_of(model), _labels(model))

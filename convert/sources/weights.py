@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from ...errors import SourceError
 from ..plan import class_path
 
-__all__ = ["check_plain", "load_weights", "misfit", "mismatches", "read_weights"]
+__all__ = [
+    "check_plain",
+    "hollow",
+    "is_whole",
+    "load_weights",
+    "misfit",
+    "mismatches",
+    "read_weights",
+    "take_weights",
+    "with_weights",
+]
 
 # What `torch.compile` puts before every key of a state dict.
 COMPILED = "_orig_mod."
@@ -41,13 +52,72 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
+def with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
+    """The model that `build` makes, with the state dict in `path`: no random weights first, and no second copy."""
+    model = hollow(build)
+    load_weights(model, path)
+    if not is_whole(model):
+        model = build()
+        load_weights(model, path)
+    return model
+
+
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads a safetensors state dict strictly; raises SourceError that names the first keys that do not fit."""
     state = read_weights(path)
     faults = mismatches(model.state_dict(), state)
     if faults:
         raise misfit(path, type(model).__name__, faults)
-    model.load_state_dict(state)
+    take_weights(model, state)
+
+
+def hollow(build: Callable[[], nn.Module]) -> nn.Module:
+    """The model that `build` makes, with its parameters on the meta device; whole where it cannot be built so."""
+    try:
+        with _parameters_on_meta():
+            return build()
+    except Exception:  # noqa: BLE001 - any refusal only means that the constructor reads its weights
+        return build()
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, parameters lose their memory when a module gets them. (accelerate's `init_empty_weights` unties them.)"""
+    register = nn.Module.register_parameter
+    seen: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter = seen.setdefault(id(parameter), (parameter, empty))[1]
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = emptied  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether nothing of `model` is on the meta device."""
+    return not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
+
+
+def take_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Puts copies of the tensors in `state` in place of the model's, which must fit; what it ties stays tied.
+
+    Copies, because numbers that lie in memory as they do in a mapped file are summed in another order.
+    """
+    own = model.state_dict(keep_vars=True)
+    names: dict[int, str] = {}
+    first = {name: names.setdefault(id(tensor), name) for name, tensor in own.items()}
+    model.load_state_dict({name: state[first[name]].to(own[name].dtype, copy=True) for name in own}, assign=True)
+    taken = model.state_dict(keep_vars=True)
+    for name in own:
+        owner, _, leaf = name.rpartition(".")
+        if first[name] != name:
+            setattr(model.get_submodule(owner), leaf, taken[first[name]])
 
 
 def mismatches(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

@@ -41,6 +41,13 @@ def losses(pair, name, recipe=RECIPE):
     return objective, objective(pictures, *observe(teacher, pictures, objective.taps))
 
 
+def test_what_is_seen_of_the_teacher_has_no_graph(pair):
+    student, _ = pair  # even of a model that is trained
+    calls, output = observe(student, torch.randn(1, 3, 64, 64), ("blocks.0",))
+    assert not output.requires_grad and not calls["blocks.0"].output.requires_grad
+    assert not output.is_inference()  # a loss may keep it for its backward pass
+
+
 def test_losses_are_their_closed_forms():
     ours, theirs = torch.randn(5, 7), torch.randn(5, 7)
     assert cosine_distance(ours, ours * 3) == pytest.approx(0, abs=1e-6)

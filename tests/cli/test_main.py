@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -359,6 +360,37 @@ def test_explain_prints_only_json_on_stdout_and_its_ledger_adds_up(run, student,
     for row in rows:
         assert row["score"] == pytest.approx(row["input"] + sum(row["constants"].values()), abs=1e-3)
     assert sorted(path.suffix for path in (tmp_path / "maps").iterdir()) == [".json", ".npz", ".png"]
+
+
+def test_explain_holds_one_batch_of_pictures_at_a_time(run, student, pictures, tmp_path, monkeypatch):
+    module = importlib.import_module("bcosify.cli.explain")
+    read, held, alive = module._read, [], []
+
+    def noted(file: Path):
+        picture = read(file)
+        held.append(weakref.ref(picture))
+        alive.append(sum(one() is not None for one in held))
+        return picture
+
+    monkeypatch.setattr(module, "_read", noted)
+    many = [tmp_path / f"{number}.png" for number in range(5)]
+    for file in many:
+        shutil.copy(pictures / "chelsea.png", file)
+    code, printed, _ = run("explain", student, *many, "--out", tmp_path / "maps", "--batch-size", 2, "--json")
+    assert code == 0 and len(json.loads(printed)) == 5
+    assert len(alive) == 5 and max(alive) <= 2
+
+
+def test_explain_leaves_nothing_of_a_run_with_a_broken_picture(run, student, pictures, tmp_path):
+    """What opens as a picture is only seen to be broken when its turn comes."""
+    whole = (pictures / "chelsea.png").read_bytes()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(whole[: len(whole) // 2])
+    code, _, said = run(
+        "explain", student, pictures / "coffee.png", broken, "--batch-size", 1, "--out", tmp_path / "maps"
+    )
+    assert code == 1 and "broken.png is no picture that can be read" in " ".join(said.split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png"]
 
 
 def test_explain_refuses_before_any_work(run, student, pictures, tmp_path, monkeypatch):
