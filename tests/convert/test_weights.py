@@ -7,7 +7,7 @@ import torch
 from bcosify.convert import convert, load, save, set_strength
 from bcosify.convert.sources.weights import hollow, is_whole, load_weights, take_weights, with_weights
 from bcosify.convert.trace import trace_forward
-from bcosify.errors import SourceError
+from bcosify.errors import CheckpointError, SourceError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -79,6 +79,18 @@ def test_without_memory_there_are_shapes_ties_and_buffers():
     assert not hollow(Table).table.is_meta
     assert nn.Linear(2, 2).weight.device.type == "cpu"  # nothing of the building stays
     torch.set_rng_state(state)
+
+
+def test_a_refusal_is_not_asked_for_twice():
+    asked = []
+
+    def refuse() -> nn.Module:
+        asked.append(1)
+        raise CheckpointError("too large")
+
+    with pytest.raises(CheckpointError, match="too large"):
+        hollow(refuse)
+    assert len(asked) == 1
 
 
 def test_tied_weights_stay_tied():
