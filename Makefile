@@ -18,6 +18,10 @@ lint: $(VENV)/dev.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/layers.py $(BENCH)
 	$(BIN)/python benchmarks/models.py $(BENCH)
+	$(BIN)/python benchmarks/explain.py $(BENCH)
+	$(BIN)/python benchmarks/convert.py
+	$(BIN)/python benchmarks/growth.py
+	test -z "$(DATA)" || $(BIN)/python benchmarks/align.py --data $(DATA) $(BENCH)
 	test -z "$(DATA)" || $(BIN)/python benchmarks/recipe_study.py --data $(DATA)
 
 $(VENV)/demo.stamp: pyproject.toml
