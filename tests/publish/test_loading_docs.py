@@ -1,4 +1,4 @@
-"""docs/loading.md, run: every snippet, on a hub that is nothing but its cache, by a process without a network."""
+"""docs/loading.md and what README says of loading, run: every snippet, on a hub that is nothing but its cache, by a process without a network."""
 
 from __future__ import annotations
 
@@ -75,6 +75,22 @@ def test_every_snippet_of_the_page_runs_and_they_agree(place):
     picture = "from PIL import Image\nimport torch\ntorch.set_num_threads(1)\n"
     picture += "picture = Image.effect_noise((80, 90), 60).convert('RGB')\ntorch.set_grad_enabled(False)\n"
     ended = run(place, picture + "\n".join(blocks) + SAME)
+    assert ended.stdout.endswith("all the same\n"), ended.stderr
+
+
+def test_the_snippet_of_the_readme_opens_the_same_model_four_times(place):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = [block for block in blocks if "my-org/" in block]
+    check = """
+import torch
+pictures = torch.randn(2, 3, *student.preprocess.size)
+with torch.no_grad():
+    logits = student.model(pictures)
+    assert torch.equal(network.eval()(pictures), logits) and torch.equal(classifier(pictures).logits, logits)
+    assert clip.encode_image(torch.randn(1, 3, 32, 32)).shape == clip.encode_text(torch.zeros(1, clip.context_length, dtype=int)).shape
+print("all the same")
+"""
+    ended = run(place, block + check)
     assert ended.stdout.endswith("all the same\n"), ended.stderr
 
 
