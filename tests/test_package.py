@@ -5,9 +5,10 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import bcosify
 import pytest
 from bcosify.publish import load
+
+import bcosify
 
 
 def test_load_is_at_hand_and_imports_nothing_before_its_first_use():
