@@ -90,7 +90,7 @@ def convert(
         raise PlanError(f"--calibrate: no layer of a {method} student has a gain. Leave it out, and align.")
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    shown = noise_pictures(8, student.preprocess.size) if pictures is None else pictures
+    shown = noise_pictures(2, student.preprocess.size) if pictures is None else pictures
     costs = lossy_steps(student, shown, ends) if ends else []
     if pictures is not None:
         student = _calibrated(student, pictures, ends)

@@ -171,9 +171,11 @@ def _removals(words: Sequence[str]) -> tuple[tuple[int | None, str], ...]:
 
 
 def _summary(evaluation: Any) -> None:
-    from ..evaluate.report.tables import fidelity_table, method_tables
+    from ..evaluate.report.tables import fidelity_table, method_tables, turned
 
-    for title, table in {"fidelity": fidelity_table(evaluation), **method_tables(evaluation)}.items():
+    # A terminal is narrow: metrics down, methods across.
+    maps = {section: turned(table) for section, table in method_tables(evaluation).items() if table.rows}
+    for title, table in {"fidelity": fidelity_table(evaluation), **maps}.items():
         if table.rows:
             rows = [
                 [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row] for row in table.rows

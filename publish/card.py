@@ -17,7 +17,7 @@ from ..convert import Student
 from ..convert.layers import strength_spans
 from ..convert.library_files import class_count
 from ..evaluate.record import Evaluation, Measurement
-from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number
+from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
 from .licences import Base, Licence
 
 __all__ = ["Shown", "card_of", "load_lines", "task_of"]
@@ -257,17 +257,6 @@ def _result(one: Measurement, task: str, evaluation: Evaluation) -> EvalResult:
 
 
 # ----------------------------------------------------------------------------------------------------------- the tables
-
-
-def turned(table: Table) -> Table:
-    """Metrics down and methods across: a page is narrow."""
-    models, methods, *metrics = zip(*table.rows, strict=True)
-    heads = [(f"{model.text}: {method.text}", "") for model, method in zip(models, methods, strict=True)]
-    rows = [
-        (Cell(f"{name} ({hint})" if hint else name, name), *cells)
-        for (name, hint), cells in zip(table.columns[2:], metrics, strict=True)
-    ]
-    return Table((("metric", ""), *heads), tuple(rows))
 
 
 def markdown(table: Table) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from ..record import BETTER, Evaluation, Measurement
 
-__all__ = ["Cell", "Table", "absences", "cell_of", "comparison", "fidelity_table", "method_tables", "named"]
+__all__ = ["Cell", "Table", "absences", "cell_of", "comparison", "fidelity_table", "method_tables", "named", "turned"]
 
 NAMES = {
     "gridpg": "GridPG",
@@ -66,11 +66,11 @@ def cell_of(one: Measurement | None, best: bool = False) -> Cell:
 
 
 def fidelity_table(evaluation: Evaluation) -> Table:
-    """Metrics down; value, where in the model, and of which model."""
+    """Metrics down; value, where in the model, and of which model. `absences` says what does not apply."""
     rows = [
         (_word(named(one.metric)), cell_of(one), _word(one.variant or "output"), _word(one.model))
         for one in evaluation.measurements
-        if one.section in ("fidelity", "probes")
+        if one.section in ("fidelity", "probes") and one.value is not None
     ]
     return Table((("metric", ""), ("value", "mean and 95 % interval"), ("where", ""), ("of", "")), tuple(rows))
 
@@ -83,7 +83,8 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
     tables = {}
     for section in ("localisation", "faithfulness"):
         found = [one for one in evaluation.measurements if one.section == section and one.method]
-        columns = list(dict.fromkeys((one.metric, one.variant) for one in found if one.metric != "maps"))
+        applying = [one for one in found if one.metric != "maps" and one.value is not None]
+        columns = list(dict.fromkeys((one.metric, one.variant) for one in applying))
         pairs = list(dict.fromkeys((one.model, one.method) for one in found))
         place = {(one.metric, one.variant, one.model, one.method): one for one in found}
         groups = {pair: pair[0] if section == "faithfulness" else "" for pair in pairs}
@@ -101,6 +102,17 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
         heads = [(named(metric), "; ".join(filter(None, (variant, _hint(metric))))) for metric, variant in columns]
         tables[section] = Table((("model", ""), ("method", ""), *heads), tuple(rows))
     return tables
+
+
+def turned(table: Table) -> Table:
+    """Metrics down and methods across: a page is narrow."""
+    models, methods, *metrics = zip(*table.rows, strict=True)
+    heads = [(f"{model.text}: {method.text}", "") for model, method in zip(models, methods, strict=True)]
+    rows = [
+        (Cell(f"{name} ({hint})" if hint else name, name), *cells)
+        for (name, hint), cells in zip(table.columns[2:], metrics, strict=True)
+    ]
+    return Table((("metric", ""), *heads), tuple(rows))
 
 
 def absences(evaluation: Evaluation) -> list[str]:

@@ -1,4 +1,7 @@
-"""docs/loading.md and what README says of loading, run: every snippet, on a hub that is nothing but its cache, by a process without a network."""
+"""docs/loading.md and what README says of loading, run: every snippet, on a hub that is nothing but its cache.
+
+Each in a process without a network.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +90,8 @@ pictures = torch.randn(2, 3, *student.preprocess.size)
 with torch.no_grad():
     logits = student.model(pictures)
     assert torch.equal(network.eval()(pictures), logits) and torch.equal(classifier(pictures).logits, logits)
-    assert clip.encode_image(torch.randn(1, 3, 32, 32)).shape == clip.encode_text(torch.zeros(1, clip.context_length, dtype=int)).shape
+    words = torch.zeros(1, clip.context_length, dtype=int)
+    assert clip.encode_image(torch.randn(1, 3, 32, 32)).shape == clip.encode_text(words).shape
 print("all the same")
 """
     ended = run(place, block + check)
