@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from ..convert import Student
 from ..convert.checkpoint import versions
 from ..convert.files import check_free, new_file
 from ..convert.library_files import class_count
+from ..convert.quiet import quiet
 from ..convert.trace import fitted, noise_pictures
 from ..errors import CheckpointError, near_miss
 from ..explain.attribution import MapsOf, SelfExplaining
@@ -89,7 +89,7 @@ def export(
     names = ("logits" if class_count(student) else "features", *(("contributions",) if explain else ()))
     facts = {"bcosify": json.dumps(_facts(student))}
     with new_file(out) as scratch:
-        with _said_plainly(student, format, explain), _quiet():
+        with _said_plainly(student, format, explain), quiet(logging.ERROR):
             chosen.write(graph, _inputs(student, 2, explain), names, facts, scratch)
             error = _difference(chosen.open(scratch), graph, student, explain)
         if not error <= chosen.tolerance:
@@ -222,16 +222,3 @@ def _said_plainly(student: Student, format: str, explain: bool) -> Iterator[None
             f"{student.source.reference}: cannot be written as {format}{' with explanations' if explain else ''}: "
             f"{said} Nothing was written; {other}."
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters log and warn at every step; what matters of it is in our errors."""
-    level = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)

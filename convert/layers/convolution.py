@@ -121,8 +121,11 @@ class DynamicConv2d(BiasScheduled):
                 squares = squares.contiguous(memory_format=torch.channels_last)
             # Rows, then columns: k + k additions and not k * k.
             (k, l), (s, t), (p, q) = self.kernel_size, self.stride, padding
-            pooled = F.avg_pool2d(squares, (1, l), (1, t), (0, q), divisor_override=1)
-            pooled = F.avg_pool2d(pooled, (k, 1), (s, 1), (p, 0), divisor_override=1)
+            exporting = torch.compiler.is_exporting()  # ONNX's pools know no divisor of their own
+            divisor = None if exporting else 1
+            pooled = F.avg_pool2d(squares, (1, l), (1, t), (0, q), divisor_override=divisor)
+            pooled = F.avg_pool2d(pooled, (k, 1), (s, 1), (p, 0), divisor_override=divisor)
+            pooled = pooled * (k * l) if exporting else pooled
         else:
             # A pool cannot do it, and a convolution would take the sums in float16 or TF32 where those are switched on.
             pooled = F.pad(squares, _four(padding))

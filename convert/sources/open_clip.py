@@ -11,8 +11,6 @@ import contextlib
 import copy
 import dataclasses
 import json
-import logging
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
@@ -23,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ...errors import CheckpointError, SourceError, near_miss
+from ..quiet import quiet
 from .teacher import Preprocess, Source, Teacher
 from .text import TextTower
 from .timm import check_buildable
@@ -54,7 +53,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
     import open_clip
 
     published = pretrained and weights is None
-    with _said_plainly(name), _quiet():
+    with _said_plainly(name), quiet():
         place = _locate(name, published)
         config: Any = copy.deepcopy(open_clip.get_model_config(place.model))
         _check_size(name, config["vision_cfg"], image_size)
@@ -93,7 +92,7 @@ def build(source: Source) -> nn.Module:
     config, text = source.model_args["config"], open_clip.CLIPTextCfg(**TINY_TEXT)
     if trunk := config["vision_cfg"].get("timm_model_name"):
         check_buildable(trunk, {"pretrained": config["vision_cfg"].get("timm_model_pretrained")})
-    with _said_plainly(source.architecture), _quiet():
+    with _said_plainly(source.architecture), quiet():
         # CoCa's image tower is built as CLIP's; its class would build a text decoder too.
         model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, config["quick_gelu"])
     return OpenClipVision(model.visual, source.model_args["image_size"]).eval()
@@ -366,7 +365,7 @@ def _text_tower(model: Any, config: dict[str, Any], name: str) -> TextTower:
     def tokenizer() -> Callable[[Sequence[str]], Any]:
         import open_clip
 
-        with _quiet():
+        with quiet():
             return open_clip.get_tokenizer(name)  # type: ignore[return-value]
 
     def write(out: Path) -> None:
@@ -401,7 +400,7 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
     """The text tower in `folder`, with random weights, as `save` described it."""
     import open_clip
 
-    with _said_plainly(str(folder)), _quiet():
+    with _said_plainly(str(folder)), quiet():
         config = json.loads((folder / CONFIG).read_text())["model_cfg"]
         # As dictionaries, which all three classes take: what they make of them is theirs.
         text_cfg: Any = {**config["text_cfg"], "hf_model_pretrained": False}
@@ -417,19 +416,6 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
             model = model_class(config["embed_dim"], vision_cfg, text_cfg, **options)
         tower = _text_tower(model, config, f"local-dir:{folder}")
     return dataclasses.replace(tower, logit_scale=facts["logit_scale"], logit_bias=facts["logit_bias"])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip logs and warns at every step; what matters of it is in our errors."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 @contextlib.contextmanager
