@@ -177,7 +177,7 @@ def test_what_is_held_does_not_grow_with_the_pictures(student):
         sums.append(float(explanation.contributions.sum()))
         del pictures, explanation
         held.append(alive())
-    assert held[1:] == held[:1] * 4 and len(set(sums)) == 5
+    assert max(held[1:]) <= held[0] and len(set(sums)) == 5
 
 
 def test_no_graph_outlives_its_explanation(student):
