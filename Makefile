@@ -9,7 +9,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/bcosify demo --out demo-out --overwrite
 
 test: $(VENV)/test.stamp
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright --pythonpath $(BIN)/python
