@@ -186,7 +186,6 @@ def test_a_picture_that_no_stem_can_encode_is_encoded_at_the_entrance(teach, way
         (("blocks.0.mlp.fc1", "head"), {"blocks.0.mlp.fc1", "head"}),
         ((r"re:blocks\.\d\.mlp\.fc1",), {f"blocks.{i}.mlp.fc1" for i in range(6)}),
     ],
-    ids=str,
 )
 def test_kept_layers_stay(tiny, keep, kept):
     teacher = tiny("test_vit")
