@@ -1,7 +1,7 @@
 """Random weights under which a check means something.
 
 Fresh models have zero biases, unit gains, tiny LayerScale and empty statistics: an error in any of those would not
-show. Used by the sweep over architectures and by the tests; nothing in a conversion needs it.
+show. Used where a conversion tries out how a model is built, by the sweep over architectures and by the tests.
 """
 
 from __future__ import annotations

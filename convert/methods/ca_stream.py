@@ -17,11 +17,10 @@ from torch import nn
 
 from ...errors import PlanError, near_miss
 from ..layers import CaStream, CaStreamForToken, adopt, join
-from ..layers.stages import features_of
 from ..plan import Decision, Method
 from ..sources import Preprocess
 from ..trace import Trace, fitted, noise_pictures
-from .timm_stages import check_timm, head_reads, last_stages
+from .timm_stages import check_timm, head_reads, last_stages, seen_stages
 
 __all__ = ["METHOD", "CaStreamConfig"]
 
@@ -72,7 +71,7 @@ def _look(model: Any, size: tuple[int, int], config: CaStreamConfig) -> _Place:
     check_timm(model)
     stages = last_stages(model, config.stages)
     picture = fitted(noise_pictures(1, size), model)
-    final, maps = features_of(model, picture, stages)
+    final, maps = seen_stages(model, picture, stages)
     if maps[-1].shape[-2:].numel() == 1:
         raise PlanError(
             f"its last map is 1x1 at {size[0]}x{size[1]}, where attention has nothing to choose from; "

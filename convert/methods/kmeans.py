@@ -8,6 +8,7 @@ decisions instead of labels, temperature and offsets, and the shrinkage of thin 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -16,12 +17,13 @@ from torch import Tensor, nn
 
 from ...errors import PlanError
 from ..layers import PrototypeLinear, PrototypeMaps, join
-from ..layers.stages import features_of, places
+from ..layers.stages import places
 from ..plan import Decision, Method, class_path
+from ..randomise import randomise
 from ..sources import Preprocess
 from ..trace import Trace, fitted, noise_pictures
 from .kinds import LINEARS
-from .timm_stages import check_timm, last_stages
+from .timm_stages import check_timm, last_stages, seen_stages
 
 __all__ = ["METHOD", "KMeansConfig"]
 
@@ -66,9 +68,15 @@ def _classifier(model: Any) -> str:
 @torch.no_grad()
 def _averages(model: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Numbers and widths of the last stages, where the classifier is fed the plain average of the last; else None."""
-    picture = fitted(noise_pictures(1, size), model)
+    # Under weights that count: a norm whose statistics are fresh would pass for no norm, and the plan for another.
+    model = copy.deepcopy(model).float()
+    pictures = fitted(noise_pictures(2, size), model)
+    model, picture = randomise(model, pictures), pictures[:1]
     stages = last_stages(model, CONCEPT_STAGES)
-    final, maps = features_of(model, picture, stages)
+    try:
+        final, maps = seen_stages(model, picture, stages)
+    except PlanError:
+        return None
     pooled, average = model.forward_head(final, pre_logits=True), places(maps[-1]).mean(1)
     plain = pooled.shape == average.shape and torch.allclose(pooled, average, rtol=1e-4, atol=1e-5)
     fed = _fed(model, picture)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ...errors import PlanError
-from ..layers.stages import at_one_place, is_column, places, stage_count
+from ..layers.stages import at_one_place, features_of, is_column, places, stage_count
 
-__all__ = ["check_timm", "head_reads", "last_stages"]
+__all__ = ["check_timm", "head_reads", "last_stages", "seen_stages"]
 
 
 def check_timm(model: Any) -> None:
@@ -29,6 +29,19 @@ def last_stages(model: Any, count: int) -> tuple[int, ...]:
     if count > len(every):
         raise PlanError(f"stages={count}: {type(model).__name__} has {len(every)}")
     return tuple(every[-count:])
+
+
+def seen_stages(model: Any, picture: Tensor, stages: tuple[int, ...]) -> tuple[Tensor, list[Tensor]]:
+    """`features_of`; raises PlanError where what the head reads is no map with a feature at every place."""
+    try:
+        final, maps = features_of(model, picture, stages)
+        tidy = all(stage.dim() == 4 and stage.numel() for stage in maps)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:  # each family in its own way
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise PlanError(f"its feature stages cannot be read as maps of places ({reason})") from error
+    if not tidy:
+        raise PlanError(f"its feature stages are no maps of places: {', '.join(str(tuple(s.shape)) for s in maps)}")
+    return final, maps
 
 
 def head_reads(model: Any, picture: Tensor, final: Tensor, last: Tensor) -> Literal["average", "token"]:

@@ -185,3 +185,9 @@ def test_a_changed_checkpoint_is_refused(tiny, tmp_path):
     save_file(state, out / "model.safetensors")
     with pytest.raises(CheckpointError, match="sha256"):
         load(out)
+
+
+@pytest.mark.parametrize(("name", "size"), [("crossvit_tiny_240", 240), ("efficientvim_m1", 64), ("pit_ti_224", 224)])
+def test_stages_that_are_no_maps_are_refused_in_words(name, size):
+    with pytest.raises(PlanError, match="feature stages cannot be read as maps of places"):
+        convert(load_teacher(f"timm:{name}", pretrained=False, image_size=size), CaStreamConfig())

@@ -7,6 +7,7 @@ import torch
 from bcosify.convert import KMeansConfig, convert, load, load_teacher, save
 from bcosify.convert.layers import PrototypeLinear
 from bcosify.convert.layers.prototypes import joined_stages
+from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import PlanError
 from bcosify.explain import SelfExplaining, TopTarget, explain
@@ -123,3 +124,13 @@ def test_wrong_settings_are_refused():
     for wrong in ({"prototypes": 0}, {"concepts": 0}, {"keep": ("fc",)}):
         with pytest.raises(PlanError):
             KMeansConfig(**wrong)
+
+
+def test_a_norm_between_the_average_and_the_classifier_is_seen_with_fresh_statistics_too(tmp_path):
+    """EfficientViT's head normalises first: as long as its statistics are fresh, that is nothing to be seen."""
+    teacher = load_teacher("timm:efficientvit_m0", pretrained=False, image_size=224)
+    randomise(teacher.model, noise_pictures(2, (224, 224)))
+    student = convert(teacher, KMeansConfig())
+    assert student.plan.counts() == {"PrototypeLinear": 1}
+    save(student, tmp_path / "student")
+    assert load(tmp_path / "student").plan == student.plan
