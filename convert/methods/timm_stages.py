@@ -49,20 +49,25 @@ def head_reads(model: Any, picture: Tensor, final: Tensor, last: Tensor) -> Lite
 
     Raises PlanError for any other head.
     """
-    if not _same(model.forward_head(final), model(picture)):
+    if not _same(model(picture), _tried(model, final, pre_logits=False)):
         raise PlanError("its forward pass is more than features and then a head, so a head cannot be fed apart")
     # In front of the classifier, whose weights may be zero in a fresh skeleton.
     expected = model.forward_head(final, pre_logits=True)
     if _same(expected, _tried(model, at_one_place(model, places(last).mean(1), final))):
         return "average"
-    if final.dim() == 3 and _same(expected, _tried(model, final[:, :1])):
-        return "token"
+    token = final[:, :1]
+    if (
+        final.dim() == 3
+        and _same(expected, _tried(model, token))
+        and _tried(model, token, pre_logits=False) is not None
+    ):
+        return "token"  # also without the patches, which some heads read beside it (VOLO)
     raise PlanError("its head neither averages over places first nor reads the class token alone")
 
 
-def _tried(model: Any, features: Tensor) -> Tensor | None:
+def _tried(model: Any, features: Tensor, pre_logits: bool = True) -> Tensor | None:
     try:
-        return model.forward_head(features, pre_logits=True)
+        return model.forward_head(features, pre_logits=pre_logits)
     except (RuntimeError, IndexError, ValueError):  # a head that needs more tokens says so in its own way
         return None
 

@@ -191,3 +191,8 @@ def test_a_changed_checkpoint_is_refused(tiny, tmp_path):
 def test_stages_that_are_no_maps_are_refused_in_words(name, size):
     with pytest.raises(PlanError, match="feature stages cannot be read as maps of places"):
         convert(load_teacher(f"timm:{name}", pretrained=False, image_size=size), CaStreamConfig())
+
+
+def test_a_head_that_reads_patches_beside_its_token_is_refused():
+    with pytest.raises(PlanError, match="nor reads the class token alone"):
+        convert(load_teacher("timm:volo_d1_224", pretrained=False, image_size=224), CaStreamConfig())
