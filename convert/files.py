@@ -50,8 +50,8 @@ def new_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
-        scratch.chmod(0o755)
         yield scratch
+        scratch.chmod(0o755)  # mkdtemp's, or what was copied into it, may be the owner's alone
         for path in [*scratch.rglob("*"), scratch]:
             _flush(path)
         if overwrite and os.path.lexists(out):
