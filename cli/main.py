@@ -131,7 +131,8 @@ def _usage() -> str:
             *lines,
             "",
             "A model is named timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME;",
-            "inside timm: and open_clip: also hf-hub:ORG/NAME and local-dir:PATH. A converted model is a folder.",
+            "inside timm: and open_clip: also hf-hub:ORG/NAME and local-dir:PATH. A converted model is a folder, or",
+            "ORG/REPO[@rev] on the hub.",
         ]
     )
 

@@ -1,4 +1,4 @@
-"""A loopback server that answers as a test tells it, for shards that are not files."""
+"""Servers on the loopback: one that answers as a test tells it, for shards that are not files, and what all share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,20 @@ Handler = http.server.BaseHTTPRequestHandler
 Answer = Callable[[Handler, int], None]
 
 
-class Server:
+class Listening:
+    """A server on a free port of the loopback; requests are answered by `handler` in threads."""
+
+    def __init__(self, handler: type[Handler]):
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def close(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+
+class Server(Listening):
     """Loopback server: `answers[path](handler, how many requests for this path came before)`."""
 
     def __init__(self):
@@ -40,13 +53,7 @@ class Server:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answering)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Answering)
 
 
 def whole(body: bytes, tag: str | None = '"1"', length: int | None = None) -> Answer:

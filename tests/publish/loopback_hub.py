@@ -21,6 +21,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
+from loopback import Listening
+
 TOKEN = "hf_loopbackSecretThatMustNeverShow"
 LARGE = (".safetensors", ".png", ".npz")
 
@@ -79,7 +81,7 @@ CUT = Answer(0)
 """Hangs up after a few bytes of the request's body."""
 
 
-class Hub:
+class Hub(Listening):
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
@@ -105,13 +107,7 @@ class Hub:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
+        super().__init__(Handler)
 
     def fail(self, request: str, *answers: Answer, times: int = 1) -> None:
         """The next `times` requests whose `METHOD /path` matches get `answers`, one after the other."""
