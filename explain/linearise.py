@@ -15,7 +15,8 @@ is put back when the mode ends, also after an exception.
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
 which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand), `dynamic_linear` (linear in
 x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a gate), `input_encoding`
-(picture to channels that are explained), and `input_colours` (the picture as it is, explained by its colours).
+(picture to channels that are explained; `linear_in`, where it goes no further than a linear map), and `input_colours`
+(the picture as it is, explained by its colours).
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -46,6 +47,7 @@ from .rules import (
     gate,
     gate_by,
     linear,
+    linear_in_encoding,
     resolve,
 )
 
@@ -56,6 +58,7 @@ __all__ = [
     "gated_by",
     "input_colours",
     "input_encoding",
+    "linear_in",
     "with_mean",
     "with_statistics",
 ]
@@ -201,6 +204,17 @@ def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     in place of x, and the border that padding adds is a constant called "padding".
     """
     return _declared(function, encoding)
+
+
+def linear_in(
+    encode: Callable[..., Tensor], gradient: Callable[..., Tensor]
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """Declares an f(x, mean, std, padding, *others), linear in what the `input_encoding` encode(x, mean, std, padding)
+    returns, and computed without it.
+
+    In explanation mode the encoding gets explained; at one of `size` its gradient is gradient(size, grad, *others).
+    """
+    return lambda function: _declared(function, linear_in_encoding(encode, gradient))
 
 
 def input_colours(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

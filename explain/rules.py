@@ -43,6 +43,7 @@ __all__ = [
     "gate",
     "gate_by",
     "linear",
+    "linear_in_encoding",
     "resolve",
 ]
 
@@ -540,6 +541,18 @@ def encoding(
     inside = F.pad(torch.ones_like(leaf, dtype=torch.bool), padding)
     ledger.enter(out, value.masked_fill(inside, 0), "padding")
     return out
+
+
+def linear_in_encoding(encode: Run, gradient: Run) -> Rule:
+    """Functions that are linear in what `encode` makes of the picture, and compute it from the picture itself."""
+
+    def rule(ledger: Ledger, run: Run, x: Tensor, mean: Any, std: Any, padding: Any, *others: Any) -> Tensor:
+        others = frozen(others)
+        encoded = encoding(ledger, encode, x, mean, std, padding)
+        value, size = run(*frozen((x, mean, std, padding)), *others), encoded.shape
+        return pulled(value, encoded, lambda grad: gradient(size, grad, *others))
+
+    return rule
 
 
 def colours(ledger: Ledger, run: Run, x: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -172,13 +172,9 @@ class BcosConv2d(_Bcos, DynamicConv2d):
     def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         b = self._strength("b")
         if is_exactly(b, 1):
-            return F.conv2d(x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups)
-        (grouped, squares), (weight, weight_norm_sq) = (
-            with_squares(x.unflatten(1, (self.groups, -1)), 2),
-            self._with_norms(),
-        )
-        o = F.conv2d(grouped.flatten(1, 2), weight, None, self.stride, padding, self.dilation, self.groups)
-        patch_norm_sq, weight_norm_sq = self.under_patches(squares, padding), weight_norm_sq.view(self.groups, -1, 1, 1)
+            return self.products(x, padding, self.weight, bias=self.bias)[0]
+        (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding), self._with_norms()
+        (o,), weight_norm_sq = self.products(x, padding, weight), weight_norm_sq.view(self.groups, -1, 1, 1)
         y = self._scaled(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 

@@ -262,11 +262,8 @@ class CodaConv2d(_Coda, DynamicConv2d):
     layout = MAPS
 
     def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        static, probed = (
-            F.conv2d(x, kernel, None, self.stride, padding, self.dilation, self.groups).unflatten(1, (self.groups, -1))
-            for kernel in (self.weight, self._probes())
-        )
-        y = self._aligned(static, probed).flatten(1, 2)
+        products = self.products(x, padding, self.weight, self._probes())
+        y = self._aligned(*(product.unflatten(1, (self.groups, -1)) for product in products)).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 

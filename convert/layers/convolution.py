@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -12,7 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled
 
-__all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "unobserved", "with_squares"]
+__all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "unobserved", "with_squares", "zero_padded"]
 
 
 # Elements of a block that stays in a core's cache while several operations pass over it.
@@ -81,6 +82,12 @@ def with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]
     return _WithSquares.apply(x, dim) if torch.is_grad_enabled() else (x, sum_of_squares(x, dim))
 
 
+def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """x (B, C, H, W) with `pads` (left, right, top, bottom), and what (rows, columns) a convolution still pads."""
+    left, right, top, bottom = pads
+    return (x, (top, left)) if left == right and top == bottom else (F.pad(x, pads), (0, 0))
+
+
 class DynamicConv2d(BiasScheduled):
     """Mixin over `nn.Conv2d`: (B, C, H, W) -> (B, K, H', W'), any stride, padding, padding mode, dilation, groups."""
 
@@ -100,45 +107,65 @@ class DynamicConv2d(BiasScheduled):
 
     def padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """x (B, C, H, W), padded where a convolution cannot do it itself, and what (rows, columns) it still pads."""
-        left, right, top, bottom = self.pads(*x.shape[-2:])
-        if self.padding_mode == "zeros" and left == right and top == bottom:
-            return x, (top, left)
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, (left, right, top, bottom), mode=mode), (0, 0)
+        pads = self.pads(*x.shape[-2:])
+        if self.padding_mode == "zeros":
+            return zero_padded(x, pads)
+        return F.pad(x, pads, mode=self.padding_mode), (0, 0)
 
     def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         """The layer's formula, on x with zeros (rows, columns) still to be padded."""
         raise NotImplementedError
 
+    def products(
+        self, x: Tensor, padding: tuple[int, int], *kernels: Tensor, bias: Tensor | None = None
+    ) -> list[Tensor]:
+        """(B, K, H', W') of each of `kernels` (K, C/G, k, l), on x with zeros (rows, columns) still to be padded."""
+        return [F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, self.groups) for kernel in kernels]
+
+    def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """x, to be read on, and the squared norm (B, G, 1, H', W') of every patch, in float32 at least."""
+        grouped, squares = with_squares(x.unflatten(1, (self.groups, -1)), 2)
+        return grouped.flatten(1, 2), self.under_patches(squares, padding)
+
     def under_patches(self, squares: Tensor, padding: tuple[int, int]) -> Tensor:
         """(B, G, 1, H, W) -> (B, G, 1, H', W'): the sum of `squares` under every patch."""
-        squares = squares.squeeze(2)
-        if self.kernel_size == (1, 1):
-            pooled = F.pad(squares, _four(padding))[..., :: self.stride[0], :: self.stride[1]]
+        squares, window = squares.squeeze(2), (self.kernel_size, self.stride, padding, self.dilation)
+        side_by_side = squares.stride(1) == 1 and self.dilation == (1, 1)
+        if self.groups == 1 or self.kernel_size == (1, 1):
+            sums = _sums(squares, *window)
+        elif squares.device.type == "cpu" and not side_by_side:
+            # Exact: other devices' convolutions take such sums in TF32.
+            with torch.autocast("cpu", enabled=False):
+                ones = squares.new_ones(self.groups, 1, *self.kernel_size)
+                sums = F.conv2d(squares, ones, None, *window[1:], self.groups)
         elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
-            if self.groups > 1 and (torch.compiler.is_compiling() or not is_functorch_wrapped_tensor(squares)):
-                # A pool over many channels is fast where they lie side by side; `vmap` cannot lay them so.
-                squares = squares.contiguous(memory_format=torch.channels_last)
-            # Rows, then columns: k + k additions and not k * k.
-            (k, l), (s, t), (p, q) = self.kernel_size, self.stride, padding
-            exporting = torch.compiler.is_exporting()  # ONNX's pools know no divisor of their own
-            divisor = None if exporting else 1
-            pooled = F.avg_pool2d(squares, (1, l), (1, t), (0, q), divisor_override=divisor)
-            pooled = F.avg_pool2d(pooled, (k, 1), (s, 1), (p, 0), divisor_override=divisor)
-            pooled = pooled * (k * l) if exporting else pooled
+            sums = _pools(squares, *window[:3])
         else:
-            # A pool cannot do it, and a convolution would take the sums in float16 or TF32 where those are switched on.
-            pooled = F.pad(squares, _four(padding))
-            for dim, kernel, dilation in zip((-2, -1), self.kernel_size, self.dilation, strict=True):
-                size = pooled.shape[dim] - dilation * (kernel - 1)
-                pooled = torch.stack([pooled.narrow(dim, k * dilation, size) for k in range(kernel)]).sum(0)
-            pooled = pooled[..., :: self.stride[0], :: self.stride[1]]
-        return pooled.unsqueeze(2)
+            sums = _sums(squares, *window)
+        return sums.unsqueeze(2)
 
 
-def _four(padding: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(rows, columns) as `F.pad` wants it."""
-    return padding[1], padding[1], padding[0], padding[0]
+Pair = tuple[int, int]
+
+
+def _sums(squares: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:
+    """The sum under every window, rows first and then columns: k + k additions and not k * k."""
+    squares = F.pad(squares, (padding[1], padding[1], padding[0], padding[0]))
+    for k, step, apart in zip(kernel, stride, dilation, strict=True):
+        squares = squares.mT
+        size = squares.shape[-1] - apart * (k - 1)
+        squares = functools.reduce(torch.add, (squares[..., i : i + size : step] for i in range(0, apart * k, apart)))
+    return squares
+
+
+def _pools(squares: Tensor, kernel: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """As `_sums`, by pools, which are fast where many channels lie side by side."""
+    exporting = torch.compiler.is_exporting()  # ONNX's pools know no divisor of their own
+    divisor = None if exporting else 1
+    (k, l), (s, t), (p, q) = kernel, stride, padding
+    sums = F.avg_pool2d(squares, (1, l), (1, t), (0, q), divisor_override=divisor)
+    sums = F.avg_pool2d(sums, (k, 1), (s, 1), (p, 0), divisor_override=divisor)
+    return sums * (k * l) if exporting else sums
 
 
 class SamePadding(DynamicConv2d):

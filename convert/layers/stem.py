@@ -10,6 +10,13 @@ gives W6.[r, 1-r] = W.z + bias exactly: normalisation and bias live in the weigh
 normalisation are the colour `mean`, so the stem pads before it encodes, and the border is right to the last bit too.
 (Ours.)
 
+The six channels are what gets explained, and what the weights are of; to respond to them takes three:
+
+    W6.[r, 1-r] = (W_r - W_c) std . z + sum(W_r mean + W_c (1 - mean))
+
+with zeros around z, and |[r, 1-r]|^2 = 2 |r - 1/2|^2 + 3/2 for three colours. So a stem costs what its source costs,
+also after training, and [r, 1-r] is made in explanation mode only.
+
 A picture that gets into the model any other way (cut into patches for a linear layer, folded into more channels,
 resized for a second branch, normalised again) is encoded at the entrance instead: the model goes on seeing z, and in
 explanation mode z is the linear function
@@ -26,11 +33,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
-from ...explain.linearise import input_colours, input_encoding
+from ...explain.linearise import input_colours, input_encoding, linear_in, with_statistics
 from .bcos import BcosConv2d, BcosConv2dSame
 from .coda import CodaConv2d, CodaConv2dSame
-from .convolution import DynamicConv2d
+from .convolution import DynamicConv2d, sum_of_squares, zero_padded
 
 __all__ = [
     "SixChannel",
@@ -53,6 +61,38 @@ def six_channels(x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, 
     """
     r = (F.pad(x, padding) if any(padding) else x) * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
     return torch.cat([r, 1 - r], dim=1)
+
+
+def _gradient(size: torch.Size, grad: Tensor, kernel: Tensor, stride: Any, dilation: Any) -> Tensor:
+    """At six channels of `size`, from `grad` (B, K, H', W') at the response of `kernel` to them."""
+    return conv2d_input(list(size), kernel, grad, stride, 0, dilation)
+
+
+@linear_in(six_channels, _gradient)
+def six_channel_products(
+    x: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    padding: tuple[int, int, int, int],
+    kernel: Tensor,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> Tensor:
+    """(B, K, H', W'): kernel (K, 6, k, l) on `six_channels(x, mean, std, padding)`, by a product of three channels."""
+    colour, complement = kernel.chunk(2, dim=1)
+    middle, width = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+    constant = (colour * middle + complement * (1 - middle)).sum((1, 2, 3))
+    x, native = zero_padded(x, padding)
+    return F.conv2d(x, (colour - complement) * width, constant, stride, native, dilation)
+
+
+@with_statistics
+def with_six_channel_squares(
+    x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """x (B, 3, H, W) and the sum of squares (B, 1, 1, H+t+b, W+l+r) over `six_channels(x, mean, std, padding)`."""
+    from_middle = torch.addcmul((mean - 0.5).view(-1, 1, 1), F.pad(x, padding), std.view(-1, 1, 1))
+    return x, 2 * sum_of_squares(from_middle.unsqueeze(1), 2) + len(mean) / 2
 
 
 @input_colours
@@ -116,8 +156,24 @@ class SixChannel(DynamicConv2d):
                 f"expected a normalised picture (B, 3, H, W), got {tuple(x.shape)}: the six "
                 f"channels are made inside the model"
             )
-        mean, std = self.mean.to(x.dtype), self.std.to(x.dtype)
-        return self._respond(six_channels(x, mean, std, self.pads(*x.shape[-2:])), (0, 0))
+        return self._respond(x, (0, 0))
+
+    def products(
+        self, x: Tensor, padding: tuple[int, int], *kernels: Tensor, bias: Tensor | None = None
+    ) -> list[Tensor]:
+        assert bias is None  # it is in the kernels
+        if len(kernels) > 1:  # at once: what is encoded twice is explained twice
+            (together,) = self.products(x, padding, torch.cat(kernels))
+            return list(together.split([len(kernel) for kernel in kernels], dim=1))
+        return [six_channel_products(*self._encoding(x), *kernels, self.stride, self.dilation)]
+
+    def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        x, squares = with_six_channel_squares(*self._encoding(x))
+        return x, self.under_patches(squares, padding)
+
+    def _encoding(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int]]:
+        """The arguments of `six_channels`."""
+        return x, self.mean.to(x.dtype), self.std.to(x.dtype), self.pads(*x.shape[-2:])
 
 
 class SixChannelBcosConv2d(SixChannel, BcosConv2d):
