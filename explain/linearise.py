@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from .ledger import Ledger, leaves, moves, write
+from .ledger import Ledger, leaves, moves, whole, write
 from .rules import (
+    IN_PLACE,
     OPERATIONS,
     PROPERTIES,
     Operation,
@@ -142,16 +143,20 @@ class Linearised(TorchFunctionMode):
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""
         ledger, operation = self._ledger, resolve(func)
-        into = kwargs.get("out")
+        rule, into = operation.rule, kwargs.get("out")
         if "out" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-        if operation.in_place:
-            into, func = args[0], _out_of_place(func)
-        elif kwargs.get("inplace"):
-            into, kwargs = args[0], kwargs | {"inplace": False}
+        if operation.in_place or kwargs.get("inplace"):
+            if rule in IN_PLACE and moves(args[0]) and whole(args[0]) and not ledger.gates(args[0]):
+                rule = IN_PLACE[rule]
+            else:
+                into = args[0]
+                func, kwargs = (
+                    (_out_of_place(func), kwargs) if operation.in_place else (func, kwargs | {"inplace": False})
+                )
         if into is not None and not moves(into):
             ledger.adopt(into)
-        out = ledger.inherit(operation.rule(ledger, func, *args, **kwargs), (args, kwargs))
+        out = ledger.inherit(rule(ledger, func, *args, **kwargs), (args, kwargs))
         if into is None:
             return out
         # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be
@@ -168,9 +173,14 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     return _declared(function, gate)
 
 
-def gated_by(factor: Callable[..., Tensor]) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """As `gated`, for an f(x, *others) = x · factor(x, *others), which spares the division."""
-    return lambda function: _declared(function, gate_by(factor))
+def gated_by(
+    apart: Callable[..., tuple[Tensor, Tensor]],
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """As `gated`, which spares the division: apart(x, *others) is the gate and what f returns, x times it.
+
+    As f itself in inference it may write over x.
+    """
+    return lambda function: _declared(function, gate_by(apart))
 
 
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -29,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .ledger import Ledger, continuous, frozen, graft, moves, pulled, tensors
+from .ledger import Ledger, continuous, frozen, graft, moves, passed, pulled, tensors
 
 __all__ = [
+    "IN_PLACE",
     "OPERATIONS",
     "PROPERTIES",
     "Operation",
@@ -233,16 +234,16 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     return scaled(ledger, value, input, _factor(value, input.detach()))
 
 
-def gate_by(factor: Run) -> Rule:
-    """x · factor(x, *others), as `gate`, for functions that know their factor."""
+def gate_by(apart: Run) -> Rule:
+    """As `gate`, for functions that know their gate: apart(x, *others) is the gate and x times it."""
 
     def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any, **more: Any) -> Tensor:
         others, more = frozen(others), frozen(more)
         if not moves(input):
             return run(input, *others, **more)
         with torch.no_grad():
-            scale = factor(input.detach(), *others, **more)
-        return scaled(ledger, scale * input.detach(), input, scale)
+            factor, value = apart(input.detach(), *others, **more)
+        return scaled(ledger, value, input, factor)
 
     return rule
 
@@ -256,6 +257,11 @@ def scaled(ledger: Ledger, value: Tensor, input: Tensor, factor: Tensor) -> Tens
 def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`relu`: its own derivative, 0 or 1, is its gate."""
     return run(input, *args, **kwargs)
+
+
+def routing_in_place(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As `routing`. Torch's own keeps what it wrote, which nothing may then write over."""
+    return passed(input)
 
 
 def _factor(value: Tensor, x: Tensor) -> Tensor:
@@ -570,6 +576,9 @@ def colours(ledger: Ledger, run: Run, x: Tensor, mean: Tensor, std: Tensor) -> T
 # ------------------------------------------------------------------------------------------------------------ the table
 
 ADD = combination(lambda alpha: (1, alpha))
+SUBTRACT = combination(lambda alpha: (1, -alpha))
+# Rules that write over something that moves without a copy.
+IN_PLACE: dict[Rule, Rule] = {linear: linear, ADD: ADD, SUBTRACT: SUBTRACT, routing: routing_in_place}
 
 LINEAR = """
     view view_as reshape reshape_as expand expand_as broadcast_to flatten unflatten ravel squeeze unsqueeze transpose
@@ -632,7 +641,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(CLIPPED, clipping),
     **{name: freezing(name.strip("_")) for name in FROZEN},
     **dict.fromkeys(("add", "__add__", "__radd__"), ADD),
-    **dict.fromkeys(("sub", "subtract", "__sub__"), combination(lambda alpha: (1, -alpha))),
+    **dict.fromkeys(("sub", "subtract", "__sub__"), SUBTRACT),
     **dict.fromkeys(("rsub", "__rsub__"), combination(lambda alpha: (-alpha, 1))),
     **dict.fromkeys(("div", "divide", "true_divide", "__truediv__", "__div__"), quotient),
     **dict.fromkeys(("__rdiv__", "__rtruediv__"), freezing("reciprocal")),

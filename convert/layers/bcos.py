@@ -104,15 +104,15 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-def _gate(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
-    """What `bcos_scale` multiplies o by."""
+def _apart(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> tuple[Tensor, Tensor]:
+    """What `bcos_scale` multiplies o by, and what it returns, which is written over o."""
     gate, inverse_w = torch.empty_like(o), _inverse(weight_norm_sq)
     for out, part, of_part in _blocks(gate, o, patch_norm_sq):
-        out.copy_(_scale(part, _inverse(of_part), inverse_w, b))
-    return gate
+        part.mul_(out.copy_(_scale(part, _inverse(of_part), inverse_w, b)))
+    return gate, o
 
 
-@gated_by(_gate)
+@gated_by(_apart)
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 

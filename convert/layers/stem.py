@@ -162,10 +162,11 @@ class SixChannel(DynamicConv2d):
         self, x: Tensor, padding: tuple[int, int], *kernels: Tensor, bias: Tensor | None = None
     ) -> list[Tensor]:
         assert bias is None  # it is in the kernels
-        if len(kernels) > 1:  # at once: what is encoded twice is explained twice
+        kernel, *more = kernels
+        if more:  # at once: what is encoded twice is explained twice
             (together,) = self.products(x, padding, torch.cat(kernels))
-            return list(together.split([len(kernel) for kernel in kernels], dim=1))
-        return [six_channel_products(*self._encoding(x), *kernels, self.stride, self.dilation)]
+            return list(together.split([*map(len, kernels)], dim=1))
+        return [six_channel_products(*self._encoding(x), kernel, self.stride, self.dilation)]
 
     def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         x, squares = with_six_channel_squares(*self._encoding(x))

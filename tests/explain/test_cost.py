@@ -91,11 +91,12 @@ def test_layer_norm_is_linear_but_for_its_spread(shape, dressed):
 def test_a_gate_that_is_at_hand_is_the_quotient():
     calls = []
 
-    def factor(x: Tensor, power: float) -> Tensor:
+    def apart(x: Tensor, power: float) -> tuple[Tensor, Tensor]:
         calls.append(x)
-        return x.abs().pow(power)
+        factor = x.abs().pow(power)
+        return factor, x * factor
 
-    @gated_by(factor)
+    @gated_by(apart)
     def handed(x: Tensor, power: float) -> Tensor:
         return x * x.abs().pow(power)
 
