@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import InterpolationMode, v2
 
 from ..errors import DataError
@@ -286,33 +287,59 @@ def _run(index: ShardIndex, ids: np.ndarray, epoch: int, size: int, first: int, 
 
 
 class Batches:
-    """Batches in order. It can be gone through again, and gives the same."""
+    """Batches in order. It can be gone through again, and gives the same.
+
+    Workers live as long as an iteration: they have ended when it has, also by an error or because it was left early.
+    An error of the runs comes after the batches before it, however far workers read ahead.
+    """
 
     def __init__(self, pictures: PictureSet, runs: Runs, workers: int, pin_memory: bool):
+        self.pictures = pictures
         self.runs = runs
-        # A DataLoader draws a seed from the global generator each time it starts, unless it has its own.
-        self.loader = DataLoader(
-            pictures,
-            batch_size=None,  # an item is a batch
-            sampler=runs,
-            num_workers=workers,
-            collate_fn=_as_it_is,
-            pin_memory=pin_memory,
-            multiprocessing_context=_fork_server() if workers else None,
-            worker_init_fn=_one_thread if workers else None,
-            persistent_workers=workers > 0,
-            generator=torch.Generator(),
-        )
+        self.workers = min(workers, len(runs))
+        self.pin_memory = pin_memory
 
     def __len__(self) -> int:
         return len(self.runs)
 
     def __iter__(self) -> Iterator[Batch]:
-        for item in self.loader:
-            if isinstance(item, DataError):
-                # Not `item` itself: it would hold this frame, and this frame it, and the workers would linger.
-                raise DataError(str(item))
-            yield item
+        failed: list[Exception] = []
+        batches = iter(self._loader(_until_failed(self.runs, failed)))
+        try:
+            for item in batches:
+                if isinstance(item, DataError):
+                    # Not `item` itself: it would hold this frame, and this frame it.
+                    raise DataError(str(item))
+                yield item
+        finally:
+            # A traceback may hold them, and the garbage collector ends them in any order: it closes a queue, and then
+            # the queue's thread closes the same descriptor once more, which by then may be another's.
+            if isinstance(batches, _MultiProcessingDataLoaderIter):
+                batches._shutdown_workers()
+        if failed:
+            raise failed.pop()
+
+    def _loader(self, runs: Iterator[Run]) -> DataLoader:
+        return DataLoader(
+            self.pictures,
+            batch_size=None,  # an item is a batch
+            sampler=runs,
+            num_workers=self.workers,
+            collate_fn=_as_it_is,
+            pin_memory=self.pin_memory,
+            multiprocessing_context=_fork_server() if self.workers else None,
+            worker_init_fn=_one_thread if self.workers else None,
+            # A DataLoader draws a seed from the global generator each time it starts, unless it has its own.
+            generator=torch.Generator(),
+        )
+
+
+def _until_failed(runs: Runs, failed: list[Exception]) -> Iterator[Run]:
+    """`runs` up to an error, which is put into `failed`: raised in a DataLoader that starts, it would leave workers."""
+    try:
+        yield from runs
+    except Exception as error:
+        failed.append(error)
 
 
 def training_batches(

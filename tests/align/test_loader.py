@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import multiprocessing as mp
 import os
 import random
 import tarfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from bcosify.align.loader import (
     BadSample,
     BadSamples,
     Batch,
+    Batches,
     CentreCrop,
     TrainingRuns,
     held_out_batches,
@@ -28,7 +31,17 @@ from bcosify.align.loader import (
     to_model_input,
     training_batches,
 )
-from bcosify.align.shards import ShardIndex, batch_indices, decode, expand, index_shards, order, write_shards
+from bcosify.align.shards import (
+    Indexed,
+    ShardFile,
+    ShardIndex,
+    batch_indices,
+    decode,
+    expand,
+    index_shards,
+    order,
+    write_shards,
+)
 from bcosify.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,7 +121,84 @@ def test_batches_can_be_gone_through_again(index):
 def test_workers_change_nothing(index, workers):
     batches = training_batches(index, seed=3, global_batch=4, steps=8, size=SIZE, workers=workers)
     assert_same(train(index), list(batches))
-    assert_same(train(index), list(batches))  # the same workers again
+    assert_same(train(index), list(batches))
+
+
+def end_of_runs(batches: Batches) -> None:
+    list(batches)
+
+
+def leaving_early(batches: Batches) -> None:
+    for _ in batches:
+        break
+
+
+def error_in_the_loop(batches: Batches) -> None:
+    for _ in batches:
+        raise DataError("in the loop")
+
+
+def vanished_shard(batches: Batches) -> None:
+    nowhere = Indexed(0, "0", ShardFile("none.tar", 0, 0), 0, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardIndex, "pictures", lambda self, ids: [nowhere] * len(ids))
+        list(batches)
+
+
+def error_of_the_runs(batches: Batches) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardIndex, "pictures", fails)
+        list(batches)
+
+
+def killed_worker(batches: Batches) -> None:
+    for _ in batches:
+        for worker in mp.active_children():
+            worker.kill()
+            worker.join()
+
+
+def fails(*_: object) -> None:
+    # Such an error holds its frame, which holds it: the garbage collector alone can free what its traceback holds.
+    error = OSError("of the runs")
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (end_of_runs, None),
+        (leaving_early, None),
+        (error_in_the_loop, "in the loop"),
+        (vanished_shard, "none.tar cannot be read"),
+        (error_of_the_runs, "of the runs"),
+        (killed_worker, "exited unexpectedly"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_no_worker_outlives_an_iteration(index, how, says):
+    """Even while the error is held, and everything in its frames with it."""
+    assert not mp.active_children()
+    batches = training_batches(index, seed=3, global_batch=4, steps=8, size=SIZE, workers=2)
+    with pytest.raises((DataError, OSError, RuntimeError), match=says) if says else nullcontext() as held:
+        how(batches)
+    assert not mp.active_children()
+    assert (held is None) == (says is None)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_an_error_of_the_runs_comes_after_the_batches_before_it(index, monkeypatch, workers):
+    """However far ahead of them it happened."""
+    found, left = ShardIndex.pictures, iter(range(5))
+    monkeypatch.setattr(
+        ShardIndex, "pictures", lambda self, ids: fails() if next(left, None) is None else found(self, ids)
+    )
+    batches, seen = training_batches(index, seed=3, global_batch=4, steps=8, size=SIZE, workers=workers), []
+    with pytest.raises(OSError, match="of the runs"):
+        for batch in batches:
+            seen.append(batch)
+    monkeypatch.undo()
+    assert_same(train(index)[:5], seen)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
