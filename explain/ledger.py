@@ -22,19 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LedgerError
 
-__all__ = [
-    "Ledger",
-    "continuous",
-    "frozen",
-    "graft",
-    "leaves",
-    "moves",
-    "passed",
-    "pulled",
-    "tensors",
-    "whole",
-    "write",
-]
+__all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors", "write"]
 
 Names = tuple[str, ...]
 
@@ -117,31 +105,9 @@ class _Pulled(torch.autograd.Function):
         return ctx.pull(grad, *ctx.saved_tensors), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
-def passed(target: Tensor) -> Tensor:
-    """target.relu_() of a tensor that is `whole`; keeps where it was positive."""
-    return _Passed.apply(target)
-
-
-class _Passed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, target: Tensor) -> Tensor:
-        ctx.mark_dirty(target)
-        ctx.save_for_backward(target > 0)
-        return target.relu_()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0]
-
-
-def whole(target: Tensor) -> bool:
-    """Whether `target` can be written over by a function of ours: no view, and no leaf."""
-    return target._base is None and not target.is_leaf
-
-
 def write(target: Tensor, value: Tensor) -> None:
     """target.copy_(value), without the zeros that torch makes up as the gradient of what stood in a whole tensor."""
-    if whole(target) and target.shape == value.shape:
+    if target._base is None and target.shape == value.shape and not target.is_leaf:
         _Written.apply(target, value)
     else:
         target.copy_(value)

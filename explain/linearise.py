@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from .ledger import Ledger, leaves, moves, whole, write
+from .ledger import Ledger, leaves, moves, write
 from .rules import (
     IN_PLACE,
     OPERATIONS,
@@ -143,20 +143,19 @@ class Linearised(TorchFunctionMode):
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""
         ledger, operation = self._ledger, resolve(func)
-        rule, into = operation.rule, kwargs.get("out")
+        into = kwargs.get("out")
         if "out" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
-        if operation.in_place or kwargs.get("inplace"):
-            if rule in IN_PLACE and moves(args[0]) and whole(args[0]) and not ledger.gates(args[0]):
-                rule = IN_PLACE[rule]
+        writes = operation.in_place or kwargs.get("inplace")
+        if writes and not (operation.rule in IN_PLACE and moves(args[0]) and not ledger.gates(args[0])):
+            into = args[0]
+            if operation.in_place:
+                func = _out_of_place(func)
             else:
-                into = args[0]
-                func, kwargs = (
-                    (_out_of_place(func), kwargs) if operation.in_place else (func, kwargs | {"inplace": False})
-                )
+                kwargs = kwargs | {"inplace": False}
         if into is not None and not moves(into):
             ledger.adopt(into)
-        out = ledger.inherit(rule(ledger, func, *args, **kwargs), (args, kwargs))
+        out = ledger.inherit(operation.rule(ledger, func, *args, **kwargs), (args, kwargs))
         if into is None:
             return out
         # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be

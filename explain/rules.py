@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from .ledger import Ledger, continuous, frozen, graft, moves, passed, pulled, tensors
+from .ledger import Ledger, continuous, frozen, graft, moves, pulled, tensors
 
 __all__ = [
     "IN_PLACE",
@@ -242,7 +242,8 @@ def gate_by(apart: Run) -> Rule:
         if not moves(input):
             return run(input, *others, **more)
         with torch.no_grad():
-            factor, value = apart(input.detach(), *others, **more)
+            # Not `detach`: what is written over x, which nothing reads again, would show as a change of a view.
+            factor, value = apart(input.data, *others, **more)
         return scaled(ledger, value, input, factor)
 
     return rule
@@ -257,11 +258,6 @@ def scaled(ledger: Ledger, value: Tensor, input: Tensor, factor: Tensor) -> Tens
 def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`relu`: its own derivative, 0 or 1, is its gate."""
     return run(input, *args, **kwargs)
-
-
-def routing_in_place(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """As `routing`. Torch's own keeps what it wrote, which nothing may then write over."""
-    return passed(input)
 
 
 def _factor(value: Tensor, x: Tensor) -> Tensor:
@@ -577,8 +573,8 @@ def colours(ledger: Ledger, run: Run, x: Tensor, mean: Tensor, std: Tensor) -> T
 
 ADD = combination(lambda alpha: (1, alpha))
 SUBTRACT = combination(lambda alpha: (1, -alpha))
-# Rules that write over something that moves without a copy.
-IN_PLACE: dict[Rule, Rule] = {linear: linear, ADD: ADD, SUBTRACT: SUBTRACT, routing: routing_in_place}
+# These keep nothing of what they read or return, and can write over it.
+IN_PLACE = (linear, ADD, SUBTRACT)
 
 LINEAR = """
     view view_as reshape reshape_as expand expand_as broadcast_to flatten unflatten ravel squeeze unsqueeze transpose
