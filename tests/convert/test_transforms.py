@@ -1,4 +1,4 @@
-"""Derivatives of every mode and order through the layers that have a backward pass of their own, and `torch.func`."""
+"""Layers with a backward pass of their own: derivatives of every mode and order, `torch.func`, compile, autocast."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from bcosify.convert.layers import (
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 Run = Callable[..., Tensor]
 
@@ -185,7 +186,36 @@ def test_zero_patches_and_dead_filters_have_both_modes(kind):
     assert all(found.isfinite().all() for found in (*forward, *second[0], *second[1]))
 
 
-@pytest.mark.parametrize("kind", ["linear, B=1.5", "grouped", "alignment units"])
+def trained(net: Run, layer: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Output of `net`, which runs `layer`, and the gradients of x and of all parameters, in float32."""
+    leaf = x.clone().requires_grad_()
+    y = net(leaf)
+    pull = torch.linspace(0.5, 1.5, y.numel()).view(y.shape).to(y.dtype)
+    layer.zero_grad()
+    y.backward(pull)  # and not `grad`, which one of the checkpoints does not know
+    return tuple(found.float() for found in (y.detach(), leaf.grad, *(p.grad for p in layer.parameters())))
+
+
+# Of B-cos layers beside their plain formula: test_lean_layers.py.
+@pytest.mark.parametrize("kind", ["stem", "norm", "alignment units", "alignment depthwise"])
+def test_a_layer_trains_compiled_checkpointed_and_under_autocast(kind):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    layer, x = make().train(), torch.randn(shape)
+    wanted = trained(layer, layer, x)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(trained(compiled, layer, x), wanted, rtol=1e-5, atol=1e-5)
+    for reentrant in (False, True):
+        again = trained(lambda x, how=reentrant: checkpoint(layer, x, use_reentrant=how), layer, x)
+        torch.testing.assert_close(again, wanted)
+    for dtype in (torch.bfloat16, torch.float16):
+        found = trained(torch.autocast("cpu", dtype)(layer.forward), layer, x)
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.03 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["grouped", "alignment units"])
 def test_forward_mode_compiles_in_one_piece(kind):
     torch.compiler.reset()
     run, arguments = made(kind)
