@@ -7,7 +7,7 @@ falls on all of them. What counts is the ratio within a round. CPU time is that 
 is less noisy than the clock. Starting workers and their first batches are not timed;
 --pictures must be many batches of 64, or what was made ahead weighs too much.
 
-    python benchmarks/data_path.py --data 'shards/train-{00000..00007}.tar' --out data_path.json
+    python benchmarks/data_path.py --data 'shards/train-{00000..00007}.tar'
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
-import json
 import os
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import measure
 import psutil
 import torch
 import webdataset
 from bcosify.align.loader import Augment, CentreCrop, held_out_batches, training_batches
 from bcosify.align.shards import decode, expand, index_shards
 from bcosify.align.stream import Stream
-from bcosify.cli.console import show_table
 
 SIDES = ("webdataset", "indexed", "stream")
 BATCH = 64
@@ -110,7 +106,7 @@ def check_identical(data: str, size: int) -> int:
 # ------------------------------------------------------------------------------------------------------------- timing
 
 
-def measure(options: argparse.Namespace, side: str, workers: int) -> dict[str, float]:
+def timed(options: argparse.Namespace, side: str, workers: int) -> dict[str, float]:
     """One side, once: pictures, wall seconds and CPU seconds after the first batch of every worker."""
     augment = Augment() if options.view == "train" else CentreCrop()
     made = batches(side, options.data, augment, options.size, workers)
@@ -124,73 +120,67 @@ def measure(options: argparse.Namespace, side: str, workers: int) -> dict[str, f
 
 
 def cpu_seconds() -> float:
-    """Of this process and of all its workers, which a fork server may have started."""
-    this = psutil.Process()
-    times = [process.cpu_times() for process in (this, *this.children(recursive=True))]
-    return sum(each.user + each.system for each in times)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
+    """Also of the workers that still run, which a fork server may have started."""
+    times = [worker.cpu_times() for worker in psutil.Process().children(recursive=True)]
+    return measure.cpu_seconds() + sum(each.user + each.system for each in times)
 
 
 def compare(options: argparse.Namespace, workers: int) -> list[dict[str, Any]]:
     """A row for each side, from all rounds."""
     rounds = []
-    for number in range(options.rounds):
-        turn = SIDES[number % len(SIDES) :] + SIDES[: number % len(SIDES)]
-        rounds.append({side: measure(options, side, workers) for side in turn})
-        print(f"workers {workers}: round {number + 1} of {options.rounds}", file=sys.stderr)
-
-    return [_row(rounds, side, workers) for side in SIDES]
+    for turn in measure.turns(SIDES, options.rounds):
+        rounds.append({side: timed(options, side, workers) for side in turn})
+        print(f"workers {workers}: round {len(rounds)} of {options.rounds}", file=sys.stderr)
+    return [{"workers": workers, "side": side, **_figures(rounds, side)} for side in SIDES]
 
 
-def _row(rounds: list[dict[str, dict[str, float]]], side: str, workers: int) -> dict[str, Any]:
-    rates, costs = (
-        {name: [each(found[name]) for found in rounds] for name in (SIDES[0], side)}
-        for each in (lambda one: one["pictures"] / one["wall"], lambda one: 1e3 * one["cpu"] / one["pictures"])
-    )
+def _figures(rounds: list[dict[str, dict[str, float]]], side: str) -> dict[str, dict[str, float]]:
+    def of_rounds(figure: Callable[[dict[str, float]], float], name: str) -> dict[str, dict[str, float]]:
+        ours, theirs = ([figure(found[each]) for found in rounds] for each in (side, SIDES[0]))
+        ratio = [a / b for a, b in zip(ours, theirs, strict=True)]
+        return {name: measure.extent(ours), f"{name}_ratio": measure.extent(ratio)}
+
     return {
-        "workers": workers,
-        "side": side,
-        "pictures_per_second": spread(rates[side]),
-        "cpu_ms_per_picture": spread(costs[side]),
-        "rate_ratio": spread([a / b for a, b in zip(rates[side], rates[SIDES[0]], strict=True)]),
-        "cpu_ratio": spread([a / b for a, b in zip(costs[side], costs[SIDES[0]], strict=True)]),
+        **of_rounds(lambda one: one["pictures"] / one["wall"], "pictures_per_second"),
+        **of_rounds(lambda one: 1e3 * one["cpu"] / one["pictures"], "cpu_ms_per_picture"),
     }
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    heads = ["workers", "loader", "pictures/s", "CPU ms a picture"]
+    heads += ["pictures/s over webdataset's", "CPU over webdataset's"]
+    figures = {"pictures_per_second": 0, "cpu_ms_per_picture": 2}
+    figures |= {"pictures_per_second_ratio": 2, "cpu_ms_per_picture_ratio": 2}
+    cells = [
+        [str(row["workers"]), row["side"], *(_cell(row[name], digits) for name, digits in figures.items())]
+        for row in rows
+    ]
+    return measure.markdown(heads, cells)
+
+
+def _cell(extent: dict[str, float], digits: int) -> str:
+    median, low, high = (f"{extent[name]:.{digits}f}" for name in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measure.outputs(__doc__, "data_path", rounds=6)
     parser.add_argument("--data", required=True, help="local shards")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--pictures", type=int, default=1280, help="a side and round")
-    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--view", default="train", choices=["train", "centre"])
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # and memory as it is: of the sides only some have workers that would inherit its settings
     same = check_identical(options.data, options.size)
     print(f"{same} pictures are the same bytes on all sides", file=sys.stderr)
-    rows = [row for workers in options.workers for row in compare(options, workers)]
-    columns = ["workers", "side", "pictures/s", "CPU ms/picture", "rate ratio", "lowest", "highest"]
-    columns += ["CPU ratio", "lowest", "highest"]
-    cells = [
-        [row["workers"], row["side"], row["pictures_per_second"]["median"], row["cpu_ms_per_picture"]["median"]]
-        + [*row["rate_ratio"].values(), *row["cpu_ratio"].values()]
-        for row in rows
-    ]
-    show_table(f"{options.rounds} rounds, {options.size} px, medians; ratios to webdataset, paired", columns, cells)
-    if options.out:
-        versions = {
-            "torch": torch.__version__,
-            "webdataset": webdataset.__version__,
-            "python": platform.python_version(),
-        }
-        settings = {k: v for k, v in vars(options).items() if k not in ("data", "out")}
-        result = {"settings": settings, "versions": versions, "cores": os.cpu_count(), "identical": same, "rows": rows}
-        options.out.write_text(json.dumps(result, indent=2))
+    run = {"view": options.view, "size": options.size, "pictures": options.pictures, "rounds": options.rounds}
+    run |= {"identical": same, **measure.machine(), "webdataset": webdataset.__version__}
+    rows = [run | row for workers in options.workers for row in compare(options, workers)]
+    every = measure.merged(options.json, rows, ("view", "size", "workers", "side"))
+    shown = table([row for row in every if (row["view"], row["size"]) == (options.view, options.size)])
+    measure.write_section(options.page, "data_path.py", shown)
+    print(shown)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import platform
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,13 @@ def seconds(run: Run, device: str = "cpu") -> float:
     return time.perf_counter() - begin
 
 
+def turns(sides: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """The order of `sides` in each round."""
+    for number in range(rounds):
+        first = number % len(sides)
+        yield [*sides[first:], *sides[:first]]
+
+
 def paired(
     sides: Mapping[str, Run], rounds: int, device: str = "cpu", warm_up: int = 2, least: float = 0.0
 ) -> dict[str, list[float]]:
@@ -85,10 +92,8 @@ def paired(
         return seconds(lambda: [sides[name]() for _ in range(calls[name])] and None, device) / calls[name]
 
     found: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for number in range(rounds):
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+    for turn in turns(list(sides), rounds):
+        for name in turn:
             found[name].append(several(name))
     return found
 
@@ -101,6 +106,11 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "low": ordered[len(ordered) // 4],
         "high": ordered[-1 - len(ordered) // 4],
     }
+
+
+def extent(values: Sequence[float]) -> dict[str, float]:
+    """Median, lowest and highest: of few rounds, of which quartiles say little."""
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
 
 def against(found: Mapping[str, Sequence[float]], base: str) -> dict[str, dict[str, Any]]:
@@ -171,15 +181,21 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     return found
 
 
-def options(description: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
+def outputs(description: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
     """The arguments that all benchmarks of speed take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of parameters and pictures")
     parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--only", default="", help="a part of a row's name")
     parser.add_argument("--json", type=Path, default=RESULTS / f"{name}.json")
     parser.add_argument("--page", type=Path, default=PAGE, help="the document whose section is written again")
+    return parser
+
+
+def options(description: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks of models and layers take."""
+    parser = outputs(description, name, rounds)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of parameters and pictures")
+    parser.add_argument("--only", default="", help="a part of a row's name")
     return parser
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from ...explain.linearise import with_mean
-from .convolution import in_blocks, unobserved
+from .convolution import applied, in_blocks, unobserved
 from .scheduled import Rescalable, faded, is_exactly
 
 __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
@@ -138,7 +138,7 @@ def _others(x: Tensor) -> list[int]:
 @with_mean
 def _with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, C, ...), to be read on, and mean and mean square (C,) of its channels, in float32 at least."""
-    return _WithMoments.apply(x)
+    return applied(_WithMoments, x)
 
 
 def _over_processes(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:

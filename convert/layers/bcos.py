@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import gated_by
-from .convolution import DynamicConv2d, SamePadding, in_blocks, unobserved, with_squares
+from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, unobserved, with_squares
 from .scheduled import Rescalable, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale", "watching_writes"]
@@ -37,10 +37,10 @@ class _BcosScale(torch.autograd.Function):
     @staticmethod
     def forward(o: Tensor, q: Tensor, w2: Tensor, b: float | Tensor) -> Tensor:
         if not unobserved(o, q, w2):
-            return _scale(o, _inverse(q), _inverse(w2), b).mul_(o).to(o.dtype)
+            return _scale(_above_zero(_power(o, _inverse(q), _inverse(w2))), b).mul_(o).to(o.dtype)
         y, inverse_w = torch.empty_like(o), _inverse(w2)
         for out, part, of_part in _blocks(y, o, q):
-            torch.mul(_scale(part, _inverse(of_part), inverse_w, b), part, out=out)
+            torch.mul(_scale(_power(part, _inverse(of_part), inverse_w), b), part, out=out)
         return y
 
     @staticmethod
@@ -63,9 +63,7 @@ class _BcosScale(torch.autograd.Function):
         else:
             product = _product(y, grad)
             sum_q, sum_w = product.sum_to_size(q.shape), product.sum_to_size(w2.shape)
-            # Not quite zero: at y = 0 a root has no derivative, and a double backward would be NaN.
-            power = _power(y, _inverse(q), inverse_w).clamp_min_(torch.finfo(torch.float32).tiny)
-            grad_o = (_root(power, b) * grad).mul_(b).to(y.dtype)
+            grad_o = (_root(_above_zero(_power(y, _inverse(q), inverse_w)), b) * grad).mul_(b).to(y.dtype)
         # y depends on q and w2 through their power (1-B)/2, so dy/dq = (1-B)/2 * y/q; zero where clamped.
         return grad_o, _over(sum_q * ((1 - b) / 2), q), _over(sum_w * ((1 - b) / 2), w2), None
 
@@ -84,9 +82,13 @@ def _power(o: Tensor, inverse_q: Tensor, inverse_w: Tensor) -> Tensor:
     return (o * inverse_q).mul_(inverse_w).abs_()
 
 
-def _scale(o: Tensor, inverse_q: Tensor, inverse_w: Tensor, b: float | Tensor) -> Tensor:
-    """|cos|^(B-1) of o, a new tensor."""
-    cosine = _power(o, inverse_q, inverse_w)
+def _above_zero(power: Tensor) -> Tensor:
+    """`power`, in place, but not quite zero: there a root has no derivative, and what is derived of it would be NaN."""
+    return power.clamp_min_(torch.finfo(torch.float32).tiny)
+
+
+def _scale(cosine: Tensor, b: float | Tensor) -> Tensor:
+    """|cos|^(B-1) from |cos|, in place."""
     return cosine if is_exactly(b, 2) else cosine.pow_(b - 1)
 
 
@@ -108,7 +110,7 @@ def _apart(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | 
     """What `bcos_scale` multiplies o by, and what it returns, which is written over o."""
     gate, inverse_w = torch.empty_like(o), _inverse(weight_norm_sq)
     for out, part, of_part in _blocks(gate, o, patch_norm_sq):
-        part.mul_(out.copy_(_scale(part, _inverse(of_part), inverse_w, b)))
+        part.mul_(out.copy_(_scale(_power(part, _inverse(of_part), inverse_w), b)))
     return gate, o
 
 
@@ -119,11 +121,11 @@ def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: floa
     `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Where gradients
     are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen gate.
     """
-    if torch.is_grad_enabled():
-        return _BcosScale.apply(o, patch_norm_sq, weight_norm_sq, b)
+    if not unobserved():
+        return applied(_BcosScale, o, patch_norm_sq, weight_norm_sq, b)
     inverse_w = _inverse(weight_norm_sq)
     for part, of_part in _blocks(o, patch_norm_sq):
-        part.mul_(_scale(part, _inverse(of_part), inverse_w, b))
+        part.mul_(_scale(_power(part, _inverse(of_part), inverse_w), b))
     return o
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import dynamic_linear
-from .convolution import DynamicConv2d, SamePadding, sum_of_squares
+from .convolution import DynamicConv2d, SamePadding, applied, sum_of_squares
 from .scheduled import Rescalable
 
 __all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "squashed"]
@@ -91,7 +91,7 @@ class _Squashed(torch.autograd.Function):
 @dynamic_linear
 def squashed(numerator: Tensor, norm_sq: Tensor, gain: Tensor, floor: Tensor, squash: str) -> Tensor:
     """gain * g(w).x from w.x and |w|^2, of one shape; `gain` and `floor` broadcast. The norm counts as >= `floor`."""
-    return _Squashed.apply(numerator, norm_sq, gain, floor, squash)
+    return applied(_Squashed, numerator, norm_sq, gain, floor, squash)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,25 +4,49 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
+from torch.autograd import forward_ad
 
 from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled
 
-__all__ = ["DynamicConv2d", "SamePadding", "in_blocks", "sum_of_squares", "unobserved", "with_squares", "zero_padded"]
+__all__ = [
+    "DynamicConv2d",
+    "SamePadding",
+    "applied",
+    "in_blocks",
+    "sum_of_squares",
+    "unobserved",
+    "with_squares",
+    "zero_padded",
+]
 
 
 # Elements of a block that stays in a core's cache while several operations pass over it.
 BLOCK = 2**16
 
 
+def _in_forward_mode() -> bool:
+    """Whether derivatives are being taken in forward mode, by whichever transform."""
+    return forward_ad._current_level >= 0
+
+
+def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function` of `args`; in forward mode what it computes, of which torch knows every derivative.
+
+    So no function needs a `jvp` of its own: torch does not compile those that have one.
+    """
+    return function.forward(*args) if _in_forward_mode() else function.apply(*args)
+
+
 def unobserved(*tensors: Tensor) -> bool:
     """Whether no graph, transform or compiler follows what is done with `tensors`, so that memory may be written to."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _in_forward_mode():
         return False
     return not any(is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors)
 
@@ -79,7 +103,7 @@ def with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]
 
     In explanation mode the sum is a constant.
     """
-    return _WithSquares.apply(x, dim) if torch.is_grad_enabled() else (x, sum_of_squares(x, dim))
+    return applied(_WithSquares, x, dim) if torch.is_grad_enabled() else (x, sum_of_squares(x, dim))
 
 
 def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
