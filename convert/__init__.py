@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .calibrate import calibrate
 from .checkpoint import load, save, skeleton
+from .fold import fold
 from .layers import set_strength
 from .methods.bcos import BcosConfig
 from .methods.ca_stream import CaStreamConfig
@@ -40,6 +41,7 @@ __all__ = [
     "check_teacher",
     "convert",
     "embed_texts",
+    "fold",
     "identity_error",
     "load",
     "load_teacher",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import Student
+from ..convert import Student, fold
 from ..convert.checkpoint import versions
 from ..convert.files import check_free, new_file
 from ..convert.library_files import class_count
@@ -85,13 +85,13 @@ def export(
         raise CheckpointError(f"no format {format!r}.{near_miss(format, FORMATS)} There are: {', '.join(FORMATS)}.")
     check_free(out, overwrite)
     chosen, model = FORMATS[format], student.model.eval().requires_grad_(False)
-    graph = _explaining(student, model) if explain else model
+    graph = _explaining(student, model) if explain else fold(student).requires_grad_(False)
     names = ("logits" if class_count(student) else "features", *(("contributions",) if explain else ()))
     facts = {"bcosify": json.dumps(_facts(student))}
     with new_file(out) as scratch:
         with _said_plainly(student, format, explain), quiet(logging.ERROR):
             chosen.write(graph, _inputs(student, 2, explain), names, facts, scratch)
-            error = _difference(chosen.open(scratch), graph, student, explain)
+            error = _difference(chosen.open(scratch), graph if explain else model, student, explain)
         if not error <= chosen.tolerance:
             raise CheckpointError(
                 f"{student.source.reference}: as {format} it computes something else (differs by {error:.1e}, limit "

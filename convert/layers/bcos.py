@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import gated_by
-from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, unobserved, with_squares
+from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved, with_squares
 from .scheduled import Rescalable, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale", "watching_writes"]
@@ -77,9 +77,10 @@ def _inverse(norm_sq: Tensor) -> Tensor:
     return norm_sq.clamp_min(TINY).rsqrt_()
 
 
-def _power(o: Tensor, inverse_q: Tensor, inverse_w: Tensor) -> Tensor:
+def _power(o: Tensor, inverse_q: Tensor, inverse_w: Tensor | None) -> Tensor:
     """|o| / sqrt(q * w2), a new tensor in the precision of the norms: |cos| of o, |cos|^B of y."""
-    return (o * inverse_q).mul_(inverse_w).abs_()
+    power = o * inverse_q
+    return (power if inverse_w is None else power.mul_(inverse_w)).abs_()
 
 
 def _above_zero(power: Tensor) -> Tensor:
@@ -106,24 +107,28 @@ def _over(total: Tensor, q: Tensor) -> Tensor:
     return torch.where(q > TINY, total / q.clamp_min(TINY), 0.0).to(q.dtype)
 
 
-def _apart(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> tuple[Tensor, Tensor]:
+Norm = Tensor | None
+
+
+def _apart(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float | Tensor) -> tuple[Tensor, Tensor]:
     """What `bcos_scale` multiplies o by, and what it returns, which is written over o."""
-    gate, inverse_w = torch.empty_like(o), _inverse(weight_norm_sq)
+    gate, inverse_w = torch.empty_like(o), None if weight_norm_sq is None else _inverse(weight_norm_sq)
     for out, part, of_part in _blocks(gate, o, patch_norm_sq):
         part.mul_(out.copy_(_scale(_power(part, _inverse(of_part), inverse_w), b)))
     return gate, o
 
 
 @gated_by(_apart)
-def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
+def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
-    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it; b >= 1. Where gradients
-    are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen gate.
+    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it, None is one; b >= 1.
+    Where gradients are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen gate.
     """
     if not unobserved():
+        weight_norm_sq = patch_norm_sq.new_ones(()) if weight_norm_sq is None else weight_norm_sq
         return applied(_BcosScale, o, patch_norm_sq, weight_norm_sq, b)
-    inverse_w = _inverse(weight_norm_sq)
+    inverse_w = None if weight_norm_sq is None else _inverse(weight_norm_sq)
     for part, of_part in _blocks(o, patch_norm_sq):
         part.mul_(_scale(_power(part, _inverse(of_part), inverse_w), b))
     return o
@@ -140,17 +145,29 @@ class _Bcos(Rescalable):
     # Whether what follows writes into the output, as `ReLU(inplace=True)` does; see `watching_writes`.
     overwritten: bool = False
 
-    def _scaled(self, o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Tensor, b: float | Tensor) -> Tensor:
+    def _scaled(self, o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float | Tensor) -> Tensor:
         y = bcos_scale(o, patch_norm_sq, weight_norm_sq, b)
         return y.clone() if self.overwritten and torch.is_grad_enabled() else y
 
-    def _with_norms(self) -> tuple[Tensor, Tensor]:
-        """The weight, and the squared norm (C_out,) of every filter; ones for the unbounded variant."""
+    def _with_norms(self) -> tuple[Tensor, Norm]:
+        """The weight, and the squared norm (C_out,) of every filter; None for the unbounded variant."""
         if not self.bounded:
-            ones = torch.ones(len(self.weight), device=self.weight.device)
-            return self.weight, ones.to(torch.promote_types(self.weight.dtype, torch.float32))
+            return self.weight, None
         weight, squares = with_squares(self.weight, tuple(range(1, self.weight.dim())))
         return weight, squares.flatten()
+
+    def rescale(self, gain: Tensor) -> None:
+        # A cosine does not see the gain; without a bound the response grows with the weight to the power of B.
+        super().rescale(gain if self.bounded else gain.sign() * gain.abs() ** (1 / self._b))
+
+    @torch.no_grad()
+    def take_norms(self) -> None:
+        """Puts every filter's norm into the filter, at the present B: the same function, unbounded, with no norm to
+        take."""
+        if self.bounded:
+            squares = sum_of_squares(self.weight, tuple(range(1, self.weight.dim()))).clamp_min(TINY)
+            self.weight.copy_(self.weight * squares ** ((1 - self._b) / (2 * self._b)))
+            self.bounded = False
 
 
 class BcosLinear(_Bcos):
@@ -176,8 +193,9 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         if is_exactly(b, 1):
             return self.products(x, padding, self.weight, bias=self.bias)[0]
         (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding), self._with_norms()
-        (o,), weight_norm_sq = self.products(x, padding, weight), weight_norm_sq.view(self.groups, -1, 1, 1)
-        y = self._scaled(o.unflatten(1, (self.groups, -1)), patch_norm_sq, weight_norm_sq, b).flatten(1, 2)
+        (o,), per_group = self.products(x, padding, weight), (self.groups, -1, 1, 1)
+        norms = None if weight_norm_sq is None else weight_norm_sq.view(per_group)
+        y = self._scaled(o.unflatten(1, per_group[:2]), patch_norm_sq, norms, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
