@@ -3,8 +3,9 @@
     python benchmarks/models.py [--device cuda --dtype bfloat16] [--only ResNet] [--rounds 7] [--batch 4]
 
 Sides: `torch` is the teacher; `bcosify` its student as it is after alignment (B = 2, no biases); `bcos` the published
-library's model of the same architecture (`pip install --no-deps bcos`; left out where it is missing); `torch compiled`
-and `bcosify compiled` the first two block by block with torch.compile. `step` is forward and backward in training mode,
+library's model of the same architecture (`pip install --no-deps bcos`; left out where it is missing); `bcosify folded`
+and `torch folded` the first two with their BatchNorms in the filters, for inference only; `torch compiled` and `bcosify
+compiled` block by block with torch.compile. `step` is forward and backward in training mode,
 BatchNorm by statistics of the batch; `explain` is one target for every picture, in units of the same model's inference.
 Weights are random: they cost what trained ones cost. Writes benchmarks/results/models.json and a section of
 docs/performance.md.
@@ -20,10 +21,11 @@ from typing import Any
 import measure
 import torch
 from bcosify.align.compiling import compile_blocks
-from bcosify.convert import convert, load_teacher, set_strength
+from bcosify.convert import Student, convert, fold, load_teacher, set_strength
 from bcosify.convert.layers import batch_statistics
 from bcosify.explain import explain
 from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 try:
     from bcos.models import pretrained as published
@@ -36,16 +38,23 @@ Makers = Mapping[str, Callable[[], nn.Module]]
 def converted(name: str) -> Makers:
     """Teacher and finished student of a timm model."""
 
-    def student() -> nn.Module:
-        model = convert(load_teacher(f"timm:{name}", pretrained=False)).model
-        set_strength(model, b=2.0, beta=0.0)
-        return model
+    def student() -> Student:
+        student = convert(load_teacher(f"timm:{name}", pretrained=False))
+        set_strength(student.model, b=2.0, beta=0.0)
+        return student
 
-    return {"torch": lambda: load_teacher(f"timm:{name}", pretrained=False).model, "bcosify": student}
+    def teacher() -> nn.Module:
+        return load_teacher(f"timm:{name}", pretrained=False).model
+
+    return {"torch": teacher, "bcosify": lambda: student().model, "bcosify folded": lambda: fold(student())}
+
+
+def folded_by_torch() -> nn.Module:
+    return fuse(load_teacher("timm:resnet50", pretrained=False).model.eval())
 
 
 ROWS: dict[str, Makers] = {
-    "ResNet-50": converted("resnet50"),
+    "ResNet-50": {**converted("resnet50"), "torch folded": folded_by_torch},
     "ViT-S/16": converted("vit_small_patch16_224"),
 }
 if published is not None:
@@ -65,7 +74,7 @@ def sides_of(row: str, options: Any, channels_last: bool) -> dict[str, nn.Module
         torch.manual_seed(0)
         model = make().to(options.device, measure.DTYPES[options.dtype])
         made[side] = model.to(memory_format=torch.channels_last) if channels_last else model
-        if options.compiled and side != "bcos":
+        if options.compiled and side in ("torch", "bcosify"):
             made[f"{side} compiled"] = twin = copy.deepcopy(made[side])
             compile_blocks(twin, (), moving=False)
     return made
@@ -97,7 +106,7 @@ def step(model: nn.Module, side: str, pictures: Tensor) -> None:
 
 def explained(model: nn.Module, side: str, pictures: Tensor) -> None:
     """One target for every picture of the batch."""
-    if side == "bcosify":
+    if side.startswith("bcosify"):
         explain(model.eval(), pictures, 0)
         return
     assert side == "bcos"
@@ -109,21 +118,22 @@ def explained(model: nn.Module, side: str, pictures: Tensor) -> None:
 def measured(name: str, channels_last: bool, options: Any) -> dict[str, Any]:
     """One row of results."""
     models = sides_of(name, options, channels_last)
+    trained = [side for side in models if not side.endswith("folded")]
     pictures = {side: pictures_for(model, side, options, channels_last) for side, model in models.items()}
     runs = {
         "inference": {side: lambda s=side: forward(models[s], pictures[s]) for side in models},
-        "step": {side: lambda s=side: step(models[s], s, pictures[s]) for side in models},
+        "step": {side: lambda s=side: step(models[s], s, pictures[s]) for side in trained},
     }
-    kept = {}
-    for side, model in models.items():
-        with in_training(model, side):
-            kept[side] = measure.kept_bytes(lambda s=side: models[s](pictures[s]), list(model.parameters()))
     timed = {
         kind: measure.against(measure.paired(r, options.rounds, options.device, 1), "torch") for kind, r in runs.items()
     }
-    found = {side: {kind: timed[kind][side] for kind in runs} | {"kept": kept[side]} for side in models}
+    found: dict[str, Any] = {side: {kind: timed[kind][side] for kind in runs if side in runs[kind]} for side in models}
+    for side in trained:
+        with in_training(models[side], side):
+            kept = measure.kept_bytes(lambda s=side: models[s](pictures[s]), list(models[side].parameters()))
+        found[side]["kept"] = kept
     for side in found:
-        if side in ("bcosify", "bcos"):
+        if side in ("bcosify", "bcosify folded", "bcos"):
             pair = {
                 "inference": runs["inference"][side],
                 "explain": lambda s=side: explained(models[s], s, pictures[s]),
@@ -142,8 +152,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         for side, found in row["sides"].items():
             line = [row["row"] if side == "torch" else "", side]
             for kind in ("inference", "step"):
-                line += [f"{found[kind]['ms']['median']:.0f}", measure.bold(found[kind]["ratio"])]
-            line += [f"{found['kept'] / measure.MIB:.0f}", f"{found['kept'] / base['kept']:.2f}"]
+                cost = found.get(kind)
+                line += [f"{cost['ms']['median']:.0f}", measure.bold(cost["ratio"])] if cost else ["", ""]
+            kept = found.get("kept")
+            line += [f"{kept / measure.MIB:.0f}", f"{kept / base['kept']:.2f}"] if kept else ["", ""]
             cells.append([*line, measure.bold(found["explain"]["ratio"]) if "explain" in found else ""])
     return measure.markdown(heads, cells)
 

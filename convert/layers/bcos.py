@@ -122,8 +122,9 @@ def _apart(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float | Te
 def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float | Tensor) -> Tensor:
     """|cos|^(B-1) * o, where |cos| = |o| / sqrt(patch_norm_sq * weight_norm_sq).
 
-    `o` (..., C) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it, None is one; b >= 1.
-    Where gradients are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen gate.
+    `o` (..., C), (B, C, H, W) or (B, G, C/G, H, W); the squared norms are float32 and broadcast against it, None is
+    one; b >= 1. Where gradients are off, `o` is overwritten and returned. Explanation mode sees it as o times a frozen
+    gate.
     """
     if not unobserved():
         weight_norm_sq = patch_norm_sq.new_ones(()) if weight_norm_sq is None else weight_norm_sq
@@ -193,10 +194,18 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         if is_exactly(b, 1):
             return self.products(x, padding, self.weight, bias=self.bias)[0]
         (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding), self._with_norms()
-        (o,), per_group = self.products(x, padding, weight), (self.groups, -1, 1, 1)
-        norms = None if weight_norm_sq is None else weight_norm_sq.view(per_group)
-        y = self._scaled(o.unflatten(1, per_group[:2]), patch_norm_sq, norms, b).flatten(1, 2)
+        (o,) = self.products(x, padding, weight)
+        if self.groups in (1, self.out_channels):  # no view, which would make every write to it a copy
+            y = self._scaled(o, patch_norm_sq.flatten(1, 2), _shaped(weight_norm_sq, (-1, 1, 1)), b)
+        else:
+            group = (self.groups, -1)
+            norms = _shaped(weight_norm_sq, (*group, 1, 1))
+            y = self._scaled(o.unflatten(1, group), patch_norm_sq, norms, b).flatten(1, 2)
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+
+
+def _shaped(norm: Norm, shape: tuple[int, ...]) -> Norm:
+    return None if norm is None else norm.view(shape)
 
 
 class BcosConv2dSame(SamePadding, BcosConv2d):
