@@ -21,8 +21,18 @@ from typing import Any
 import measure
 import torch
 from bcosify.align.compiling import compile_blocks
-from bcosify.convert import Student, convert, fold, load_teacher, set_strength
+from bcosify.convert import (
+    CaStreamConfig,
+    CodaConfig,
+    FaCnnConfig,
+    Student,
+    convert,
+    fold,
+    load_teacher,
+    set_strength,
+)
 from bcosify.convert.layers import batch_statistics
+from bcosify.convert.methods import find_method
 from bcosify.explain import explain
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
@@ -35,12 +45,12 @@ except ImportError:
 Makers = Mapping[str, Callable[[], nn.Module]]
 
 
-def converted(name: str) -> Makers:
+def converted(name: str, config: Any = None) -> Makers:
     """Teacher and finished student of a timm model."""
 
     def student() -> Student:
-        student = convert(load_teacher(f"timm:{name}", pretrained=False))
-        set_strength(student.model, b=2.0, beta=0.0)
+        student = convert(load_teacher(f"timm:{name}", pretrained=False), config)
+        set_strength(student.model, **find_method(student.method).ends(student.config))
         return student
 
     def teacher() -> nn.Module:
@@ -56,6 +66,9 @@ def folded_by_torch() -> nn.Module:
 ROWS: dict[str, Makers] = {
     "ResNet-50": {**converted("resnet50"), "torch folded": folded_by_torch},
     "ViT-S/16": converted("vit_small_patch16_224"),
+    "ResNet-50 of alignment units": converted("resnet50", CodaConfig()),
+    "ResNet-50, FA-CNN": converted("resnet50", FaCnnConfig()),
+    "ResNet-50, CA-Stream": converted("resnet50", CaStreamConfig()),
 }
 if published is not None:
     ROWS["ResNet-50"] = {**ROWS["ResNet-50"], "bcos": published.resnet50}
@@ -168,7 +181,7 @@ def main() -> None:
     measure.prepare(options.device)
     rows: list[dict[str, Any]] = []
     for name in ROWS:
-        for channels_last in (False, True) if "ResNet" in name else (False,):
+        for channels_last in (False, True) if name == "ResNet-50" else (False,):
             if options.only in name + LAYOUTS[channels_last]:
                 rows.append(measured(name, channels_last, options))
                 print(table(rows[-1:]), flush=True)

@@ -40,18 +40,19 @@ def _norm(features: Tensor) -> Tensor:
     return torch.linalg.vector_norm(flat, dim=1).view(-1, *[1] * (features.dim() - 1))
 
 
-def _bound(x: Tensor, f: Tensor, e: float | Tensor) -> Tensor:
-    given, most = _norm(x), e * _norm(f)
+def _bound(x: Tensor, y: Tensor, e: float | Tensor) -> Tensor:
+    given, most = _norm(x), e * _norm(y - x)
     # The gradient goes through both norms: without it training would only make f larger, which the bound takes back.
     factor = given / torch.maximum(given, most).clamp_min(torch.finfo(given.dtype).tiny)
-    return x + f * factor.to(f.dtype)
+    return x.lerp(y, factor.to(y.dtype))
 
 
+# Of x and y, so that f is not made and kept beside them.
 FORMS: dict[Dampening, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
     "bound": _bound,
-    "convex": lambda x, f, e: (1 + e) * x + (1 - e) * f,
-    "shortcut": lambda x, f, e: (1 - e) * x + f,
-    "branch": lambda x, f, e: x + (1 - e) * f,
+    "convex": lambda x, y, e: (2 * e) * x + (1 - e) * y,
+    "shortcut": lambda x, y, e: y - e * x,
+    "branch": lambda x, y, e: e * x + (1 - e) * y,
 }
 
 
@@ -74,7 +75,7 @@ class DampenedSkip(Scheduled):
             return x
         y = super().forward(x, *args, **kwargs)
         e = self._strength("dampening")
-        return y if is_exactly(e, 0) else FORMS[self.form](x, y - x, e)
+        return y if is_exactly(e, 0) else FORMS[self.form](x, y, e)
 
 
 @contextlib.contextmanager
