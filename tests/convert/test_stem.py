@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bcosify.convert.layers import SixChannelBcosConv2d, SixChannelBcosConv2dSame, adopt, set_strength, six_channels
+from bcosify.explain import Linearised
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Conv2dSame
-from torch import nn
+from torch import Tensor, nn
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -39,6 +41,39 @@ def test_stem_is_its_source_on_normalised_pictures(source, height, width):
     source = source.double()
     x = (torch.rand(2, 3, height, width, dtype=torch.float64) - torch.tensor(MEAN).view(3, 1, 1)) / 0.225
     torch.testing.assert_close(encoded(source)(x), source(x), rtol=1e-12, atol=1e-12)
+
+
+def by_six_channels(layer: SixChannelBcosConv2d, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """B-cos at B = 2 written out: the padded [r, 1-r], its response, and the gate."""
+    geometry = (None, layer.stride, 0, layer.dilation)
+    encoding = six_channels(x, layer.mean.double(), layer.std.double(), layer.pads(*x.shape[-2:]))
+    response = F.conv2d(encoding, layer.weight, *geometry)
+    patches = F.conv2d(encoding.square(), torch.ones_like(layer.weight), *geometry)
+    size = (patches * layer.weight.square().sum((1, 2, 3)).view(-1, 1, 1)).sqrt()
+    return encoding, response, response.abs() / size
+
+
+@given(stems(), st.integers(8, 11), st.integers(8, 11))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_stem_responds_to_six_channels_and_is_explained_by_them(source, height, width):
+    layer, x = encoded(source.double()), torch.randn(2, 3, height, width, dtype=torch.float64)
+    set_strength(layer, b=2.0)
+    encoding, response, gate = by_six_channels(layer, x)
+    torch.testing.assert_close(layer(x), response * gate)
+    with Linearised(layer) as mode:
+        y = layer(mode.follow(x))
+    assert torch.equal(y.detach(), layer(x).detach())
+    (leaf,), pulled = mode.inputs, torch.randn_like(y)
+    (gradient,), constants = mode.pull((y * pulled).sum())
+    left, right, top, bottom = layer.pads(height, width)
+    geometry = (layer.stride, 0, layer.dilation)
+    wanted = torch.nn.grad.conv2d_input(list(encoding.shape), layer.weight, (gate * pulled).detach(), *geometry)
+    inside = (..., slice(top, top + height), slice(left, left + width))
+    torch.testing.assert_close(leaf, encoding[inside])
+    torch.testing.assert_close(gradient, wanted[inside])
+    total = (leaf * gradient).flatten(1).sum(1) + sum(constants.values())
+    torch.testing.assert_close(total, (y * pulled).flatten(1).sum(1).detach())
+    assert set(constants) <= {"padding"} and bool(constants) == any((left, right, top, bottom))
 
 
 @pytest.mark.parametrize("beta", [1.0, 0.0])
