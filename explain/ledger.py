@@ -215,7 +215,7 @@ class Ledger:
 
     def gates(self, value: object) -> bool:
         """Whether `value` moves, but is to be frozen where it multiplies something else that moves."""
-        return bool(self._gates) and isinstance(value, Tensor) and value in self._gates
+        return bool(self._gates) and any(tensor in self._gates for tensor in tensors(value))
 
     def mark(self, value: Any, gate: bool = True) -> Any:
         """Says whether the tensors in `value` are such gates."""

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for, save, set_strength
-from bcosify.convert.layers import CodaConv2d, CodaLinear, DynamicConv2d, adopt, scheduled_layers, squashed
+from bcosify.convert.layers import CodaConv2d, CodaLinear, DynamicConv2d, adopt, aligned as response, scheduled_layers
+from bcosify.convert.layers.coda import Layout
 from bcosify.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
 from hypothesis import given, settings
@@ -171,14 +172,27 @@ def test_a_unit_trained_on_one_input_points_at_it():
 
 
 @both
-def test_derivatives_of_the_squashing(squash):
+@pytest.mark.parametrize("layout", [Layout(-1), Layout(1, 2)], ids=["tokens", "maps"])
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "own"])
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_derivatives_of_the_response(squash, layout, mixed, check):
     torch.manual_seed(0)
-    numerator = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    norm_sq = torch.rand(2, 3, dtype=torch.float64) + 0.3
-    gain, floor = torch.rand(3, dtype=torch.float64), torch.full((3,), 1e-4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda o, n: squashed(o, n, gain, floor, squash), (numerator, norm_sq.requires_grad_())
-    )
+
+    def seen(channels: int) -> Tensor:
+        return torch.randn(*((5, channels) if layout.groups is None else (2, 2, channels, 3))).double()
+
+    groups = () if layout.groups is None else (2,)
+    mixing = torch.randn(*groups, 3, 4).double() if mixed else None
+    gram = torch.rand(*groups, 3, 2).double() + 0.3
+    leaves = [each for each in (seen(3), seen(4 if mixed else 3), mixing, seen(2).abs() + 0.2, gram) if each is not None]
+    gain, floor = torch.rand(3, 1).double(), torch.full((3, 1), 1e-4).double()
+    per_unit = [each.flatten() if layout.groups is None else each for each in (gain, floor)]
+
+    def run(static: Tensor, terms: Tensor, *others: Tensor) -> Tensor:
+        others = others if mixed else (None, *others)
+        return response((static, terms), *others, *per_unit, squash, layout)
+
+    assert check(run, [each.requires_grad_() for each in leaves])
 
 
 @both
