@@ -2,7 +2,7 @@
 
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
-from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale, watching_writes
+from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
 from .ca_stream import CaStream, CaStreamForToken, Stream
 from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
 from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, aligned
@@ -21,6 +21,7 @@ from .scheduled import (
     scheduled_layers,
     set_strength,
     strength_spans,
+    watching_writes,
 )
 from .stem import (
     SixChannel,

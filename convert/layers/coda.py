@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ...explain.linearise import dynamic_linear
 from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved
-from .scheduled import Rescalable
+from .scheduled import OutputKept
 
 __all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "aligned"]
 
@@ -150,14 +150,14 @@ class _Aligned(torch.autograd.Function):
         whole = torch.empty_like(grad, memory_format=torch.contiguous_format) if lean else None
         parts, sums = [], []
         for into, pull, of_y, of_terms, of_features in _blocks(whole, grad, y, terms, features):
-            norm_sq, factor = _norm_and_factor(of_features, gram, gain, floor, ctx.squash, layout)
+            norm_sq, clamped, factor = _norms_and_factor(of_features, gram, gain, floor, ctx.squash, layout)
             numerator = torch.mul(pull, factor.to(pull.dtype), out=into)
             part: list[Tensor | None] = [None, None]
             total: list[Tensor | None] = [None, None]
             if mixing is not None:
                 part[0], total[0] = layout.mapped(mixing.mT, numerator), layout.pulled(numerator, of_terms)
             if ctx.varies:
-                of_norm = pull.to(norm_sq.dtype) * of_y * slope(torch.maximum(norm_sq, floor))
+                of_norm = pull.to(norm_sq.dtype) * of_y * slope(clamped)
                 of_norm = torch.where(norm_sq > floor, of_norm, 0.0)
                 part[1], total[1] = layout.mapped(gram.mT, of_norm), layout.pulled(of_norm, of_features)
             parts.append(part)
@@ -179,11 +179,13 @@ def _blocks(*maps: Tensor | None) -> Iterator[tuple[Any, ...]]:
         yield tuple(None if each is None else each[k] for each in parts)
 
 
-def _norm_and_factor(
+def _norms_and_factor(
     features: Tensor, gram: Tensor, gain: Tensor, floor: Tensor, squash: str, layout: Layout
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """|w|^2, the same at least as large as `floor`, and what w.x is multiplied by."""
     norm_sq = layout.mapped(gram, features)
-    return norm_sq, SQUASHES[squash].scale(torch.maximum(norm_sq, floor)) * gain
+    clamped = torch.maximum(norm_sq, floor)
+    return norm_sq, clamped, SQUASHES[squash].scale(clamped) * gain
 
 
 def _respond(
@@ -203,7 +205,7 @@ def _respond(
     y = (static if over else torch.empty_like(static)) if lean else None
     for into, of_static, of_terms, of_features in _blocks(y, static, terms, features):
         numerator = of_static + (of_terms if mixing is None else layout.mapped(mixing, of_terms))
-        _, factor = _norm_and_factor(of_features, gram, gain, floor, squash, layout)
+        *_, factor = _norms_and_factor(of_features, gram, gain, floor, squash, layout)
         product = torch.mul(numerator, factor.to(numerator.dtype), out=into)
     return product if y is None else y
 
@@ -235,7 +237,7 @@ def moving_terms(u: Tensor, z: Tensor, shared: bool, layout: Layout) -> Tensor:
     return layout.outer(u, z) if shared else layout.inner(u, z)
 
 
-class _Coda(Rescalable):
+class _Coda(OutputKept):
     """Mixin: the weight becomes b, one unit vector a unit, beside `reader` (B), `directions` (U, or A) and `mixing`.
 
     `reader` is (G * r, C/G, ...) and `directions` (G * m, C/G, ...), shaped like kernels of the layer, `mixing`
@@ -325,7 +327,7 @@ class _Coda(Rescalable):
             per_unit = (gain, (FLOOR * constant.detach()).clamp_min(TINY))
             per_unit = (layout.over_places(each) for each in per_unit)
             y = aligned((responses, terms), mixing, features, layout.of_units(gram), *per_unit, self.squash, layout)
-        return layout.back(y, static)
+        return self._given(layout.back(y, static))
 
     def _gram(self) -> tuple[Tensor, Tensor, Tensor]:
         """A_k'A_k (G, K/G, r, r), 2 A_k'b_k (G, K/G, r) and |b_k|^2 (G, K/G), in float32 at least."""
