@@ -214,8 +214,8 @@ class Ledger:
     # ------------------------------------------------------------------------------------------------------------ gates
 
     def gates(self, value: object) -> bool:
-        """Whether `value` moves, but is to be frozen where it multiplies something else that moves."""
-        return bool(self._gates) and isinstance(value, Tensor) and value in self._gates
+        """Whether (a tensor in) `value` moves, but is to be frozen where it multiplies something else that moves."""
+        return bool(self._gates) and any(tensor in self._gates for tensor in tensors(value))
 
     def mark(self, value: Any, gate: bool = True) -> Any:
         """Says whether the tensors in `value` are such gates."""

@@ -2,10 +2,10 @@
 
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
-from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale, watching_writes
+from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
 from .ca_stream import CaStream, CaStreamForToken, Stream
 from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
-from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, squashed
+from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, aligned
 from .convolution import DynamicConv2d
 from .dampening import DampenedSkip, Dampening
 from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
@@ -21,6 +21,7 @@ from .scheduled import (
     scheduled_layers,
     set_strength,
     strength_spans,
+    watching_writes,
 )
 from .stem import (
     SixChannel,
@@ -70,6 +71,7 @@ __all__ = [
     "Stream",
     "UncentredBatchNorm",
     "adopt",
+    "aligned",
     "at_start",
     "batch_statistics",
     "bcos_scale",
@@ -80,7 +82,6 @@ __all__ = [
     "scheduled_layers",
     "set_strength",
     "six_channels",
-    "squashed",
     "strength_spans",
     "watching_writes",
 ]

@@ -8,7 +8,6 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from ...explain.linearise import gated_by
 from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved, with_squares
-from .scheduled import Rescalable, is_exactly
+from .scheduled import OutputKept, is_exactly
 
-__all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale", "watching_writes"]
+__all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear", "bcos_scale"]
 
 # Squared norms below this count as zero: the one epsilon of all B-cos layers.
 TINY = 1e-24
@@ -135,20 +134,17 @@ def bcos_scale(o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float 
     return o
 
 
-class _Bcos(Rescalable):
+class _Bcos(OutputKept):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
-    moves: ClassVar[tuple[str, ...]] = ("b", *Rescalable.moves)
+    moves: ClassVar[tuple[str, ...]] = ("b", *OutputKept.moves)
     b: Tensor
     _b: float
     weight: nn.Parameter
     bounded: bool = True
-    # Whether what follows writes into the output, as `ReLU(inplace=True)` does; see `watching_writes`.
-    overwritten: bool = False
 
     def _scaled(self, o: Tensor, patch_norm_sq: Tensor, weight_norm_sq: Norm, b: float | Tensor) -> Tensor:
-        y = bcos_scale(o, patch_norm_sq, weight_norm_sq, b)
-        return y.clone() if self.overwritten and torch.is_grad_enabled() else y
+        return self._given(bcos_scale(o, patch_norm_sq, weight_norm_sq, b))
 
     def _with_norms(self) -> tuple[Tensor, Norm]:
         """The weight, and the squared norm (C_out,) of every filter; None for the unbounded variant."""
@@ -210,26 +206,3 @@ def _shaped(norm: Norm, shape: tuple[int, ...]) -> Norm:
 
 class BcosConv2dSame(SamePadding, BcosConv2d):
     """B-cos over timm's `Conv2dSame`."""
-
-
-@contextlib.contextmanager
-def watching_writes(model: nn.Module) -> Iterator[None]:
-    """Finds the B-cos layers of `model` whose output is written to by what follows, while it runs inside.
-
-    The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
-    all others need none.
-    """
-    outputs: list[tuple[_Bcos, Tensor, int]] = []
-
-    def note(layer: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(layer, _Bcos)
-        outputs.append((layer, output, output._version))
-
-    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, _Bcos)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-    for layer, output, version in outputs:
-        layer.overwritten |= output._version != version

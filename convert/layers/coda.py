@@ -25,18 +25,19 @@ is exactly gain * g(w(x)).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Literal
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...explain.linearise import dynamic_linear
-from .convolution import DynamicConv2d, SamePadding, applied, sum_of_squares
-from .scheduled import Rescalable
+from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved
+from .scheduled import OutputKept
 
-__all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "squashed"]
+__all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "aligned"]
 
 Squash = Literal["l2", "sq"]
 # |w(x)|^2 counts as at least this share of |b|^2: where A B x all but cancels b, float32 rounding in the norm would
@@ -49,83 +50,194 @@ HALF = (torch.float16, torch.bfloat16)
 
 @dataclasses.dataclass(frozen=True)
 class Squashing:
-    """g(v) = v * scale(|v|^2), and the derivative of that scale."""
+    """g(v) = v * scale(|v|^2), and the derivative of log(scale)."""
 
     scale: Callable[[Tensor], Tensor]
     slope: Callable[[Tensor], Tensor]
 
 
 SQUASHES: dict[str, Squashing] = {
-    "l2": Squashing(lambda n: n.rsqrt(), lambda n: n.rsqrt() / (-2 * n)),
-    "sq": Squashing(lambda n: n.sqrt() / (1 + n), lambda n: (1 - n) / (2 * n.sqrt() * (1 + n).square())),
+    "l2": Squashing(lambda n: n.rsqrt(), lambda n: -0.5 / n),
+    "sq": Squashing(lambda n: n.sqrt() / (1 + n), lambda n: (1 - n) / (2 * n * (1 + n))),
 }
-
-
-class _Squashed(torch.autograd.Function):
-    """numerator * gain * scale(norm_sq); keeps only the two maps for the backward, not what lies between them."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(numerator: Tensor, norm_sq: Tensor, gain: Tensor, floor: Tensor, squash: str) -> Tensor:
-        factor = SQUASHES[squash].scale(torch.maximum(norm_sq, floor)) * gain
-        return numerator * factor.to(numerator.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
-        *tensors, ctx.squash = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        numerator, norm_sq, gain, floor = ctx.saved_tensors
-        squashing, clamped = SQUASHES[ctx.squash], torch.maximum(norm_sq, floor)
-        grad_numerator = grad * (squashing.scale(clamped) * gain).to(grad.dtype)
-        grad_norm_sq = None
-        if ctx.needs_input_grad[1]:
-            grad_norm_sq = (grad * numerator).to(norm_sq.dtype) * gain * squashing.slope(clamped)
-            grad_norm_sq = torch.where(norm_sq > floor, grad_norm_sq, 0.0)
-        return grad_numerator, grad_norm_sq, None, None, None
-
-
-@dynamic_linear
-def squashed(numerator: Tensor, norm_sq: Tensor, gain: Tensor, floor: Tensor, squash: str) -> Tensor:
-    """gain * g(w).x from w.x and |w|^2, of one shape; `gain` and `floor` broadcast. The norm counts as >= `floor`."""
-    return applied(_Squashed, numerator, norm_sq, gain, floor, squash)
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where features hold the channels of a group, and how (G, K/G, f) coefficients map f of them to K/G."""
+    """How matrix products see maps whose channels are dimension `channels`, without moving them in memory.
+
+    As (N, C), a row a place, where the channels of the one group lie side by side; else as (B, G, C/G, P). Coefficients
+    that make K/G channels of f are (K, f) or (G, K/G, f).
+    """
 
     channels: int
-    mix: str
+    groups: int | None = None
+
+    @property
+    def dim(self) -> int:
+        """Where the channels are seen."""
+        return -1 if self.groups is None else -2
+
+    def seen(self, x: Tensor) -> Tensor:
+        if self.groups is None:
+            return x.movedim(self.channels, -1).reshape(-1, x.shape[self.channels])
+        return x.unflatten(self.channels, (self.groups, -1)).flatten(3)
+
+    def back(self, seen: Tensor, like: Tensor) -> Tensor:
+        if self.groups is None:
+            return seen.view(like.movedim(self.channels, -1).shape).movedim(-1, self.channels)
+        return seen.view(like.shape)
+
+    def of_units(self, coefficients: Tensor) -> Tensor:
+        """(G, K/G, ...) coefficients as they are seen."""
+        return coefficients.flatten(0, 1) if self.groups is None else coefficients
+
+    def over_places(self, per_unit: Tensor) -> Tensor:
+        """(G, K/G) so that it broadcasts over places."""
+        return per_unit.flatten() if self.groups is None else per_unit.unsqueeze(-1)
+
+    def mapped(self, coefficients: Tensor, features: Tensor) -> Tensor:
+        return features @ coefficients.mT if self.groups is None else coefficients @ features
+
+    def pulled(self, grad: Tensor, features: Tensor) -> Tensor:
+        """The gradient of the coefficients."""
+        return grad.mT @ features if self.groups is None else (grad @ features.mT).sum(0)
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        """All products of a channel of `a` (m) and one of `b` (r), as m * r channels."""
+        return (a.unsqueeze(self.dim) * b.unsqueeze(self.dim - 1)).flatten(self.dim - 1, self.dim)
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """For every unit the product of its r channels of `a` (K/G * r) and `b` (r)."""
+        return (a.unflatten(self.dim, (-1, b.shape[self.dim])) * b.unsqueeze(self.dim - 1)).sum(self.dim)
 
 
-TOKENS = Layout(-1, "gkf,...f->...k")
-MAPS = Layout(2, "gkf,bgfhw->bgkhw")
+class _Aligned(torch.autograd.Function):
+    """(static + mixing of terms) * gain * scale(gram of features): K channels from few.
+
+    Keeps its output, which whatever reads it keeps too, and the few channels, of which the backward takes the norm
+    again. Where `mixing` is None `terms` are K channels themselves, which are not kept.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        static: Tensor,
+        terms: Tensor,
+        mixing: Tensor | None,
+        features: Tensor,
+        gram: Tensor,
+        gain: Tensor,
+        floor: Tensor,
+        squash: str,
+        layout: Layout,
+    ) -> Tensor:
+        return _respond(static, terms, mixing, features, gram, gain, floor, squash, layout)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
+        _, terms, mixing, *others, ctx.squash, ctx.layout = inputs
+        # In explanation mode the norm is a constant, and what follows may write to the output.
+        ctx.varies = any(ctx.needs_input_grad[3:5])
+        ctx.save_for_backward(output if ctx.varies else None, None if mixing is None else terms, mixing, *others)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
+        y, terms, mixing, features, gram, gain, floor = ctx.saved_tensors
+        layout, slope = ctx.layout, SQUASHES[ctx.squash].slope
+        lean = unobserved(grad, features, gram, gain)
+        whole = torch.empty_like(grad, memory_format=torch.contiguous_format) if lean else None
+        parts, sums = [], []
+        for into, pull, of_y, of_terms, of_features in _blocks(whole, grad, y, terms, features):
+            norm_sq, clamped, factor = _norms_and_factor(of_features, gram, gain, floor, ctx.squash, layout)
+            numerator = torch.mul(pull, factor.to(pull.dtype), out=into)
+            part: list[Tensor | None] = [None, None]
+            total: list[Tensor | None] = [None, None]
+            if mixing is not None:
+                part[0], total[0] = layout.mapped(mixing.mT, numerator), layout.pulled(numerator, of_terms)
+            if ctx.varies:
+                of_norm = pull.to(norm_sq.dtype) * of_y * slope(clamped)
+                of_norm = torch.where(norm_sq > floor, of_norm, 0.0)
+                part[1], total[1] = layout.mapped(gram.mT, of_norm), layout.pulled(of_norm, of_features)
+            parts.append(part)
+            sums.append(total)
+        numerator = whole if lean else numerator
+        of_terms, of_features = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
+        of_mixing, of_gram = (
+            None if each[0] is None else functools.reduce(torch.add, each) for each in zip(*sums, strict=True)
+        )
+        return (numerator, numerator if mixing is None else of_terms, of_mixing, of_features, of_gram, *[None] * 4)
+
+
+def _blocks(*maps: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Parts of (N, C) or (B, ...) `maps` that fit into a CPU's cache, by the size of the second; None stays None."""
+    like = maps[1]
+    assert like is not None
+    parts = [None if each is None else in_blocks(each, like) for each in maps]
+    for k in range(len(in_blocks(like))):
+        yield tuple(None if each is None else each[k] for each in parts)
+
+
+def _norms_and_factor(
+    features: Tensor, gram: Tensor, gain: Tensor, floor: Tensor, squash: str, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """|w|^2, the same at least as large as `floor`, and what w.x is multiplied by."""
+    norm_sq = layout.mapped(gram, features)
+    clamped = torch.maximum(norm_sq, floor)
+    return norm_sq, clamped, SQUASHES[squash].scale(clamped) * gain
+
+
+def _respond(
+    static: Tensor,
+    terms: Tensor,
+    mixing: Tensor | None,
+    features: Tensor,
+    gram: Tensor,
+    gain: Tensor,
+    floor: Tensor,
+    squash: str,
+    layout: Layout,
+    over: bool = False,
+) -> Tensor:
+    """The response of alignment units; written `over` the static one, if so."""
+    lean = unobserved(static, terms, features, gram, gain)
+    y = (static if over else torch.empty_like(static)) if lean else None
+    for into, of_static, of_terms, of_features in _blocks(y, static, terms, features):
+        numerator = of_static + (of_terms if mixing is None else layout.mapped(mixing, of_terms))
+        *_, factor = _norms_and_factor(of_features, gram, gain, floor, squash, layout)
+        product = torch.mul(numerator, factor.to(numerator.dtype), out=into)
+    return product if y is None else y
 
 
 @dynamic_linear
-def shared_moving(u: Tensor, z: Tensor, mixing: Tensor, layout: Layout) -> Tensor:
-    """sum_ij u_i z_j M_kij for every unit: the moving part A_k z . x with A_k = U M_k; `mixing` (G, K/G, m, r)."""
-    return torch.einsum(layout.mix, mixing.flatten(2), _outer(u, z, layout.channels))
+def aligned(
+    responses: tuple[Tensor, Tensor],
+    mixing: Tensor | None,
+    features: Tensor,
+    gram: Tensor,
+    gain: Tensor,
+    floor: Tensor,
+    squash: str,
+    layout: Layout,
+) -> Tensor:
+    """gain * g(w).x of K units from their static and moving `responses`, where |w|^2 is `gram` of `features`.
+
+    All as `layout` sees it. The moving response is `mixing` of the second, or where that is None the second itself.
+    `gain` and `floor` broadcast; the norm counts as >= `floor`. Where gradients are off, the static response is
+    overwritten and returned.
+    """
+    arguments = (*responses, mixing, features, gram, gain, floor, squash, layout)
+    return _respond(*arguments, over=True) if unobserved() else applied(_Aligned, *arguments)
 
 
 @dynamic_linear
-def own_moving(u: Tensor, z: Tensor, layout: Layout) -> Tensor:
-    """sum_j u_kj z_j for every unit, with u_k = A_k' x of its own."""
-    dim = layout.channels % u.dim()
-    return (u.unflatten(dim, (-1, z.shape[dim])) * z.unsqueeze(dim)).sum(dim + 1)
+def moving_terms(u: Tensor, z: Tensor, shared: bool, layout: Layout) -> Tensor:
+    """u_i z_j for every i and j, or where no unit shares its u with others sum_j u_kj z_j for every unit k."""
+    return layout.outer(u, z) if shared else layout.inner(u, z)
 
 
-def _outer(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """All products of a channel of `a` (m) and one of `b` (r), as m * r channels in `dim`."""
-    dim %= a.dim()
-    return (a.unsqueeze(dim + 1) * b.unsqueeze(dim)).flatten(dim, dim + 1)
-
-
-class _Coda(Rescalable):
+class _Coda(OutputKept):
     """Mixin: the weight becomes b, one unit vector a unit, beside `reader` (B), `directions` (U, or A) and `mixing`.
 
     `reader` is (G * r, C/G, ...) and `directions` (G * m, C/G, ...), shaped like kernels of the layer, `mixing`
@@ -139,7 +251,6 @@ class _Coda(Rescalable):
     gain: Tensor
     groups: int = 1
     squash: str
-    layout: Layout
 
     @torch.no_grad()
     def start_alignment(self, rank: int, basis: int, squash: Squash) -> None:
@@ -198,28 +309,25 @@ class _Coda(Rescalable):
         parts = (self.reader, self.directions)
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], 1).flatten(0, 1)
 
-    def _aligned(self, static: Tensor, probed: Tensor) -> Tensor:
+    def _aligned(self, static: Tensor, probed: Tensor, layout: Layout) -> Tensor:
         """gain * g(w(x)).x from b.x and the response to `_probes`."""
-        layout, rank = self.layout, self.reader.shape[0] // self.groups
-        z, u = probed.split([rank, probed.shape[layout.channels] - rank], layout.channels)
-        if self.mixing is None:
-            moving = own_moving(u, z, layout)
-        else:
-            moving = shared_moving(u, z, self.mixing.unflatten(0, (self.groups, -1)), layout)
+        responses, probed = layout.seen(static), layout.seen(probed)
+        rank = self.reader.shape[0] // self.groups
+        z, u = probed.split([rank, probed.shape[layout.dim] - rank], layout.dim)
+        # Not as convolutions, nor in half precision: the norm would be off by more than the bound allows.
         with torch.autocast(z.device.type, enabled=False):
+            terms, mixing = moving_terms(u, z, self.mixing is not None, layout), None
+            if self.mixing is not None:
+                mixing = layout.of_units(self.mixing.to(u.dtype).flatten(1).unflatten(0, (self.groups, -1)))
             quadratic, linear, constant = self._gram()
             z = z.to(constant.dtype)
-            features = torch.cat([_outer(z, z, layout.channels), z], layout.channels)
-            # Not as a convolution, which would be taken in TF32: the norm would be off by more than the bound allows.
-            varying = torch.einsum(layout.mix, torch.cat([quadratic.flatten(2), linear], 2), features)
-            norm_sq = varying + self._spread(constant)
-            floor = (FLOOR * constant.detach()).clamp_min(TINY)
-        gain = self.gain.unflatten(0, (self.groups, -1))
-        return squashed(static + moving, norm_sq, self._spread(gain), self._spread(floor), self.squash)
-
-    def _spread(self, per_unit: Tensor) -> Tensor:
-        """(G, K/G) so that it broadcasts over places."""
-        return per_unit[0] if self.layout is TOKENS else per_unit[..., None, None]
+            features = torch.cat([layout.outer(z, z), z, torch.ones_like(z.narrow(layout.dim, 0, 1))], layout.dim)
+            gram = torch.cat([quadratic.flatten(2), linear, constant.unsqueeze(-1)], 2)
+            gain = self.gain.unflatten(0, (self.groups, -1))
+            per_unit = (gain, (FLOOR * constant.detach()).clamp_min(TINY))
+            per_unit = (layout.over_places(each) for each in per_unit)
+            y = aligned((responses, terms), mixing, features, layout.of_units(gram), *per_unit, self.squash, layout)
+        return self._given(layout.back(y, static))
 
     def _gram(self) -> tuple[Tensor, Tensor, Tensor]:
         """A_k'A_k (G, K/G, r, r), 2 A_k'b_k (G, K/G, r) and |b_k|^2 (G, K/G), in float32 at least."""
@@ -248,10 +356,8 @@ def _per_unit(values: Tensor, like: Tensor) -> Tensor:
 class CodaLinear(_Coda):
     """Alignment units over `nn.Linear`: (..., C) -> (..., K)."""
 
-    layout = TOKENS
-
     def forward(self, x: Tensor) -> Tensor:
-        y = self._aligned(F.linear(x, self.weight), F.linear(x, self._probes()))
+        y = self._aligned(F.linear(x, self.weight), F.linear(x, self._probes()), Layout(-1))
         return y if self.bias is None else y + self.bias
 
 
@@ -259,11 +365,11 @@ class CodaConv2d(_Coda, DynamicConv2d):
     """Alignment units over `nn.Conv2d`: (B, C, H, W) -> (B, K, H', W')."""
 
     groups: int
-    layout = MAPS
 
     def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
-        products = self.products(x, padding, self.weight, self._probes())
-        y = self._aligned(*(product.unflatten(1, (self.groups, -1)) for product in products)).flatten(1, 2)
+        static, probed = self.products(x, padding, self.weight, self._probes())
+        side_by_side = self.groups == 1 and static.stride(1) == 1
+        y = self._aligned(static, probed, Layout(1, None if side_by_side else self.groups))
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 

@@ -10,6 +10,7 @@ the same way.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 __all__ = [
     "STRENGTHS",
     "BiasScheduled",
+    "OutputKept",
     "Rescalable",
     "Scheduled",
     "adopt",
@@ -34,6 +36,7 @@ __all__ = [
     "scheduled_layers",
     "set_strength",
     "strength_spans",
+    "watching_writes",
 ]
 
 
@@ -141,6 +144,40 @@ class Rescalable(BiasScheduled):
         weight = self._parameters["weight"]
         assert weight is not None
         weight.mul_(gain.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
+
+
+class OutputKept(Rescalable):
+    """Mixin: a layer whose backward pass reads its output, so that nothing else of its size is kept."""
+
+    # Whether what follows writes into the output, as `ReLU(inplace=True)` does; see `watching_writes`.
+    overwritten: bool = False
+
+    def _given(self, y: Tensor) -> Tensor:
+        """What others get of the output: a copy where they would overwrite what the backward pass needs."""
+        return y.clone() if self.overwritten and torch.is_grad_enabled() else y
+
+
+@contextlib.contextmanager
+def watching_writes(model: nn.Module) -> Iterator[None]:
+    """Finds the layers of `model` that keep an output to which what follows writes, while it runs inside.
+
+    The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
+    all others need none.
+    """
+    outputs: list[tuple[OutputKept, Tensor, int]] = []
+
+    def note(layer: nn.Module, _: object, output: Tensor) -> None:
+        assert isinstance(layer, OutputKept)
+        outputs.append((layer, output, output._version))
+
+    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, OutputKept)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, output, version in outputs:
+        layer.overwritten |= output._version != version
 
 
 def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:

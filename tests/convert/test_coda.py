@@ -8,7 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for, save, set_strength
-from bcosify.convert.layers import CodaConv2d, CodaLinear, DynamicConv2d, adopt, scheduled_layers, squashed
+from bcosify.convert.layers import (
+    CodaConv2d,
+    CodaLinear,
+    DynamicConv2d,
+    adopt,
+    convolution,
+    scheduled_layers,
+    watching_writes,
+)
+from bcosify.convert.layers import aligned as response
+from bcosify.convert.layers.coda import Layout
 from bcosify.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
 from hypothesis import given, settings
@@ -171,14 +181,109 @@ def test_a_unit_trained_on_one_input_points_at_it():
 
 
 @both
-def test_derivatives_of_the_squashing(squash):
+@pytest.mark.parametrize("layout", [Layout(-1), Layout(1, 2)], ids=["tokens", "maps"])
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed", "own"])
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+def test_derivatives_of_the_response(squash, layout, mixed, check):
     torch.manual_seed(0)
-    numerator = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
-    norm_sq = torch.rand(2, 3, dtype=torch.float64) + 0.3
-    gain, floor = torch.rand(3, dtype=torch.float64), torch.full((3,), 1e-4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(
-        lambda o, n: squashed(o, n, gain, floor, squash), (numerator, norm_sq.requires_grad_())
-    )
+
+    def seen(channels: int) -> Tensor:
+        return torch.randn(*((5, channels) if layout.groups is None else (2, 2, channels, 3))).double()
+
+    groups = () if layout.groups is None else (2,)
+    gram = torch.rand(*groups, 3, 2).double() + 0.3
+    small = [*([torch.randn(*groups, 3, 4).double()] if mixed else []), seen(2).abs() + 0.2, gram]
+    leaves = [seen(3), seen(4 if mixed else 3), *small]
+    gain, floor = torch.rand(3, 1).double(), torch.full((3, 1), 1e-4).double()
+    per_unit = [each.flatten() if layout.groups is None else each for each in (gain, floor)]
+
+    def run(static: Tensor, terms: Tensor, *others: Tensor) -> Tensor:
+        others = others if mixed else (None, *others)
+        return response((static, terms), *others, *per_unit, squash, layout)
+
+    assert check(run, [each.requires_grad_() for each in leaves])
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(6, 12), (3, 7, 6)),
+    "conv": (lambda: nn.Conv2d(4, 12, 3, padding=1, bias=False), (3, 4, 6, 5)),
+    "grouped": (lambda: nn.Conv2d(4, 12, 3, padding=1, groups=2), (3, 4, 6, 5)),
+    "depthwise": (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), (3, 4, 6, 5)),
+    "one place": (lambda: nn.Conv2d(4, 12, 1), (3, 4, 1, 1)),
+    "one unit": (lambda: nn.Conv2d(4, 1, 3), (3, 4, 6, 5)),
+}
+
+
+def in_double(layer: nn.Module) -> nn.Module:
+    return copy.deepcopy(layer).double()
+
+
+@both
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("block", [1, 50, 2**16])
+def test_blocks_and_layouts_and_inference_are_the_materialised_form(kind, form, block, squash, monkeypatch):
+    monkeypatch.setattr(convolution, "BLOCK", block)
+    torch.manual_seed(0)
+    make, shape = LAYERS[kind]
+    source, x = make(), torch.randn(shape)
+    with torch.no_grad():
+        source.weight[0] = 0
+    layer = aligned(source, CodaLinear if kind == "linear" else CodaConv2d, squash=squash)
+    slow, y64 = in_double(layer), x.double().requires_grad_()
+    wanted = materialised(y64, slow, 0, False) if kind == "linear" else slow_conv(y64, slow)
+    if kind != "linear":
+        x, layer = x.contiguous(memory_format=form), layer.to(memory_format=form)
+    before, leaf = x.clone(), x.clone().requires_grad_()
+    y = layer(leaf)
+    wanted = wanted.view(y.shape)
+    if slow.bias is not None:
+        wanted = wanted + (slow.bias if kind == "linear" else slow.bias.view(-1, 1, 1))
+    with torch.no_grad():
+        inferred = layer(x)
+    assert torch.equal(x, before)
+    pull = torch.randn_like(y)
+    theirs = torch.autograd.grad(wanted, [y64, *slow.parameters()], pull.double())
+    ours = torch.autograd.grad(y, [leaf, *layer.parameters()], pull)
+    for found, exact in zip((y, inferred, *ours), (wanted, wanted, *theirs), strict=True):
+        size = max(float(exact.detach().abs().max()), 1.0)
+        torch.testing.assert_close(found, exact.to(found), rtol=1e-5, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_little_is_kept_besides_the_output(kind):
+    make, shape = LAYERS[kind]
+    layer, kept = aligned(make(), CodaLinear if kind == "linear" else CodaConv2d, rank=1, basis=1), set()
+    x = torch.randn(9, *shape[1:], requires_grad=True)
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = layer(x)
+    size = y.untyped_storage().nbytes()
+    assert sum(nbytes >= size for _, nbytes in kept) == 1
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_an_output_that_is_written_to_trains_and_explains_as_others(writes):
+    torch.manual_seed(0)
+    layer, x = aligned(LAYERS["conv"][0](), CodaConv2d), torch.randn(LAYERS["conv"][1])
+    model = nn.Sequential(layer, nn.ReLU(inplace=writes))
+    with watching_writes(model), torch.no_grad():
+        model(x)
+    assert layer.overwritten == writes
+    wanted = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
+    nets = (model, wanted)
+    ours, theirs = (torch.autograd.grad(net(x).square().sum(), [*net.parameters()]) for net in nets)
+    torch.testing.assert_close(ours, theirs)
+    gradients = []
+    for net in nets:
+        with Linearised(net) as mode:
+            score = net(mode.follow(x)).square().sum()
+        gradients.append(mode.pull(score)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @both
