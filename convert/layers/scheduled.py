@@ -20,6 +20,8 @@ from typing import ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
 
 __all__ = [
     "STRENGTHS",
@@ -164,20 +166,39 @@ def watching_writes(model: nn.Module) -> Iterator[None]:
     The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
     all others need none.
     """
-    outputs: list[tuple[OutputKept, Tensor, int]] = []
-
-    def note(layer: nn.Module, _: object, output: Tensor) -> None:
-        assert isinstance(layer, OutputKept)
-        outputs.append((layer, output, output._version))
-
-    handles = [layer.register_forward_hook(note) for layer in model.modules() if isinstance(layer, OutputKept)]
+    watch = _Watch()
+    layers = [layer for layer in model.modules() if isinstance(layer, OutputKept)]
+    handles = [layer.register_forward_hook(watch.note) for layer in layers]
     try:
-        yield
+        with watch:
+            yield
     finally:
         for handle in handles:
             handle.remove()
-    for layer, output, version in outputs:
-        layer.overwritten |= output._version != version
+
+
+class _Watch(TorchFunctionMode):
+    """Looks after every call whether it wrote to an output; holds none of them, which in a large model are many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._outputs: list[tuple[TensorWeakRef, OutputKept, int]] = []
+
+    def note(self, layer: nn.Module, _: object, output: Tensor) -> None:
+        """A forward hook."""
+        assert isinstance(layer, OutputKept)
+        version = output._version  # a call too, behind which the list is another
+        self._outputs.append((TensorWeakRef(output), layer, version))
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002 - torch's own signature
+        result, alive = func(*args, **(kwargs or {})), []
+        for reference, layer, version in self._outputs:
+            output = reference()
+            if output is not None:
+                layer.overwritten |= output._version != version
+                alive.append((reference, layer, version))
+        self._outputs = alive
+        return result
 
 
 def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:
