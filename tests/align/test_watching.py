@@ -194,14 +194,16 @@ def test_a_phase_that_no_longer_improves_ends_with_its_best_weights(run, shards,
     recipe = dataclasses.replace(RECIPE, phases=(RESTLESS, after), evaluate_every=8, checkpoint_every=12)
     result = align(AlignConfig(run, str(shards), tmp_path / "whole", recipe, quiet=True))
     first = [point for point in result["curve"] if point["phase"] == 0]
-    assert [point["pictures"] for point in first] == [8, 16, 24, 24]  # of 40
-    best, *worse, kept = first
-    assert kept == {**best, "pictures": 24, "weights_of": 8}
-    assert all(point["centred_cosine"] < best["centred_cosine"] for point in worse)
-    assert result["pictures"] == 36
+    *measured, kept = first
+    best = max(measured, key=lambda point: point["centred_cosine"])
+    # Which evaluation is the best is for rounding to say; behind it there are as many as patience waits for.
+    end = best["pictures"] + 16
+    assert [point["pictures"] for point in measured] == list(range(8, end + 1, 8)) and end < 40
+    assert kept == {**best, "pictures": end, "weights_of": best["pictures"]}
+    assert result["pictures"] == end + 12
     second = [point for point in result["curve"] if point["phase"] == 1]
     assert second[-1]["centred_cosine"] == pytest.approx(best["centred_cosine"], abs=2e-4)  # it went on from there
-    crashed_and_resumed(monkeypatch, run, shards, tmp_path / "parts", recipe, 5)
+    crashed_and_resumed(monkeypatch, run, shards, tmp_path / "parts", recipe, best["pictures"] // 4 + 3)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 

@@ -24,6 +24,7 @@ SAME = """
 import torch
 for found in (timm_logits, transformers_logits):
     assert torch.equal(found, logits)
+assert torch.allclose(folded(transform(picture)[None]), logits, rtol=1e-3, atol=1e-5)
 assert torch.equal(features, headless(transform(picture)[None]))
 assert torch.equal(model.forward_head(tokens), logits) and len(stages(transform(picture)[None])) == 2
 clip = load("runs/clip")
@@ -74,7 +75,7 @@ def run(place: Path, code: str) -> subprocess.CompletedProcess[str]:
 
 def test_every_snippet_of_the_page_runs_and_they_agree(place):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "loading.md").read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     picture = "from PIL import Image\nimport torch\ntorch.set_num_threads(1)\n"
     picture += "picture = Image.effect_noise((80, 90), 60).convert('RGB')\ntorch.set_grad_enabled(False)\n"
     ended = run(place, picture + "\n".join(blocks) + SAME)
