@@ -10,6 +10,7 @@ norm of x. Contributions stay what they are: the gate and v change places with t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 
@@ -86,10 +87,9 @@ def _norms_behind_layers(model: nn.Module, picture: Tensor) -> dict[str, str]:
         elif module.bias is None:
             returned.append((output, module))
 
-    hooks = [module.register_forward_hook(watch) for module in model.modules() if isinstance(module, Rescalable)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if isinstance(module, Rescalable):
+                hooks.enter_context(module.register_forward_hook(watch))
         model(picture)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return {names[norm]: names[layer] for norm, layer in found.items() if calls[norm] == calls[layer] == 1}

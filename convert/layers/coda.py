@@ -122,18 +122,8 @@ class _Aligned(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        static: Tensor,
-        terms: Tensor,
-        mixing: Tensor | None,
-        features: Tensor,
-        gram: Tensor,
-        gain: Tensor,
-        floor: Tensor,
-        squash: str,
-        layout: Layout,
-    ) -> Tensor:
-        return _respond(static, terms, mixing, features, gram, gain, floor, squash, layout)
+    def forward(*arguments: Any) -> Tensor:
+        return _respond(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature

@@ -166,15 +166,11 @@ def watching_writes(model: nn.Module) -> Iterator[None]:
     The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
     all others need none.
     """
-    watch = _Watch()
-    layers = [layer for layer in model.modules() if isinstance(layer, OutputKept)]
-    handles = [layer.register_forward_hook(watch.note) for layer in layers]
-    try:
-        with watch:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as hooks, _Watch() as watch:
+        for layer in model.modules():
+            if isinstance(layer, OutputKept):
+                hooks.enter_context(layer.register_forward_hook(watch.note))
+        yield
 
 
 class _Watch(TorchFunctionMode):
