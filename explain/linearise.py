@@ -13,7 +13,8 @@ is put back when the mode ends, also after an exception.
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand), `dynamic_linear` (linear in
+which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand;
+`gated_product`, where it multiplies something linear in x), `dynamic_linear` (linear in
 x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a gate), `input_encoding`
 (picture to channels that are explained; `linear_in`, where it goes no further than a linear map), and `input_colours`
 (the picture as it is, explained by its colours).
@@ -46,6 +47,7 @@ from .rules import (
     colours,
     encoding,
     gate,
+    gate_behind,
     gate_by,
     linear,
     linear_in_encoding,
@@ -57,6 +59,7 @@ __all__ = [
     "dynamic_linear",
     "gated",
     "gated_by",
+    "gated_product",
     "input_colours",
     "input_encoding",
     "linear_in",
@@ -180,6 +183,17 @@ def gated_by(
     As f itself in inference it may write over x.
     """
     return lambda function: _declared(function, gate_by(apart))
+
+
+def gated_product(
+    apart: Callable[..., tuple[Tensor, Tensor]], gradient: Callable[..., Tensor]
+) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
+    """As `gated_by`, for an f(x, *others) that is a gate times something linear in x.
+
+    apart(x, *others) is the gate and what f returns. At an x of `size` the linear part's gradient is
+    gradient(size, grad, *others).
+    """
+    return lambda function: _declared(function, gate_behind(apart, gradient))
 
 
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -42,6 +42,7 @@ __all__ = [
     "colours",
     "encoding",
     "gate",
+    "gate_behind",
     "gate_by",
     "linear",
     "linear_in_encoding",
@@ -245,6 +246,25 @@ def gate_by(apart: Run) -> Rule:
             # Not `detach`: what is written over x, which nothing reads again, would show as a change of a view.
             factor, value = apart(input.data, *others, **more)
         return scaled(ledger, value, input, factor)
+
+    return rule
+
+
+def gate_behind(apart: Run, gradient: Run) -> Rule:
+    """As `gate_by`, where the gate multiplies something linear in x, of which `gradient` is the transpose."""
+
+    def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any) -> Tensor:
+        others = frozen(others)
+        if not moves(input):
+            return run(input, *others)
+        with torch.no_grad():
+            factor, value = apart(input.data, *others)
+        size = input.shape
+
+        def pull(grad: Tensor, factor: Tensor) -> Tensor:
+            return gradient(size, factor.mul_(grad) if ledger.last else grad * factor, *others)
+
+        return pulled(value, input, pull, factor)
 
     return rule
 

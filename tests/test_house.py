@@ -74,7 +74,7 @@ def test_folders_import_only_what_the_design_allows(folder):
 
 
 def test_the_import_walk_sees_what_is_there():
-    assert "explain.linearise.gated_by" in imported(ROOT / "convert" / "layers" / "bcos.py")
+    assert "explain.linearise.gated_by" in imported(ROOT / "convert" / "layers" / "scale.py")
     assert "convert.layers.BiasScheduled" in imported(ROOT / "convert" / "taps.py")
     assert "errors.PlanError" in imported(ROOT / "convert" / "plan.py")
 

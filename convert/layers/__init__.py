@@ -2,13 +2,14 @@
 
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
-from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear, bcos_scale
+from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear
 from .ca_stream import CaStream, CaStreamForToken, Stream
 from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
 from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, aligned
 from .convolution import DynamicConv2d
 from .dampening import DampenedSkip, Dampening
 from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
+from .scale import bcos_scale
 from .scheduled import (
     STRENGTHS,
     BiasScheduled,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,17 @@ from .scheduled import BiasScheduled
 
 __all__ = [
     "DynamicConv2d",
+    "Pair",
     "SamePadding",
+    "Window",
     "applied",
+    "convolution_gradients",
     "in_blocks",
+    "input_gradient",
+    "layout_of",
     "sum_of_squares",
+    "sums_over",
+    "sums_under",
     "unobserved",
     "with_squares",
     "zero_padded",
@@ -51,12 +58,12 @@ def unobserved(*tensors: Tensor) -> bool:
     return not any(is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
-def in_blocks(x: Tensor, like: Tensor | None = None) -> tuple[Tensor, ...]:
-    """`x` (B, ...) in parts along B, of the size of a CPU's cache for `like` (B, ...) or x; whole elsewhere."""
+def in_blocks(x: Tensor, like: Tensor | None = None, elements: int | None = None) -> tuple[Tensor, ...]:
+    """`x` (B, ...) in parts along B, of so many elements of `like` (B, ...) or x, which suit a CPU; whole elsewhere."""
     like = x if like is None else like
     if like.dim() < 2 or like.device.type != "cpu" or not unobserved(x, like):
         return (x,)
-    return x.split(max(1, BLOCK * len(like) // max(1, like.numel())))
+    return x.split(max(1, (elements or BLOCK) * len(like) // max(1, like.numel())))
 
 
 def sum_of_squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
@@ -153,23 +160,60 @@ class DynamicConv2d(BiasScheduled):
 
     def under_patches(self, squares: Tensor, padding: tuple[int, int]) -> Tensor:
         """(B, G, 1, H, W) -> (B, G, 1, H', W'): the sum of `squares` under every patch."""
-        squares, window = squares.squeeze(2), (self.kernel_size, self.stride, padding, self.dilation)
-        side_by_side = squares.stride(1) == 1 and self.dilation == (1, 1)
-        if self.groups == 1 or self.kernel_size == (1, 1):
-            sums = _sums(squares, *window)
-        elif squares.device.type == "cpu" and not side_by_side:
-            # Exact: other devices' convolutions take such sums in TF32.
-            with torch.autocast("cpu", enabled=False):
-                ones = squares.new_ones(self.groups, 1, *self.kernel_size)
-                sums = F.conv2d(squares, ones, None, *window[1:], self.groups)
-        elif self.dilation == (1, 1) and all(2 * p <= k for p, k in zip(padding, self.kernel_size, strict=True)):
-            sums = _pools(squares, *window[:3])
-        else:
-            sums = _sums(squares, *window)
-        return sums.unsqueeze(2)
+        window = Window(self.stride, padding, self.dilation)
+        return sums_under(squares.squeeze(2), self.kernel_size, window).unsqueeze(2)
 
 
 Pair = tuple[int, int]
+
+
+class Window(NamedTuple):
+    """Where a convolution's kernel is put: (rows, columns) each."""
+
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+
+def sums_under(x: Tensor, kernel: Pair, window: Window) -> Tensor:
+    """(B, G, H, W) -> (B, G, H', W'): the sum under a kernel of this size."""
+    if x.shape[1] == 1 or kernel == (1, 1):
+        return _sums(x, kernel, *window)
+    if x.device.type == "cpu":
+        # Exact: other devices' convolutions take such sums in TF32.
+        with torch.autocast("cpu", enabled=False):
+            return F.conv2d(x, x.new_ones(x.shape[1], 1, *kernel), None, *window, x.shape[1])
+    pooled = window.dilation == (1, 1) and all(2 * p <= k for p, k in zip(window.padding, kernel, strict=True))
+    return _pools(x, kernel, window.stride, window.padding) if pooled else _sums(x, kernel, *window)
+
+
+def sums_over(grad: Tensor, kernel: Pair, window: Window, size: torch.Size) -> Tensor:
+    """The transpose of `sums_under`: (B, G, H', W') -> (B, G, H, W) of `size`, the sum over the kernels above."""
+    reach = [d * (k - 1) - p for k, p, d in zip(kernel, window.padding, window.dilation, strict=True)]
+    if window.stride == (1, 1) and min(reach) >= 0:
+        return sums_under(grad, kernel, Window((1, 1), (reach[0], reach[1]), window.dilation))
+    return input_gradient(size, grad, grad.new_ones(size[1], 1, *kernel), window, size[1])
+
+
+def input_gradient(size: torch.Size, grad: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
+    """Of a convolution, at its input of `size` (B, C, H, W), from `grad` (B, K, H', W') at its output."""
+    # Of the input only size and layout are read; torch's own `conv2d_input` answers in one layout always.
+    x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout_of(grad))
+    return convolution_gradients(grad, x, weight, window, groups, (True, False))[0]
+
+
+def convolution_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, wanted: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor, Tensor]:
+    """Of a convolution, at its input x and at its weight, from `grad` (B, K, H', W') at its output."""
+    settings = (None, *window, False, (0, 0), groups, (*wanted, False))
+    of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *settings)
+    return of_x, of_weight
+
+
+def layout_of(x: Tensor) -> torch.memory_format:
+    """Of maps (B, C, H, W): whether channels lie side by side."""
+    return torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
 
 
 def _sums(squares: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair) -> Tensor:

@@ -33,12 +33,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input
 
 from ...explain.linearise import input_colours, input_encoding, linear_in, with_statistics
 from .bcos import BcosConv2d, BcosConv2dSame
 from .coda import CodaConv2d, CodaConv2dSame
-from .convolution import DynamicConv2d, sum_of_squares, zero_padded
+from .convolution import DynamicConv2d, Window, input_gradient, sum_of_squares, zero_padded
 
 __all__ = [
     "SixChannel",
@@ -65,7 +64,7 @@ def six_channels(x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, 
 
 def _gradient(size: torch.Size, grad: Tensor, kernel: Tensor, stride: Any, dilation: Any) -> Tensor:
     """At six channels of `size`, from `grad` (B, K, H', W') at the response of `kernel` to them."""
-    return conv2d_input(list(size), kernel, grad, stride, 0, dilation)
+    return input_gradient(size, grad, kernel, Window(stride, (0, 0), dilation))
 
 
 @linear_in(six_channels, _gradient)

@@ -14,6 +14,7 @@ from bcosify.convert.layers import (
     adopt,
     bcos_scale,
     convolution,
+    depthwise,
     set_strength,
     watching_writes,
 )
@@ -75,7 +76,8 @@ def gradients(layer: nn.Module, x: Tensor, pull: Tensor) -> tuple[Tensor, ...]:
 @pytest.fixture(params=[1, 50, 2**16], ids=lambda block: f"block{block}")
 def block(request, monkeypatch):
     """Blocks of one picture, of some, and of all."""
-    monkeypatch.setattr(convolution, "BLOCK", request.param)
+    for module in (convolution, depthwise):
+        monkeypatch.setattr(module, "BLOCK", request.param)
 
 
 @kinds
@@ -157,7 +159,7 @@ def test_a_compiled_layer_is_the_same(kind, b):
     y = compiled(leaf)
     found = (y.detach(), *torch.autograd.grad(y, [leaf, layer.weight], pull))
     for ours, theirs in zip(found, gradients(layer, x, pull), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
 @kinds
@@ -228,8 +230,10 @@ def test_a_layer_keeps_input_weight_output_and_norms(kind, b):
     maps = y[:, :1].numel() if x.dim() == 4 else y[..., :1].numel()
     norms = maps * getattr(layer, "groups", 1) + len(layer.weight)
     # A pool of its own needs what it pooled: the squares of every pixel, and those of its rows.
-    pooled = 0 if x.dim() < 4 or kind == "pointwise" else 2 * x[:, :1].numel() * layer.groups
-    assert kept(lambda: layer(x), x, layer.weight) <= 4 * (norms + pooled)
+    pooled = 0 if x.dim() < 4 or kind in ("pointwise", "depthwise") else 2 * x[:, :1].numel() * layer.groups
+    # Of a depthwise layer the filters that hold their norms, and how the norms got there.
+    filters = layer.weight.numel() + 2 * len(layer.weight) if kind == "depthwise" else 0
+    assert kept(lambda: layer(x), x, layer.weight) <= 4 * (norms + pooled + filters)
 
 
 def test_a_training_batch_norm_keeps_its_input_and_numbers_for_every_channel():
