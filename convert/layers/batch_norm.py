@@ -105,6 +105,9 @@ class _WithMoments(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         wide, others = torch.promote_types(x.dtype, torch.float32), _others(x)
+        if x.dtype == wide and x.device.type == "cpu" and x.stride(1) == 1 and unobserved(x):
+            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)  # quick in this layout only
+            return x.view_as(x), mean, variance + mean.square()
         parts = [part.to(wide) for part in in_blocks(x)]
         mean, square = (
             torch.stack(sums).sum(0) / (x.numel() / x.shape[1])

@@ -51,6 +51,8 @@ SOURCES = {
     "strided": (lambda: nn.Conv2d(6, 12, 7, 2, 3, bias=False), (6, 6, 13, 13)),
     "grouped": (lambda: nn.Conv2d(8, 12, 3, padding=1, groups=4, bias=False), (6, 8, 9, 9)),
     "depthwise": (lambda: nn.Conv2d(8, 8, 7, padding=3, groups=8, bias=False), (6, 8, 9, 9)),
+    "depthwise, strided": (lambda: nn.Conv2d(8, 8, 5, 2, padding=1, groups=8, bias=False), (6, 8, 9, 9)),
+    "depthwise, dilated": (lambda: nn.Conv2d(8, 8, 3, padding=4, dilation=2, groups=8, bias=False), (6, 8, 9, 9)),
     "dilated": (lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), (6, 8, 9, 9)),
 }
 kinds = pytest.mark.parametrize("kind", SOURCES)
@@ -230,9 +232,9 @@ def test_a_layer_keeps_input_weight_output_and_norms(kind, b):
     maps = y[:, :1].numel() if x.dim() == 4 else y[..., :1].numel()
     norms = maps * getattr(layer, "groups", 1) + len(layer.weight)
     # A pool of its own needs what it pooled: the squares of every pixel, and those of its rows.
-    pooled = 0 if x.dim() < 4 or kind in ("pointwise", "depthwise") else 2 * x[:, :1].numel() * layer.groups
+    pooled = 0 if x.dim() < 4 or kind == "pointwise" or "depthwise" in kind else 2 * x[:, :1].numel() * layer.groups
     # Of a depthwise layer the filters that hold their norms, and how the norms got there.
-    filters = layer.weight.numel() + 2 * len(layer.weight) if kind == "depthwise" else 0
+    filters = layer.weight.numel() + 2 * len(layer.weight) if "depthwise" in kind else 0
     assert kept(lambda: layer(x), x, layer.weight) <= 4 * (norms + pooled + filters)
 
 
