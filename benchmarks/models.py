@@ -66,6 +66,8 @@ def folded_by_torch() -> nn.Module:
 ROWS: dict[str, Makers] = {
     "ResNet-50": {**converted("resnet50"), "torch folded": folded_by_torch},
     "ViT-S/16": converted("vit_small_patch16_224"),
+    "EfficientNet-Lite0": converted("efficientnet_lite0"),
+    "ConvNeXt-T": converted("convnext_tiny"),
     "ResNet-50 of alignment units": converted("resnet50", CodaConfig()),
     "ResNet-50, FA-CNN": converted("resnet50", FaCnnConfig()),
     "ResNet-50, CA-Stream": converted("resnet50", CaStreamConfig()),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .convolution import DynamicConv2d, SamePadding, Window, with_squares
 from .depthwise import depthwise_bcos
 from .scale import Norm, bcos_scale, filters_with_norms
-from .scheduled import OutputKept, is_exactly
+from .scheduled import OutputKept, biased, is_exactly
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear"]
 
@@ -70,7 +70,7 @@ class BcosLinear(_Bcos):
             return F.linear(x, self.weight, self.bias)
         (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1), self._with_norms()
         y = self._given(bcos_scale(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b))
-        return y if self.bias is None else y + self.bias
+        return biased(y, self.bias)
 
 
 class BcosConv2d(_Bcos, DynamicConv2d):
@@ -85,7 +85,7 @@ class BcosConv2d(_Bcos, DynamicConv2d):
             return self.products(x, padding, self.weight, bias=self.bias)[0]
         depthwise = 1 < self.groups == self.in_channels == self.out_channels
         y = self._given((self._depthwise if depthwise else self._scaled)(x, padding, b))
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        return biased(y, self.bias, 1)
 
     def _depthwise(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
         return depthwise_bcos(x, self._filters(b), b, Window(self.stride, padding, self.dilation))

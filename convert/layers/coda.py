@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ...explain.linearise import dynamic_linear
 from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved
-from .scheduled import OutputKept
+from .scheduled import OutputKept, biased
 
 __all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "aligned"]
 
@@ -348,7 +348,7 @@ class CodaLinear(_Coda):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._aligned(F.linear(x, self.weight), F.linear(x, self._probes()), Layout(-1))
-        return y if self.bias is None else y + self.bias
+        return biased(y, self.bias)
 
 
 class CodaConv2d(_Coda, DynamicConv2d):
@@ -360,7 +360,7 @@ class CodaConv2d(_Coda, DynamicConv2d):
         static, probed = self.products(x, padding, self.weight, self._probes())
         side_by_side = self.groups == 1 and static.stride(1) == 1
         y = self._aligned(static, probed, Layout(1, None if side_by_side else self.groups))
-        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
+        return biased(y, self.bias, 1)
 
 
 class CodaConv2dSame(SamePadding, CodaConv2d):

@@ -31,6 +31,7 @@ __all__ = [
     "Scheduled",
     "adopt",
     "at_start",
+    "biased",
     "described",
     "faded",
     "is_exactly",
@@ -202,6 +203,14 @@ def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:
     if bias is None or is_exactly(beta, 0):
         return None
     return bias if is_exactly(beta, 1) else bias * beta
+
+
+def biased(y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
+    """`y` plus `bias` (C,) along its dimension `dim`, in the precision of y, as torch's own layers return it."""
+    if bias is None:
+        return y
+    behind = y.dim() - 1 - dim % y.dim()
+    return y + bias.to(y.dtype).view(-1, *[1] * behind)
 
 
 def is_exactly(strength: float | Tensor, value: float) -> bool:

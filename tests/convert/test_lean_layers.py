@@ -150,6 +150,20 @@ def test_gradients_under_autocast_are_those_of_float32_to_rounding(kind, dtype):
         torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=0.03 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("source", [nn.Linear(5, 4), nn.Conv2d(5, 4, 3), nn.Conv2d(5, 5, 3, groups=5)], ids=str)
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_a_layer_with_a_bias_returns_what_its_source_does_under_autocast(source, beta, dtype):
+    mixin = BcosLinear if isinstance(source, nn.Linear) else BcosConv2d
+    layer = adopt(copy.deepcopy(source), mixin)
+    set_strength(layer, b=2.0, beta=beta)
+    x = torch.randn(2, 5) if isinstance(source, nn.Linear) else torch.randn(2, 5, 6, 6)
+    with torch.autocast("cpu", dtype):
+        found = layer(x)
+        assert found.dtype == source(x).dtype == dtype
+    torch.testing.assert_close(found.float(), layer(x), rtol=0.05, atol=0.05)
+
+
 @kinds
 @strengths
 def test_a_compiled_layer_is_the_same(kind, b):
