@@ -1,7 +1,8 @@
 """B-cos of depthwise convolutions, whose patch norms are as many as their responses.
 
-Elsewhere one norm serves all channels. Here norms, scales and gradients of norms are whole maps, so all of it is made
-picture by picture, in a core's cache, and the backward pass makes the norms again. (Ours.)
+Elsewhere one norm serves all channels. Here norms, scales and their gradients are as large as the response, so they are
+made for some pictures at a time, and one map of them is kept for the backward pass. Filters hold their own norms, which
+spares the passes that divide by them. (Ours.)
 """
 
 from __future__ import annotations
