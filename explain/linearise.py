@@ -13,11 +13,10 @@ is put back when the mode ends, also after an exception.
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand;
-`gated_product`, where it multiplies something linear in x), `dynamic_linear` (linear in
-x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a gate), `input_encoding`
-(picture to channels that are explained; `linear_in`, where it goes no further than a linear map), and `input_colours`
-(the picture as it is, explained by its colours).
+which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand, also behind a linear map),
+`dynamic_linear` (linear in x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a
+gate), `input_encoding` (picture to channels that are explained; `linear_in`, where it goes no further than a linear
+map), and `input_colours` (the picture as it is, explained by its colours).
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -47,11 +46,11 @@ from .rules import (
     colours,
     encoding,
     gate,
-    gate_behind,
     gate_by,
     linear,
     linear_in_encoding,
     resolve,
+    unchanged,
 )
 
 __all__ = [
@@ -59,7 +58,6 @@ __all__ = [
     "dynamic_linear",
     "gated",
     "gated_by",
-    "gated_product",
     "input_colours",
     "input_encoding",
     "linear_in",
@@ -176,24 +174,14 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def gated_by(
-    apart: Callable[..., tuple[Tensor, Tensor]],
+    apart: Callable[..., tuple[Tensor, Tensor]], gradient: Callable[..., Tensor] = unchanged
 ) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """As `gated`, which spares the division: apart(x, *others) is the gate and what f returns, x times it.
 
-    As f itself in inference it may write over x.
+    As f itself in inference it may write over x. Where `gradient` is given, the gate multiplies something else that is
+    linear in x: at an x of `size` its gradient is gradient(size, grad, *others).
     """
-    return lambda function: _declared(function, gate_by(apart))
-
-
-def gated_product(
-    apart: Callable[..., tuple[Tensor, Tensor]], gradient: Callable[..., Tensor]
-) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
-    """As `gated_by`, for an f(x, *others) that is a gate times something linear in x.
-
-    apart(x, *others) is the gate and what f returns. At an x of `size` the linear part's gradient is
-    gradient(size, grad, *others).
-    """
-    return lambda function: _declared(function, gate_behind(apart, gradient))
+    return lambda function: _declared(function, gate_by(apart, gradient))
 
 
 def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:

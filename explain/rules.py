@@ -42,11 +42,11 @@ __all__ = [
     "colours",
     "encoding",
     "gate",
-    "gate_behind",
     "gate_by",
     "linear",
     "linear_in_encoding",
     "resolve",
+    "unchanged",
 ]
 
 Run = Callable[..., Any]
@@ -235,8 +235,16 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     return scaled(ledger, value, input, _factor(value, input.detach()))
 
 
-def gate_by(apart: Run) -> Rule:
-    """As `gate`, for functions that know their gate: apart(x, *others) is the gate and x times it."""
+def unchanged(size: torch.Size, grad: Tensor, *others: Any, **more: Any) -> Tensor:
+    """The transpose of x as it is, called as every transpose of something linear in an x of `size`."""
+    return grad
+
+
+def gate_by(apart: Run, gradient: Run = unchanged) -> Rule:
+    """As `gate`, for functions that know their gate: apart(x, *others) is the gate and what it makes of x.
+
+    It multiplies x, or something linear in x, of which `gradient` is the transpose.
+    """
 
     def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any, **more: Any) -> Tensor:
         others, more = frozen(others), frozen(more)
@@ -245,34 +253,29 @@ def gate_by(apart: Run) -> Rule:
         with torch.no_grad():
             # Not `detach`: what is written over x, which nothing reads again, would show as a change of a view.
             factor, value = apart(input.data, *others, **more)
-        return scaled(ledger, value, input, factor)
-
-    return rule
-
-
-def gate_behind(apart: Run, gradient: Run) -> Rule:
-    """As `gate_by`, where the gate multiplies something linear in x, of which `gradient` is the transpose."""
-
-    def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any) -> Tensor:
-        others = frozen(others)
-        if not moves(input):
-            return run(input, *others)
-        with torch.no_grad():
-            factor, value = apart(input.data, *others)
         size = input.shape
-
-        def pull(grad: Tensor, factor: Tensor) -> Tensor:
-            return gradient(size, factor.mul_(grad) if ledger.last else grad * factor, *others)
-
-        return pulled(value, input, pull, factor)
+        return scaled(ledger, value, input, factor, lambda grad: gradient(size, grad, *others, **more))
 
     return rule
 
 
-def scaled(ledger: Ledger, value: Tensor, input: Tensor, factor: Tensor) -> Tensor:
-    """`value` as `input` times the constant `factor`, a fresh tensor of the same shape."""
-    # After the last score nothing reads the factor again, and fresh memory costs more than the product.
-    return pulled(value, input, lambda grad, factor: factor.mul_(grad) if ledger.last else grad * factor, factor)
+def scaled(
+    ledger: Ledger,
+    value: Tensor,
+    input: Tensor,
+    factor: Tensor,
+    through: Callable[[Tensor], Tensor] = lambda grad: grad,
+) -> Tensor:
+    """`value` as `input` times the constant `factor`, a fresh tensor of the value's shape.
+
+    Or as a linear map of `input`, whose transpose is `through`, times it.
+    """
+
+    def pull(grad: Tensor, factor: Tensor) -> Tensor:
+        # After the last score nothing reads the factor again, and fresh memory costs more than the product.
+        return through(factor.mul_(grad) if ledger.last else grad * factor)
+
+    return pulled(value, input, pull, factor)
 
 
 def routing(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

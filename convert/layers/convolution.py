@@ -203,9 +203,9 @@ def input_gradient(size: torch.Size, grad: Tensor, weight: Tensor, window: Windo
 
 
 def convolution_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, wanted: tuple[bool, bool] = (True, True)
+    grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor]:
-    """Of a convolution, at its input x and at its weight, from `grad` (B, K, H', W') at its output."""
+    """Of a convolution, at its input x and at its weight where `wanted`, from `grad` (B, K, H', W') at its output."""
     settings = (None, *window, False, (0, 0), groups, (*wanted, False))
     of_x, of_weight, _ = torch.ops.aten.convolution_backward(grad, x, weight, *settings)
     return of_x, of_weight

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...explain.linearise import gated_product
+from ...explain.linearise import gated_by
 from .convolution import (
     Pair,
     Window,
@@ -60,11 +60,11 @@ class _DepthwiseBcos(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor | None):  # noqa: ANN001, ANN205 - torch's own signature
         (y, inverse_q, x, filters), b, window = ctx.saved_tensors, ctx.b, ctx.window
-        kernel, groups = _size(filters), len(filters)
+        kernel, groups, wanted = _size(filters), len(filters), (True, ctx.needs_input_grad[1])
         if not unobserved(grad, y, x, filters):
             q = _patch_norms(x, kernel, window)
             of_o, product = gradients(y, grad, inverse(q), None, b)
-            of_x, of_filters = convolution_gradients(of_o, x, filters, window, groups)
+            of_x, of_filters = convolution_gradients(of_o, x, filters, window, groups, wanted)
             of_squares = sums_over(of_norm(product, q, b), kernel, window, x.shape)
             return torch.addcmul(of_x, x, of_squares.to(x.dtype), value=2), of_filters, None, None
         of_x, of_filters, layout = torch.empty_like(x), [], layout_of(x)
@@ -72,13 +72,13 @@ class _DepthwiseBcos(torch.autograd.Function):
         for into, part, of_y, inverse_norm, pull in zip(*parts, strict=True):
             cosine = of_y * inverse_norm  # to the power of B, with a sign
             of_o = root(cosine.abs(), b).mul_(pull).to(x.dtype)  # but for a factor B
-            of_o, beside = (_quickly(each, kernel) for each in (of_o, part))
-            of_part, of_each = convolution_gradients(of_o, beside, filters * b, window, groups)
+            of_o, beside = (_quickly(each, kernel) if wanted[1] else each for each in (of_o, part))
+            of_part, of_each = convolution_gradients(of_o, beside, filters * b, window, groups, wanted)
             of_part = of_part.contiguous(memory_format=layout)
             of_squares = sums_over(cosine.mul_(inverse_norm).mul_(pull), kernel, window, part.shape).to(x.dtype)
             torch.addcmul(of_part, part, of_squares, value=float(1 - b), out=into)
             of_filters.append(of_each)
-        return of_x, torch.stack(of_filters).sum(0) * b, None, None
+        return of_x, torch.stack(of_filters).sum(0) * b if wanted[1] else None, None, None
 
 
 def _size(filters: Tensor) -> Pair:
@@ -137,7 +137,7 @@ def _gradient(size: torch.Size, grad: Tensor, filters: Tensor, _: float | Tensor
     return input_gradient(size, grad, filters, window, len(filters))
 
 
-@gated_product(_apart, _gradient)
+@gated_by(_apart, _gradient)
 def _depthwise_bcos(x: Tensor, filters: Tensor, b: float | Tensor, window: Window) -> Tensor:
     if not unobserved():
         return applied(_DepthwiseBcos, x, filters, b, window)[0]

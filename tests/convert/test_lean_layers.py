@@ -136,6 +136,16 @@ def test_a_double_backward_over_zero_patches_and_dead_filters_is_finite(kind, b)
 
 
 @kinds
+def test_a_frozen_layer_passes_the_same_gradient_on(kind):
+    layer, _, x = both(kind, 2.0)
+    pull = torch.randn_like(layer(x))
+    _, wanted, _ = gradients(layer, x, pull)
+    x.requires_grad_()
+    layer.requires_grad_(False)
+    assert torch.equal(torch.autograd.grad(layer(x), x, pull)[0], wanted)
+
+
+@kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradients_under_autocast_are_those_of_float32_to_rounding(kind, dtype):
     layer, _, x = both(kind, 2.0)
