@@ -74,14 +74,16 @@ class UncentredBatchNorm(Rescalable):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        x, *moments = _with_moments(x)
-        self._moments = _over_processes(*moments)
+        x, mean, variance = _with_moments(x)
+        centre = self._buffers["running_mean"]
+        assert centre is not None
+        moments = self._moments = _over_processes(mean, variance, centre)
         self.training = False
         try:
             return super().forward(x)
         finally:
             self.training = True
-            self._track(*self._moments)
+            self._track(*moments)
             self._moments = None
 
     @torch.no_grad()
@@ -98,58 +100,69 @@ class UncentredBatchNorm(Rescalable):
 
 
 class _WithMoments(torch.autograd.Function):
-    """x beside mean and mean square of every channel, so that the gradients of all three meet in one pass over x."""
+    """x beside mean and variance of every channel, so that the gradients of all three meet in one pass over x."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        wide, others = torch.promote_types(x.dtype, torch.float32), _others(x)
-        if x.dtype == wide and x.device.type == "cpu" and x.stride(1) == 1 and unobserved(x):
-            mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)  # quick in this layout only
-            return x.view_as(x), mean, variance + mean.square()
-        parts = [part.to(wide) for part in in_blocks(x)]
-        mean, square = (
-            torch.stack(sums).sum(0) / (x.numel() / x.shape[1])
-            for sums in zip(*((part.sum(others), part.square().sum(others)) for part in parts), strict=True)
-        )
-        return x.view_as(x), mean, square
+        return x.view_as(x), *_moments(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG004 - torch's own signature
-        ctx.save_for_backward(inputs[0])
+    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
+        ctx.save_for_backward(inputs[0], output[1])
 
     @staticmethod
-    def backward(ctx, grad: Tensor, grad_mean: Tensor, grad_square: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        (x,) = ctx.saved_tensors
+    def backward(ctx, grad: Tensor, grad_mean: Tensor, grad_variance: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
+        x, mean = ctx.saved_tensors
         count = x.numel() / x.shape[1]
+        slope = grad_variance * (2 / count)
+        shift = grad_mean / count - mean * slope
         shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-        shift, slope = ((g / count).to(x.dtype).view(shape) for g in (grad_mean, grad_square))
+        slope, shift = (each.to(x.dtype).view(shape) for each in (slope, shift))
         if not unobserved(grad, x, slope):
-            return grad.addcmul(x, slope, value=2) + shift
+            return grad.addcmul(x, slope) + shift
         # Nobody else has this gradient: only the layer's own norm reads x behind this function.
         for part, of_part in zip(in_blocks(grad), in_blocks(x), strict=True):
-            part.addcmul_(of_part, slope, value=2).add_(shift)
+            part.addcmul_(of_part, slope).add_(shift)
         return grad
 
 
-def _others(x: Tensor) -> list[int]:
-    """All dimensions but the channels'."""
-    return [dim for dim in range(x.dim()) if dim != 1]
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of the channels of x (B, C, ...), in float32 at least."""
+    wide, others = torch.promote_types(x.dtype, torch.float32), [dim for dim in range(x.dim()) if dim != 1]
+    if x.device.type != "cpu":
+        variance, mean = torch.var_mean(x.to(wide), others, correction=0)
+        return mean, variance
+    if x.dtype == wide and x.stride(1) == 1 and unobserved(x):
+        return torch.batch_norm_update_stats(x, None, None, 0.0)  # quick in this layout only
+    parts = in_blocks(x)
+    # About a value in their midst: a mean square less the square of a large mean would have few digits left.
+    centre = parts[0].to(wide).mean(others, keepdim=True)
+    apart = (part.to(wide) - centre for part in parts)
+    sums = zip(*((part.sum(others), part.square().sum(others)) for part in apart), strict=True)
+    mean, square = (torch.stack(each).sum(0) / (x.numel() / x.shape[1]) for each in sums)
+    return mean + centre.flatten(), _variance(mean, square)
+
+
+def _variance(mean: Tensor, square: Tensor) -> Tensor:
+    return (square - mean.square()).clamp_min(0)
 
 
 @with_mean
 def _with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, C, ...), to be read on, and mean and mean square (C,) of its channels, in float32 at least."""
+    """x (B, C, ...), to be read on, and mean and variance (C,) of its channels, in float32 at least."""
     return applied(_WithMoments, x)
 
 
-def _over_processes(mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) over the batches of all processes, from mean and mean square of this one's."""
+def _over_processes(mean: Tensor, variance: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) over the batches of all processes, from this one's, exchanged about `centre`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        count = torch.distributed.get_world_size()
-        mean, square = all_reduce(torch.stack([mean, square])) / count
-    return mean, (square - mean.square()).clamp_min(0)
+        mean = mean - centre
+        sums = all_reduce(torch.stack([mean, variance + mean.square()]))
+        mean, square = sums / torch.distributed.get_world_size()
+        return mean + centre, _variance(mean, square)
+    return mean, variance
 
 
 @contextlib.contextmanager

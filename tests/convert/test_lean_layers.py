@@ -292,6 +292,18 @@ def test_a_training_batch_norm_has_the_plain_formulas_gradients(beta, layout):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+@pytest.mark.usefixtures("block")
+def test_a_spread_that_is_small_beside_its_mean_keeps_its_digits(layout):
+    torch.manual_seed(0)
+    x = (torch.randn(6, 5, 4, 4) * 0.01 + 100).contiguous(memory_format=layout)
+    norm = adopt(nn.BatchNorm2d(5, momentum=1.0), UncentredBatchNorm).train()
+    norm(x)
+    torch.testing.assert_close(norm._buffers["running_mean"], x.double().mean((0, 2, 3)).float())
+    wanted = x.double().var((0, 2, 3), correction=0).float()
+    torch.testing.assert_close(norm._buffers["running_var"], wanted, rtol=1e-4, atol=0)
+
+
 def test_a_training_batch_norm_has_second_derivatives():
     torch.manual_seed(0)
     norm = adopt(nn.BatchNorm2d(2), UncentredBatchNorm).double().train()
