@@ -140,7 +140,7 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     # About a value in their midst: a mean square less the square of a large mean would have few digits left.
     centre = parts[0].to(wide).mean(others, keepdim=True)
     apart = (part.to(wide) - centre for part in parts)
-    sums = zip(*((part.sum(others), part.square().sum(others)) for part in apart), strict=True)
+    sums = zip(*((part.sum(others), part.square_().sum(others)) for part in apart), strict=True)
     mean, square = (torch.stack(each).sum(0) / (x.numel() / x.shape[1]) for each in sums)
     return mean + centre.flatten(), _variance(mean, square)
 
