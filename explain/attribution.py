@@ -285,7 +285,9 @@ def _by_name(shares: Sequence[Mapping[str, Tensor]], scores: Tensor) -> dict[str
     nothing = torch.zeros_like(scores[:, 0])
     names = dict.fromkeys(name for of_score in shares for name in of_score)
     columns = {name: torch.stack([of_score.get(name, nothing) for of_score in shares], 1) for name in names}
-    return {name: column for name, column in columns.items() if column.any()}
+    # One question to the device, not one a name.
+    something = torch.stack([*columns.values()]).flatten(1).any(1).tolist() if columns else []
+    return {name: column for (name, column), kept in zip(columns.items(), something, strict=True) if kept}
 
 
 def _joined(parts: Sequence[Explanation]) -> Explanation:

@@ -294,8 +294,9 @@ def _random_state_kept(model: nn.Module | None) -> Iterator[None]:
 def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
     """Puts back what a forward pass in train mode writes to buffers, such as BatchNorm's counter."""
     owners = [] if model is None else list(model.modules())
+    # Nothing can be written to inference tensors here.
     before = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, None if buffer.is_inference() else (buffer._version, buffer.detach().clone()))
         for module in owners
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -304,8 +305,13 @@ def _buffers_kept(model: nn.Module | None) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for module, name, buffer, value in before:
-                # Nothing can be written to inference tensors here. Versions say too little: BatchNorm counts none.
-                if not buffer.is_inference() and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+            for module, name, buffer, kept in before:
+                if kept is not None and _written(module, buffer, *kept):
+                    buffer.copy_(kept[1])
                 module._buffers[name] = buffer
+
+
+def _written(module: nn.Module, buffer: Tensor, version: int, value: Tensor) -> bool:
+    """Whether `buffer` was written to since it had this version and value; a device is asked in train mode only."""
+    # There versions say too little: BatchNorm counts none.
+    return not torch.equal(buffer, value) if module.training else buffer._version != version

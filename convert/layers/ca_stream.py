@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ...explain.linearise import Linearised
-from .scheduled import BiasScheduled
+from .scheduled import BiasScheduled, without_autocast
 from .stages import at_one_place, features_of, places
 
 __all__ = ["CaStream", "CaStreamForToken", "Stream"]
@@ -62,7 +62,7 @@ class Stream(nn.Module):
                 query = query / math.sqrt(maps[stage - 1].shape[-1])
             # At least float32: a product of large features overflows in half precision, and softmax of inf is nan.
             wide = torch.promote_types(features.dtype, torch.float32)
-            with torch.autocast(features.device.type, enabled=False):
+            with without_autocast(features):
                 scores = features.to(wide) @ query.to(wide).unsqueeze(-1) / math.sqrt(features.shape[-1])
                 attentions.append(scores.squeeze(-1).softmax(-1).to(features.dtype))
         return attentions

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from ...explain.linearise import dynamic_linear
 from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved
-from .scheduled import OutputKept, biased
+from .scheduled import OutputKept, biased, without_autocast
 
 __all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "aligned"]
 
@@ -305,7 +305,7 @@ class _Coda(OutputKept):
         rank = self.reader.shape[0] // self.groups
         z, u = probed.split([rank, probed.shape[layout.dim] - rank], layout.dim)
         # Not as convolutions, nor in half precision: the norm would be off by more than the bound allows.
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             terms, mixing = moving_terms(u, z, self.mixing is not None, layout), None
             if self.mixing is not None:
                 mixing = layout.of_units(self.mixing.to(u.dtype).flatten(1).unflatten(0, (self.groups, -1)))

@@ -13,7 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.autograd import forward_ad
 
 from ...explain.linearise import with_statistics
-from .scheduled import BiasScheduled
+from .scheduled import BiasScheduled, without_autocast
 
 __all__ = [
     "DynamicConv2d",
@@ -181,7 +181,7 @@ def sums_under(x: Tensor, kernel: Pair, window: Window) -> Tensor:
         return _sums(x, kernel, *window)
     if x.device.type == "cpu":
         # Exact: other devices' convolutions take such sums in TF32.
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast(x):
             return F.conv2d(x, x.new_ones(x.shape[1], 1, *kernel), None, *window, x.shape[1])
     pooled = window.dilation == (1, 1) and all(2 * p <= k for p, k in zip(window.padding, kernel, strict=True))
     return _pools(x, kernel, window.stride, window.padding) if pooled else _sums(x, kernel, *window)

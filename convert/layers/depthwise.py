@@ -27,6 +27,7 @@ from .convolution import (
     unobserved,
 )
 from .scale import TINY, gradients, inverse, of_norm, raised, root, scaled
+from .scheduled import autocast_dtype, without_autocast
 
 __all__ = ["depthwise_bcos"]
 
@@ -153,9 +154,7 @@ def depthwise_bcos(x: Tensor, filters: Tensor, b: float | Tensor, window: Window
     x (B, C, H, W), `filters` (C, 1, k, l) -> (B, C, H', W'); b >= 1. Explanation mode sees the convolution times a
     frozen gate.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := autocast_dtype(x)) is not None:
         x, filters = x.to(dtype), filters.to(dtype)
-    with torch.autocast(device, enabled=False):
+    with without_autocast(x):
         return _depthwise_bcos(x, filters, b, window)

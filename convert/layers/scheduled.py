@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "Scheduled",
     "adopt",
     "at_start",
+    "autocast_dtype",
     "biased",
     "described",
     "faded",
@@ -40,6 +41,7 @@ __all__ = [
     "set_strength",
     "strength_spans",
     "watching_writes",
+    "without_autocast",
 ]
 
 
@@ -211,6 +213,21 @@ def biased(y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
         return y
     behind = y.dim() - 1 - dim % y.dim()
     return y + bias.to(y.dtype).view(-1, *[1] * behind)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast rounds to on x's device; None where it is off, or the device (meta) has none."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, autocast rounds nothing on x's device."""
+    device = x.device.type
+    return (
+        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+    )
 
 
 def is_exactly(strength: float | Tensor, value: float) -> bool:

@@ -11,8 +11,23 @@ import dataclasses
 import pytest
 import timm
 import torch
-from bcosify.convert import Preprocess, Source, Teacher, convert, identity_error, load, load_teacher, save, set_strength
-from bcosify.convert.layers import BcosConv2d, scheduled_layers
+from bcosify.convert import (
+    BcosConfig,
+    CaStreamConfig,
+    CodaConfig,
+    FaCnnConfig,
+    Preprocess,
+    Source,
+    Teacher,
+    convert,
+    identity_error,
+    load,
+    load_teacher,
+    save,
+    set_strength,
+)
+from bcosify.convert.layers import BcosConv2d, batch_statistics, scheduled_layers
+from bcosify.convert.methods import find_method
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import PlanError
@@ -63,6 +78,25 @@ def test_a_student_is_its_teacher_explains_and_comes_back(name, tmp_path):
         assert torch.equal(load(save(student, tmp_path / "student")).model(pictures), wanted)
         set_strength(student.model, 2.0, 0.0)
         assert student.model(pictures).isfinite().all()
+
+
+CNNS = ("test_resnet", "test_convnext2", "test_efficientnet")
+METHODS = {BcosConfig: (*CNNS, "test_vit"), CodaConfig: (*CNNS, "test_vit"), FaCnnConfig: CNNS, CaStreamConfig: CNNS}
+
+
+@pytest.mark.parametrize(("config", "name"), [(config(), name) for config, names in METHODS.items() for name in names])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
+def test_a_step_off_the_cpu_never_waits_for_the_device(config, name, layout):
+    """The meta device stands for every device but the CPU: reading a number from it is an error."""
+    student = convert(load_teacher(f"timm:{name}", pretrained=False, image_size=64), config)
+    set_strength(student.model, **find_method(student.method).ends(student.config))
+    model, pictures = student.model.to("meta"), torch.empty(2, 3, 64, 64, device="meta", memory_format=layout)
+    with torch.no_grad():
+        wanted = model(pictures)
+    assert (wanted.shape, wanted.device.type) == ((2, 1000), "meta")
+    with batch_statistics(model):
+        model(pictures).square().mean().backward()
+    assert any(parameter.grad is not None for parameter in model.parameters())
 
 
 def built(model: nn.Module, size: int) -> Teacher:

@@ -663,10 +663,12 @@ class Everything(nn.Module):
         self.head = nn.Linear(6, 4)
         self.head.weight.requires_grad_(False)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("seen", torch.zeros(2))
         self.fail = fail
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls = self.calls + 1
+        self.seen[0] += 1
         x = self.norm(self.stem(x)).relu().mean((2, 3))
         if self.fail:
             raise RuntimeError("on purpose")
