@@ -17,12 +17,15 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LedgerError
 
 __all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors", "write"]
+
+# What arguments and results are nested in.
+NESTS = (tuple, list, dict)
 
 Names = tuple[str, ...]
 
@@ -49,7 +52,7 @@ def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:
         return change(value)
     if type(value) is tuple:
         return tuple([_each_tensor(change, item) for item in value])
-    if isinstance(value, tuple | list | dict) and value:
+    if isinstance(value, NESTS) and any(isinstance(leaf, Tensor) for leaf in leaves(value)):
         return tree_map_only(Tensor, change, value)
     return value
 
@@ -66,12 +69,14 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 def leaves(value: Any) -> list[Any]:
     """What is in `value`, however nested."""
+    if not isinstance(value, NESTS):
+        return [value]
     found: list[Any] = []
-    for item in value if type(value) is tuple else (value,):
-        if not isinstance(item, tuple | list | dict):
+    for item in value.values() if isinstance(value, dict) else value:
+        if isinstance(item, NESTS):
+            found += leaves(item)
+        else:
             found.append(item)
-        elif item:
-            found += leaves(item) if type(item) is tuple else tree_leaves(item)
     return found
 
 

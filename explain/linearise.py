@@ -132,14 +132,21 @@ class Linearised(TorchFunctionMode):
         given = [leaf for leaf in leaves((args, options)) if isinstance(leaf, Tensor)]
         if not given:
             return func(*args, **options)
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # as nearly always: to enter costs time
+            return self._entered_in_ledger(func, args, options, given)
         with torch.inference_mode(False), torch.enable_grad():
-            call = (args, options)
-            if not all(map(self._ledger.settled, given)):
-                args, options = call = self._ledger.settle(call)
-                given = leaves(call)
-            if any(map(moves, given)):
-                return self._linearised(func, args, options)
-            return self._ledger.inherit(func(*args, **options), call)
+            return self._entered_in_ledger(func, args, options, given)
+
+    def _entered_in_ledger(
+        self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], given: list[Any]
+    ) -> Any:
+        """The call, of whose arguments `given` are tensors."""
+        if not all(map(self._ledger.settled, given)):
+            args, options = self._ledger.settle((args, options))
+            given = [leaf for leaf in leaves((args, options)) if isinstance(leaf, Tensor)]
+        if any(map(moves, given)):
+            return self._linearised(func, args, options)
+        return self._ledger.inherit(func(*args, **options), given)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""

@@ -110,7 +110,8 @@ def with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]
 
     In explanation mode the sum is a constant.
     """
-    return applied(_WithSquares, x, dim) if torch.is_grad_enabled() else (x, sum_of_squares(x, dim))
+    derived = torch.is_grad_enabled() and x.requires_grad
+    return applied(_WithSquares, x, dim) if derived else (x, sum_of_squares(x, dim))
 
 
 def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -155,13 +156,11 @@ class DynamicConv2d(BiasScheduled):
 
     def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x, to be read on, and the squared norm (B, G, 1, H', W') of every patch, in float32 at least."""
-        grouped, squares = with_squares(x.unflatten(1, (self.groups, -1)), 2)
-        return grouped.flatten(1, 2), self.under_patches(squares, padding)
+        return _with_patch_norms(x, self.groups, self.kernel_size, Window(self.stride, padding, self.dilation))
 
     def under_patches(self, squares: Tensor, padding: tuple[int, int]) -> Tensor:
         """(B, G, 1, H, W) -> (B, G, 1, H', W'): the sum of `squares` under every patch."""
-        window = Window(self.stride, padding, self.dilation)
-        return sums_under(squares.squeeze(2), self.kernel_size, window).unsqueeze(2)
+        return _under_patches(squares, self.kernel_size, Window(self.stride, padding, self.dilation))
 
 
 Pair = tuple[int, int]
@@ -173,6 +172,17 @@ class Window(NamedTuple):
     stride: Pair
     padding: Pair
     dilation: Pair
+
+
+@with_statistics
+def _with_patch_norms(x: Tensor, groups: int, kernel: Pair, window: Window) -> tuple[Tensor, Tensor]:
+    """One call, and not a dozen that explanation mode would have to look at."""
+    grouped, squares = with_squares(x.unflatten(1, (groups, -1)), 2)
+    return grouped.flatten(1, 2), _under_patches(squares, kernel, window)
+
+
+def _under_patches(squares: Tensor, kernel: Pair, window: Window) -> Tensor:
+    return sums_under(squares.squeeze(2), kernel, window).unsqueeze(2)
 
 
 def sums_under(x: Tensor, kernel: Pair, window: Window) -> Tensor:
