@@ -50,7 +50,6 @@ from .rules import (
     linear,
     linear_in_encoding,
     resolve,
-    unchanged,
 )
 
 __all__ = [
@@ -140,10 +139,10 @@ class Linearised(TorchFunctionMode):
     def _entered_in_ledger(
         self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], given: list[Any]
     ) -> Any:
-        """The call, of whose arguments `given` are tensors."""
+        """The call, of whose arguments `given` are the tensors."""
         if not all(map(self._ledger.settled, given)):
             args, options = self._ledger.settle((args, options))
-            given = [leaf for leaf in leaves((args, options)) if isinstance(leaf, Tensor)]
+            given = leaves((args, options))
         if any(map(moves, given)):
             return self._linearised(func, args, options)
         return self._ledger.inherit(func(*args, **options), given)
@@ -181,7 +180,7 @@ def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 
 def gated_by(
-    apart: Callable[..., tuple[Tensor, Tensor]], gradient: Callable[..., Tensor] = unchanged
+    apart: Callable[..., tuple[Tensor, Tensor]], gradient: Callable[..., Tensor] | None = None
 ) -> Callable[[Callable[P, Tensor]], Callable[P, Tensor]]:
     """As `gated`, which spares the division: apart(x, *others) is the gate and what f returns, x times it.
 

@@ -46,7 +46,6 @@ __all__ = [
     "linear",
     "linear_in_encoding",
     "resolve",
-    "unchanged",
 ]
 
 Run = Callable[..., Any]
@@ -235,12 +234,7 @@ def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> 
     return scaled(ledger, value, input, _factor(value, input.detach()))
 
 
-def unchanged(size: torch.Size, grad: Tensor, *others: Any, **more: Any) -> Tensor:
-    """The transpose of x as it is, called as every transpose of something linear in an x of `size`."""
-    return grad
-
-
-def gate_by(apart: Run, gradient: Run = unchanged) -> Rule:
+def gate_by(apart: Run, gradient: Run | None = None) -> Rule:
     """As `gate`, for functions that know their gate: apart(x, *others) is the gate and what it makes of x.
 
     It multiplies x, or something linear in x, of which `gradient` is the transpose.
@@ -253,10 +247,15 @@ def gate_by(apart: Run, gradient: Run = unchanged) -> Rule:
         with torch.no_grad():
             # Not `detach`: what is written over x, which nothing reads again, would show as a change of a view.
             factor, value = apart(input.data, *others, **more)
-        size = input.shape
-        return scaled(ledger, value, input, factor, lambda grad: gradient(size, grad, *others, **more))
+        if gradient is None:
+            return scaled(ledger, value, input, factor)  # the graph keeps none of the others
+        return scaled(ledger, value, input, factor, _transpose(gradient, input.shape, others, more))
 
     return rule
+
+
+def _transpose(gradient: Run, size: torch.Size, others: Any, more: Any) -> Callable[[Tensor], Tensor]:
+    return lambda grad: gradient(size, grad, *others, **more)
 
 
 def scaled(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .convolution import DynamicConv2d, SamePadding, Window, with_squares
+from .convolution import DynamicConv2d, SamePadding, with_squares
 from .depthwise import depthwise_bcos
 from .scale import Norm, bcos_scale, filters_with_norms
 from .scheduled import OutputKept, biased, is_exactly
@@ -88,7 +88,7 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         return biased(y, self.bias, 1)
 
     def _depthwise(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
-        return depthwise_bcos(x, self._filters(b), b, Window(self.stride, padding, self.dilation))
+        return depthwise_bcos(x, self._filters(b), b, self.window(padding))
 
     def _scaled(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
         (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding), self._with_norms()

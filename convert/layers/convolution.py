@@ -156,11 +156,15 @@ class DynamicConv2d(BiasScheduled):
 
     def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x, to be read on, and the squared norm (B, G, 1, H', W') of every patch, in float32 at least."""
-        return _with_patch_norms(x, self.groups, self.kernel_size, Window(self.stride, padding, self.dilation))
+        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding))
+
+    def window(self, padding: Pair) -> Window:
+        """Where the kernel is put, with zeros (rows, columns) still to be padded."""
+        return Window(self.stride, padding, self.dilation)
 
     def under_patches(self, squares: Tensor, padding: tuple[int, int]) -> Tensor:
         """(B, G, 1, H, W) -> (B, G, 1, H', W'): the sum of `squares` under every patch."""
-        return _under_patches(squares, self.kernel_size, Window(self.stride, padding, self.dilation))
+        return _under_patches(squares, self.kernel_size, self.window(padding))
 
 
 Pair = tuple[int, int]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import bcosify.convert.layers.batch_norm as batch_norm
 import pytest
 import torch
 import torch.nn.functional as F
@@ -302,6 +303,16 @@ def test_a_spread_that_is_small_beside_its_mean_keeps_its_digits(layout):
     torch.testing.assert_close(norm._buffers["running_mean"], x.double().mean((0, 2, 3)).float())
     wanted = x.double().var((0, 2, 3), correction=0).float()
     torch.testing.assert_close(norm._buffers["running_var"], wanted, rtol=1e-4, atol=0)
+
+
+def test_processes_tell_each_other_statistics_without_losing_digits(monkeypatch):
+    """Two processes with the same batch: what is summed is twice what one has."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(batch_norm, "all_reduce", lambda sums: 2 * sums)
+    mean, variance = torch.tensor([100.0, -3.0]), torch.tensor([1e-4, 2.0])
+    found = batch_norm._over_processes(mean, variance, mean + torch.tensor([0.002, 0.5]))
+    torch.testing.assert_close(found, (mean, variance), rtol=1e-4, atol=0)
 
 
 def test_a_training_batch_norm_has_second_derivatives():
