@@ -46,6 +46,8 @@ FLOOR = 1e-4
 # The floor of units without static weights, whose gain is 0.
 TINY = 1e-24
 HALF = (torch.float16, torch.bfloat16)
+# Elements of a block of rows: of few places, which many units leave in a smaller one, every operation costs more.
+ROWS = 2**18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,29 +66,30 @@ SQUASHES: dict[str, Squashing] = {
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How matrix products see maps whose channels are dimension `channels`, without moving them in memory.
+    """How matrix products see maps whose channels are dimension `channels`, without moving the K of them in memory.
 
-    As (N, C), a row a place, where the channels of the one group lie side by side; else as (B, G, C/G, P). Coefficients
-    that make K/G channels of f are (K, f) or (G, K/G, f).
+    K channels as (N, K), a row a place, where those of the one group lie side by side; else as (B, G, K/G, P). Few
+    channels f as (f, N) or (B, G, f, P), places side by side. Coefficients are (K, f) or (G, K/G, f).
     """
 
     channels: int
     groups: int | None = None
 
-    @property
-    def dim(self) -> int:
-        """Where the channels are seen."""
-        return -1 if self.groups is None else -2
-
     def seen(self, x: Tensor) -> Tensor:
+        """Many channels."""
         if self.groups is None:
             return x.movedim(self.channels, -1).reshape(-1, x.shape[self.channels])
         return x.unflatten(self.channels, (self.groups, -1)).flatten(3)
 
     def back(self, seen: Tensor, like: Tensor) -> Tensor:
+        """The transpose of `seen`."""
         if self.groups is None:
             return seen.view(like.movedim(self.channels, -1).shape).movedim(-1, self.channels)
         return seen.view(like.shape)
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Many channels, laid as few are, or the other way round."""
+        return x.mT if self.groups is None else x
 
     def of_units(self, coefficients: Tensor) -> Tensor:
         """(G, K/G, ...) coefficients as they are seen."""
@@ -96,27 +99,58 @@ class Layout:
         """(G, K/G) so that it broadcasts over places."""
         return per_unit.flatten() if self.groups is None else per_unit.unsqueeze(-1)
 
-    def mapped(self, coefficients: Tensor, features: Tensor) -> Tensor:
-        return features @ coefficients.mT if self.groups is None else coefficients @ features
+    def spread(self, coefficients: Tensor, few: Tensor) -> Tensor:
+        """Many channels of few."""
+        return few.mT @ coefficients.mT if self.groups is None else coefficients @ few
 
-    def pulled(self, grad: Tensor, features: Tensor) -> Tensor:
-        """The gradient of the coefficients."""
-        return grad.mT @ features if self.groups is None else (grad @ features.mT).sum(0)
+    def gathered(self, coefficients: Tensor, many: Tensor) -> Tensor:
+        """The transpose of `spread`: few channels of many."""
+        return coefficients.mT @ self.turned(many)
 
-    def outer(self, a: Tensor, b: Tensor) -> Tensor:
-        """All products of a channel of `a` (m) and one of `b` (r), as m * r channels."""
-        return (a.unsqueeze(self.dim) * b.unsqueeze(self.dim - 1)).flatten(self.dim - 1, self.dim)
+    def pulled(self, many: Tensor, few: Tensor) -> Tensor:
+        """The gradient of the coefficients of `spread`."""
+        pulled = self.turned(many) @ few.mT
+        return pulled if self.groups is None else pulled.sum(0)
 
-    def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """For every unit the product of its r channels of `a` (K/G * r) and `b` (r)."""
-        return (a.unflatten(self.dim, (-1, b.shape[self.dim])) * b.unsqueeze(self.dim - 1)).sum(self.dim)
+    def parts(self, many: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+        """`in_blocks` of many channels."""
+        return in_blocks(many, like, ROWS if self.groups is None else None)
+
+    def parts_of_few(self, few: Tensor, like: Tensor) -> list[Tensor]:
+        """The same places of few channels."""
+        return [self.turned(part) for part in self.parts(self.turned(few), like)]
+
+    def joined(self, parts: tuple[Tensor, ...]) -> Tensor:
+        """The transpose of `parts_of_few`."""
+        return torch.cat(parts, -1 if self.groups is None else 0)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    """All products of a channel of `a` (..., m, P) and one of `b` (..., r, P), as m * r channels."""
+    products = a.unsqueeze(-2) * b.unsqueeze(-3)
+    return products.reshape(*a.shape[:-2], a.shape[-2] * b.shape[-2], a.shape[-1])
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """For every i the sum over j of channel ij of `a` (..., m * r, P) times channel j of `b` (..., r, P)."""
+    return (_pairs(a, a.shape[-2] // b.shape[-2], b.shape[-2]) * b.unsqueeze(-3)).sum(-2)
+
+
+def _inner_first(a: Tensor, b: Tensor) -> Tensor:
+    """For every j the sum over i of channel ij of `a` (..., m * r, P) times channel i of `b` (..., m, P)."""
+    return (_pairs(a, b.shape[-2], a.shape[-2] // b.shape[-2]) * b.unsqueeze(-2)).sum(-3)
+
+
+def _pairs(a: Tensor, m: int, r: int) -> Tensor:
+    """(..., m * r, P) -> (..., m, r, P); `gradcheck`'s batches know no `unflatten`."""
+    return a.reshape(*a.shape[:-2], m, r, a.shape[-1])
 
 
 class _Aligned(torch.autograd.Function):
-    """(static + mixing of terms) * gain * scale(gram of features): K channels from few.
+    """gain * g(w).x of K units, from K static responses and the few channels of u and z.
 
-    Keeps its output, which whatever reads it keeps too, and the few channels, of which the backward takes the norm
-    again. Where `mixing` is None `terms` are K channels themselves, which are not kept.
+    Keeps its output, which whatever reads it keeps too, and u and z, of which the backward pass makes everything else
+    again.
     """
 
     generate_vmap_rule = True
@@ -127,62 +161,88 @@ class _Aligned(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
-        _, terms, mixing, *others, ctx.squash, ctx.layout = inputs
-        # In explanation mode the norm is a constant, and what follows may write to the output.
+        _, *kept, ctx.squash, ctx.layout = inputs
+        # In explanation mode z and the norm are constants, and what follows may write to the output.
         ctx.varies = any(ctx.needs_input_grad[3:5])
-        ctx.save_for_backward(output if ctx.varies else None, None if mixing is None else terms, mixing, *others)
+        ctx.save_for_backward(output if ctx.varies else None, *kept)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        y, terms, mixing, features, gram, gain, floor = ctx.saved_tensors
+        y, u, mixing, z, gram, gain, floor = ctx.saved_tensors
         layout, slope = ctx.layout, SQUASHES[ctx.squash].slope
-        lean = unobserved(grad, features, gram, gain)
+        lean = unobserved(grad, u, z, gram, gain)
         whole = torch.empty_like(grad, memory_format=torch.contiguous_format) if lean else None
         parts, sums = [], []
-        for into, pull, of_y, of_terms, of_features in _blocks(whole, grad, y, terms, features):
-            norm_sq, clamped, factor = _norms_and_factor(of_features, gram, gain, floor, ctx.squash, layout)
+        for into, pull, of_y, u_part, z_part in _blocks(layout, (whole, grad, y), (u, z)):
+            features = _features(z_part, gram.dtype)
+            norm_sq, clamped, factor = _norms_and_factor(features, gram, gain, floor, ctx.squash, layout)
             numerator = torch.mul(pull, factor.to(pull.dtype), out=into)
-            part: list[Tensor | None] = [None, None]
-            total: list[Tensor | None] = [None, None]
-            if mixing is not None:
-                part[0], total[0] = layout.mapped(mixing.mT, numerator), layout.pulled(numerator, of_terms)
+            if mixing is None:
+                of_terms = layout.turned(numerator)
+                of_u = _outer(of_terms, z_part)
+            else:
+                of_terms = layout.gathered(mixing, numerator)
+                of_u = _inner(of_terms, z_part)
+            of_z = of_mixing = of_gram = None
+            if ctx.needs_input_grad[2]:
+                of_mixing = layout.pulled(numerator, _outer(u_part, z_part))
             if ctx.varies:
                 of_norm = pull.to(norm_sq.dtype) * of_y * slope(clamped)
                 of_norm = torch.where(norm_sq > floor, of_norm, 0.0)
-                part[1], total[1] = layout.mapped(gram.mT, of_norm), layout.pulled(of_norm, of_features)
-            parts.append(part)
-            sums.append(total)
-        numerator = whole if lean else numerator
-        of_terms, of_features = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
+                of_z = _inner_first(u_part, of_terms) if mixing is None else _inner_first(of_terms, u_part)
+                of_z = (of_z + _of_z(layout.gathered(gram, of_norm), z_part)).to(z.dtype)
+                of_gram = layout.pulled(of_norm, features)
+            parts.append((of_u, of_z))
+            sums.append((of_mixing, of_gram))
+        of_u, of_z = (None if each[0] is None else layout.joined(each) for each in zip(*parts, strict=True))
         of_mixing, of_gram = (
             None if each[0] is None else functools.reduce(torch.add, each) for each in zip(*sums, strict=True)
         )
-        return (numerator, numerator if mixing is None else of_terms, of_mixing, of_features, of_gram, *[None] * 4)
+        return (numerator if whole is None else whole, of_u, of_mixing, of_z, of_gram, *[None] * 4)
 
 
-def _blocks(*maps: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Parts of (N, C) or (B, ...) `maps` that fit into a CPU's cache, by the size of the second; None stays None."""
-    like = maps[1]
+def _blocks(layout: Layout, many: tuple[Tensor | None, ...], few: tuple[Tensor, ...]) -> Iterator[tuple[Any, ...]]:
+    """Parts of maps of many and of few channels that fit into a CPU's cache; many[1] is not None, and None stays so."""
+    like = many[1]
     assert like is not None
-    parts = [None if each is None else in_blocks(each, like) for each in maps]
-    for k in range(len(in_blocks(like))):
+    parts = [None if each is None else layout.parts(each, like) for each in many]
+    parts += [layout.parts_of_few(each, like) for each in few]
+    for k in range(len(layout.parts(like, like))):
         yield tuple(None if each is None else each[k] for each in parts)
+
+
+def _features(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """What |w|^2 is linear in: z_i z_j for every i and j, z, and 1; r * r + r + 1 channels in `dtype`."""
+    z = z.to(dtype)
+    return torch.cat([_outer(z, z), z, torch.ones_like(z[..., :1, :])], -2)
+
+
+def _of_z(of_features: Tensor, z: Tensor) -> Tensor:
+    """The gradient of z from that of its `_features`, in the precision of those."""
+    rank, z = z.shape[-2], z.to(of_features.dtype)
+    of_products, of_z, _ = of_features.split([rank * rank, rank, 1], -2)
+    return of_z + _inner(of_products, z) + _inner_first(of_products, z)
 
 
 def _norms_and_factor(
     features: Tensor, gram: Tensor, gain: Tensor, floor: Tensor, squash: str, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
     """|w|^2, the same at least as large as `floor`, and what w.x is multiplied by."""
-    norm_sq = layout.mapped(gram, features)
+    norm_sq = layout.spread(gram, features)
     clamped = torch.maximum(norm_sq, floor)
     return norm_sq, clamped, SQUASHES[squash].scale(clamped) * gain
 
 
+def _moving(u: Tensor, z: Tensor, mixing: Tensor | None, layout: Layout) -> Tensor:
+    """(A B x).x of every unit: what it mixes of all u_i z_j, or with u of its own their sum of u_j z_j."""
+    return layout.turned(_inner(u, z)) if mixing is None else layout.spread(mixing, _outer(u, z))
+
+
 def _respond(
     static: Tensor,
-    terms: Tensor,
+    u: Tensor,
     mixing: Tensor | None,
-    features: Tensor,
+    z: Tensor,
     gram: Tensor,
     gain: Tensor,
     floor: Tensor,
@@ -191,11 +251,12 @@ def _respond(
     over: bool = False,
 ) -> Tensor:
     """The response of alignment units; written `over` the static one, if so."""
-    lean = unobserved(static, terms, features, gram, gain)
+    lean = unobserved(static, u, z, gram, gain)
     y = (static if over else torch.empty_like(static)) if lean else None
-    for into, of_static, of_terms, of_features in _blocks(y, static, terms, features):
-        numerator = of_static + (of_terms if mixing is None else layout.mapped(mixing, of_terms))
-        *_, factor = _norms_and_factor(of_features, gram, gain, floor, squash, layout)
+    for into, of_static, u_part, z_part in _blocks(layout, (y, static), (u, z)):
+        numerator = of_static + _moving(u_part, z_part, mixing, layout)
+        features = _features(z_part, gram.dtype)
+        *_, factor = _norms_and_factor(features, gram, gain, floor, squash, layout)
         product = torch.mul(numerator, factor.to(numerator.dtype), out=into)
     return product if y is None else y
 
@@ -204,27 +265,21 @@ def _respond(
 def aligned(
     responses: tuple[Tensor, Tensor],
     mixing: Tensor | None,
-    features: Tensor,
+    z: Tensor,
     gram: Tensor,
     gain: Tensor,
     floor: Tensor,
     squash: str,
     layout: Layout,
 ) -> Tensor:
-    """gain * g(w).x of K units from their static and moving `responses`, where |w|^2 is `gram` of `features`.
+    """gain * g(w).x of K units, from their static `responses` and those of the directions, u.
 
-    All as `layout` sees it. The moving response is `mixing` of the second, or where that is None the second itself.
-    `gain` and `floor` broadcast; the norm counts as >= `floor`. Where gradients are off, the static response is
-    overwritten and returned.
+    All as `layout` sees it; |w|^2 is `gram` of `_features`. Units share their directions through `mixing`, and where
+    that is None have r each of their own. `gain` and `floor` broadcast; the norm counts as >= `floor`. Where gradients
+    are off, the static response is overwritten and returned.
     """
-    arguments = (*responses, mixing, features, gram, gain, floor, squash, layout)
+    arguments = (*responses, mixing, z, gram, gain, floor, squash, layout)
     return _respond(*arguments, over=True) if unobserved() else applied(_Aligned, *arguments)
-
-
-@dynamic_linear
-def moving_terms(u: Tensor, z: Tensor, shared: bool, layout: Layout) -> Tensor:
-    """u_i z_j for every i and j, or where no unit shares its u with others sum_j u_kj z_j for every unit k."""
-    return layout.outer(u, z) if shared else layout.inner(u, z)
 
 
 class _Coda(OutputKept):
@@ -301,22 +356,20 @@ class _Coda(OutputKept):
 
     def _aligned(self, static: Tensor, probed: Tensor, layout: Layout) -> Tensor:
         """gain * g(w(x)).x from b.x and the response to `_probes`."""
-        responses, probed = layout.seen(static), layout.seen(probed)
+        responses, probed = layout.seen(static), layout.turned(layout.seen(probed)).contiguous()
         rank = self.reader.shape[0] // self.groups
-        z, u = probed.split([rank, probed.shape[layout.dim] - rank], layout.dim)
+        z, u = probed.split([rank, probed.shape[-2] - rank], -2)
         # Not as convolutions, nor in half precision: the norm would be off by more than the bound allows.
         with without_autocast(z):
-            terms, mixing = moving_terms(u, z, self.mixing is not None, layout), None
-            if self.mixing is not None:
-                mixing = layout.of_units(self.mixing.to(u.dtype).flatten(1).unflatten(0, (self.groups, -1)))
+            mixing = self.mixing
+            if mixing is not None:
+                mixing = layout.of_units(mixing.to(u.dtype).flatten(1).unflatten(0, (self.groups, -1)))
             quadratic, linear, constant = self._gram()
-            z = z.to(constant.dtype)
-            features = torch.cat([layout.outer(z, z), z, torch.ones_like(z.narrow(layout.dim, 0, 1))], layout.dim)
-            gram = torch.cat([quadratic.flatten(2), linear, constant.unsqueeze(-1)], 2)
+            gram = layout.of_units(torch.cat([quadratic.flatten(2), linear, constant.unsqueeze(-1)], 2))
             gain = self.gain.unflatten(0, (self.groups, -1))
             per_unit = (gain, (FLOOR * constant.detach()).clamp_min(TINY))
             per_unit = (layout.over_places(each) for each in per_unit)
-            y = aligned((responses, terms), mixing, features, layout.of_units(gram), *per_unit, self.squash, layout)
+            y = aligned((responses, u), mixing, z, gram, *per_unit, self.squash, layout)
         return self._given(layout.back(y, static))
 
     def _gram(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from bcosify.convert.layers import (
     CodaLinear,
     DynamicConv2d,
     adopt,
+    coda,
     convolution,
     scheduled_layers,
     watching_writes,
@@ -187,19 +188,20 @@ def test_a_unit_trained_on_one_input_points_at_it():
 def test_derivatives_of_the_response(squash, layout, mixed, check):
     torch.manual_seed(0)
 
-    def seen(channels: int) -> Tensor:
-        return torch.randn(*((5, channels) if layout.groups is None else (2, 2, channels, 3))).double()
+    def few(channels: int) -> Tensor:
+        return torch.randn(*((channels, 5) if layout.groups is None else (2, 2, channels, 3))).double()
 
     groups = () if layout.groups is None else (2,)
-    gram = torch.rand(*groups, 3, 2).double() + 0.3
-    small = [*([torch.randn(*groups, 3, 4).double()] if mixed else []), seen(2).abs() + 0.2, gram]
-    leaves = [seen(3), seen(4 if mixed else 3), *small]
+    gram = torch.randn(*groups, 3, 7).double() * 0.05
+    gram[..., -1] = 2  # a norm above its floor
+    mixing = [torch.randn(*groups, 3, 4).double()] if mixed else []
+    leaves = [layout.turned(few(3)).contiguous(), few(2 if mixed else 6), *mixing, few(2), gram]
     gain, floor = torch.rand(3, 1).double(), torch.full((3, 1), 1e-4).double()
     per_unit = [each.flatten() if layout.groups is None else each for each in (gain, floor)]
 
-    def run(static: Tensor, terms: Tensor, *others: Tensor) -> Tensor:
+    def run(static: Tensor, u: Tensor, *others: Tensor) -> Tensor:
         others = others if mixed else (None, *others)
-        return response((static, terms), *others, *per_unit, squash, layout)
+        return response((static, u), *others, *per_unit, squash, layout)
 
     assert check(run, [each.requires_grad_() for each in leaves])
 
@@ -224,6 +226,7 @@ def in_double(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("block", [1, 50, 2**16])
 def test_blocks_and_layouts_and_inference_are_the_materialised_form(kind, form, block, squash, monkeypatch):
     monkeypatch.setattr(convolution, "BLOCK", block)
+    monkeypatch.setattr(coda, "ROWS", block)
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     source, x = make(), torch.randn(shape)
@@ -251,19 +254,20 @@ def test_blocks_and_layouts_and_inference_are_the_materialised_form(kind, form, 
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
-def test_little_is_kept_besides_the_output(kind):
+def test_beside_the_output_only_the_few_channels_are_kept(kind):
     make, shape = LAYERS[kind]
-    layer, kept = aligned(make(), CodaLinear if kind == "linear" else CodaConv2d, rank=1, basis=1), set()
-    x = torch.randn(9, *shape[1:], requires_grad=True)
+    layer, kept = aligned(make(), CodaLinear if kind == "linear" else CodaConv2d, rank=2, basis=3), {}
+    x = torch.randn(99, *shape[1:], requires_grad=True)
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = layer(x)
-    size = y.untyped_storage().nbytes()
-    assert sum(nbytes >= size for _, nbytes in kept) == 1
+    channel = y.untyped_storage().nbytes() // 12  # larger than any parameter
+    kept.pop(x.data_ptr())
+    assert sorted(nbytes for nbytes in kept.values() if nbytes >= channel) == [(2 + 3) * channel, 12 * channel]
 
 
 @pytest.mark.parametrize("writes", [True, False])
