@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, PlanError, near_miss
 from .files import file_digest, new_folder
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
-from .layers import watching_writes
+from .layers import watching
 from .library_files import config_of, open_clip_config
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
@@ -287,7 +287,7 @@ def _check_probe(folder: Path, record: dict[str, Any], model: nn.Module) -> None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / PROBE} cannot be read as safetensors: {error}") from error
     parameter = next(model.parameters())
-    with torch.no_grad(), watching_writes(model):
+    with torch.no_grad(), watching(model):
         output = output_of(model, fitted(probe["input"], model)).float()
     if set(probe) != {"input", "output"} or probe["output"].shape != output.shape:
         raise CheckpointError(f"{folder / PROBE} does not hold the {tuple(output.shape)} outputs of this model.")

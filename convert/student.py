@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import LedgerError, SourceError
 from .calibrate import Gain, calibrate
-from .layers import described, set_strength, watching_writes
+from .layers import described, set_strength, watching
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
@@ -92,7 +92,7 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
     # The first is the picture of the fingerprint.
     size = teacher.preprocess.size
     pictures = fitted(torch.cat([noise_pictures(1, size, seed) for seed in (0, 1)]), original)
-    with torch.no_grad(), watching_writes(model):
+    with torch.no_grad(), watching(model):
         theirs, ours = output_of(original, pictures), output_of(model, pictures)
     error = _relative_error(ours, theirs)
     if original is not teacher.model:

@@ -22,7 +22,6 @@ from .scheduled import (
     scheduled_layers,
     set_strength,
     strength_spans,
-    watching_writes,
 )
 from .stem import (
     SixChannel,
@@ -34,6 +33,7 @@ from .stem import (
     from_six_channels,
     six_channels,
 )
+from .watch import watching
 
 __all__ = [
     "STRENGTHS",
@@ -84,5 +84,5 @@ __all__ = [
     "set_strength",
     "six_channels",
     "strength_spans",
-    "watching_writes",
+    "watching",
 ]

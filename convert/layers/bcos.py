@@ -8,6 +8,7 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import ClassVar
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from .convolution import DynamicConv2d, SamePadding, with_squares
 from .depthwise import depthwise_bcos
 from .scale import Norm, bcos_scale, filters_with_norms
-from .scheduled import OutputKept, biased, is_exactly
+from .scheduled import biased, is_exactly
+from .watch import InputShared, OutputKept
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear"]
 
@@ -61,14 +63,18 @@ class _Bcos(OutputKept):
             self.bounded = False
 
 
-class BcosLinear(_Bcos):
+class BcosLinear(_Bcos, InputShared):
     """B-cos over `nn.Linear`: (..., C_in) -> (..., C_out)."""
+
+    @property
+    def statistic(self) -> Hashable:
+        return "last dimension"
 
     def forward(self, x: Tensor) -> Tensor:
         b = self._strength("b")
         if is_exactly(b, 1):
             return F.linear(x, self.weight, self.bias)
-        (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1), self._with_norms()
+        (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1, self.share), self._with_norms()
         y = self._given(bcos_scale(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b))
         return biased(y, self.bias)
 

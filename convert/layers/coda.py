@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from ...explain.linearise import dynamic_linear
 from .convolution import DynamicConv2d, SamePadding, applied, in_blocks, sum_of_squares, unobserved
-from .scheduled import OutputKept, biased, without_autocast
+from .scheduled import biased, without_autocast
+from .watch import OutputKept
 
 __all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash", "aligned"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch.autograd import forward_ad
 
 from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled, without_autocast
+from .shared import Share
+from .watch import InputShared
 
 __all__ = [
     "DynamicConv2d",
@@ -53,9 +56,14 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 def unobserved(*tensors: Tensor) -> bool:
     """Whether no graph, transform or compiler follows what is done with `tensors`, so that memory may be written to."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _in_forward_mode():
-        return False
-    return not any(is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors)
+    return not torch.is_grad_enabled() and not _transformed(*tensors)
+
+
+def _transformed(*tensors: Tensor) -> bool:
+    """Whether a transform or compiler follows what is done with `tensors`."""
+    if torch.compiler.is_compiling() or _in_forward_mode():
+        return True
+    return any(is_functorch_wrapped_tensor(tensor) or is_legacy_batchedtensor(tensor) for tensor in tensors)
 
 
 def in_blocks(x: Tensor, like: Tensor | None = None, elements: int | None = None) -> tuple[Tensor, ...]:
@@ -78,13 +86,13 @@ def sum_of_squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 class _WithSquares(torch.autograd.Function):
-    """x beside its sum of squares, so that the gradients of both meet in one pass over x."""
+    """x beside its sum of squares, which may be known, so that the gradients of both meet in one pass over x."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), sum_of_squares(x, dim)
+    def forward(x: Tensor, dim: int | tuple[int, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), sum_of_squares(x, dim) if known is None else known.view_as(known)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG004 - torch's own signature
@@ -94,24 +102,36 @@ class _WithSquares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_squares: Tensor | None):  # noqa: ANN001, ANN205 - torch's own signature
         if grad_squares is None:
-            return grad, None
+            return grad, None, None
         (x,) = ctx.saved_tensors
         of_squares = grad_squares.to(x.dtype)
         if grad is None:
-            return 2 * x * of_squares, None
+            return 2 * x * of_squares, None, None
         # Nobody else has this gradient: only the layer's own product reads x behind this function.
         add = grad.addcmul_ if unobserved(grad, x, of_squares) else grad.addcmul
-        return add(x, of_squares, value=2), None
+        return add(x, of_squares, value=2), None, None
 
 
 @with_statistics
-def with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def with_squares(x: Tensor, dim: int | tuple[int, ...], share: Share | None = None) -> tuple[Tensor, Tensor]:
     """x, to be read on, and its sum of squares over `dim`, which stays; in float32 at least.
 
-    In explanation mode the sum is a constant.
+    In explanation mode the sum is a constant. `share` is for what other layers need too.
     """
-    derived = torch.is_grad_enabled() and x.requires_grad
-    return applied(_WithSquares, x, dim) if derived else (x, sum_of_squares(x, dim))
+    # A compiler sees by itself what is the same; subclasses may have no memory of their own.
+    if share is None or type(x) is not Tensor or _transformed(x):
+        return _with_squares(x, dim, None)
+    known = share.known(x)
+    read, squares = _with_squares(x, dim, known)
+    if known is None:
+        share.keep(x, squares)
+    return read, squares
+
+
+def _with_squares(x: Tensor, dim: int | tuple[int, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
+    if torch.is_grad_enabled() and x.requires_grad:
+        return applied(_WithSquares, x, dim, known)
+    return x, sum_of_squares(x, dim) if known is None else known
 
 
 def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -120,7 +140,7 @@ def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tup
     return (x, (top, left)) if left == right and top == bottom else (F.pad(x, pads), (0, 0))
 
 
-class DynamicConv2d(BiasScheduled):
+class DynamicConv2d(InputShared, BiasScheduled):
     """Mixin over `nn.Conv2d`: (B, C, H, W) -> (B, K, H', W'), any stride, padding, padding mode, dilation, groups."""
 
     kernel_size: tuple[int, int]
@@ -156,7 +176,11 @@ class DynamicConv2d(BiasScheduled):
 
     def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x, to be read on, and the squared norm (B, G, 1, H', W') of every patch, in float32 at least."""
-        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding))
+        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding), self.share)
+
+    @property
+    def statistic(self) -> Hashable:
+        return self.groups
 
     def window(self, padding: Pair) -> Window:
         """Where the kernel is put, with zeros (rows, columns) still to be padded."""
@@ -179,9 +203,11 @@ class Window(NamedTuple):
 
 
 @with_statistics
-def _with_patch_norms(x: Tensor, groups: int, kernel: Pair, window: Window) -> tuple[Tensor, Tensor]:
+def _with_patch_norms(
+    x: Tensor, groups: int, kernel: Pair, window: Window, share: Share | None
+) -> tuple[Tensor, Tensor]:
     """One call, and not a dozen that explanation mode would have to look at."""
-    grouped, squares = with_squares(x.unflatten(1, (groups, -1)), 2)
+    grouped, squares = with_squares(x.unflatten(1, (groups, -1)), 2, share)
     return grouped.flatten(1, 2), _under_patches(squares, kernel, window)
 
 

@@ -20,13 +20,10 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils.weak import TensorWeakRef
 
 __all__ = [
     "STRENGTHS",
     "BiasScheduled",
-    "OutputKept",
     "Rescalable",
     "Scheduled",
     "adopt",
@@ -40,7 +37,6 @@ __all__ = [
     "scheduled_layers",
     "set_strength",
     "strength_spans",
-    "watching_writes",
     "without_autocast",
 ]
 
@@ -149,55 +145,6 @@ class Rescalable(BiasScheduled):
         weight = self._parameters["weight"]
         assert weight is not None
         weight.mul_(gain.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
-
-
-class OutputKept(Rescalable):
-    """Mixin: a layer whose backward pass reads its output, so that nothing else of its size is kept."""
-
-    # Whether what follows writes into the output, as `ReLU(inplace=True)` does; see `watching_writes`.
-    overwritten: bool = False
-
-    def _given(self, y: Tensor) -> Tensor:
-        """What others get of the output: a copy where they would overwrite what the backward pass needs."""
-        return y.clone() if self.overwritten and torch.is_grad_enabled() else y
-
-
-@contextlib.contextmanager
-def watching_writes(model: nn.Module) -> Iterator[None]:
-    """Finds the layers of `model` that keep an output to which what follows writes, while it runs inside.
-
-    The backward pass needs that output as it was. Such layers give a copy away when they train, which costs memory;
-    all others need none.
-    """
-    with contextlib.ExitStack() as hooks, _Watch() as watch:
-        for layer in model.modules():
-            if isinstance(layer, OutputKept):
-                hooks.enter_context(layer.register_forward_hook(watch.note))
-        yield
-
-
-class _Watch(TorchFunctionMode):
-    """Looks after every call whether it wrote to an output; holds none of them, which in a large model are many."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._outputs: list[tuple[TensorWeakRef, OutputKept, int]] = []
-
-    def note(self, layer: nn.Module, _: object, output: Tensor) -> None:
-        """A forward hook."""
-        assert isinstance(layer, OutputKept)
-        version = output._version  # a call too, behind which the list is another
-        self._outputs.append((TensorWeakRef(output), layer, version))
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002 - torch's own signature
-        result, alive = func(*args, **(kwargs or {})), []
-        for reference, layer, version in self._outputs:
-            output = reference()
-            if output is not None:
-                layer.overwritten |= output._version != version
-                alive.append((reference, layer, version))
-        self._outputs = alive
-        return result
 
 
 def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:

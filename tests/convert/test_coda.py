@@ -16,7 +16,7 @@ from bcosify.convert.layers import (
     coda,
     convolution,
     scheduled_layers,
-    watching_writes,
+    watching,
 )
 from bcosify.convert.layers import aligned as response
 from bcosify.convert.layers.coda import Layout
@@ -275,7 +275,7 @@ def test_an_output_that_is_written_to_trains_and_explains_as_others(writes):
     torch.manual_seed(0)
     layer, x = aligned(LAYERS["conv"][0](), CodaConv2d), torch.randn(LAYERS["conv"][1])
     model = nn.Sequential(layer, nn.ReLU(inplace=writes))
-    with watching_writes(model), torch.no_grad():
+    with watching(model), torch.no_grad():
         model(x)
     assert layer.overwritten == writes
     wanted = nn.Sequential(copy.deepcopy(layer), nn.ReLU())

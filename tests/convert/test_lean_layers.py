@@ -17,7 +17,7 @@ from bcosify.convert.layers import (
     convolution,
     depthwise,
     set_strength,
-    watching_writes,
+    watching,
 )
 from bcosify.explain import Linearised
 from torch import Tensor, nn
@@ -347,7 +347,7 @@ WRITERS = {
 def test_outputs_that_are_written_to_are_found_and_train_as_others(writer):
     layer, _, x = both("conv", 2.0)
     model = nn.Sequential(layer, WRITERS[writer]())
-    with watching_writes(model), torch.no_grad():
+    with watching(model), torch.no_grad():
         model(x)
     assert layer.overwritten == (writer != "nothing")
     wanted = nn.Sequential(copy.deepcopy(layer), nn.ReLU())
