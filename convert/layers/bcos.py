@@ -24,7 +24,7 @@ from .watch import InputShared, OutputKept
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear"]
 
 
-class _Bcos(OutputKept):
+class _Bcos(InputShared, OutputKept):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
     moves: ClassVar[tuple[str, ...]] = ("b", *OutputKept.moves)
@@ -63,7 +63,7 @@ class _Bcos(OutputKept):
             self.bounded = False
 
 
-class BcosLinear(_Bcos, InputShared):
+class BcosLinear(_Bcos):
     """B-cos over `nn.Linear`: (..., C_in) -> (..., C_out)."""
 
     @property
@@ -85,19 +85,26 @@ class BcosConv2d(_Bcos, DynamicConv2d):
     The patch norm comes from one pooled map of the channels' sum of squares per group, not from a second convolution.
     """
 
+    @property
+    def statistic(self) -> Hashable:
+        return None if self._is_depthwise else self.groups
+
+    @property
+    def _is_depthwise(self) -> bool:
+        return 1 < self.groups == self.in_channels == self.out_channels
+
     def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         b = self._strength("b")
         if is_exactly(b, 1):
             return self.products(x, padding, self.weight, bias=self.bias)[0]
-        depthwise = 1 < self.groups == self.in_channels == self.out_channels
-        y = self._given((self._depthwise if depthwise else self._scaled)(x, padding, b))
+        y = self._given((self._depthwise if self._is_depthwise else self._scaled)(x, padding, b))
         return biased(y, self.bias, 1)
 
     def _depthwise(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
         return depthwise_bcos(x, self._filters(b), b, self.window(padding))
 
     def _scaled(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
-        (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding), self._with_norms()
+        (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding, self.share), self._with_norms()
         (o,) = self.products(x, padding, weight)
         if self.groups in (1, self.out_channels):  # no view, which would make every write to it a copy
             return bcos_scale(o, patch_norm_sq.flatten(1, 2), _shaped(weight_norm_sq, (-1, 1, 1)), b)

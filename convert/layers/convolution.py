@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,6 @@ from torch.autograd import forward_ad
 from ...explain.linearise import with_statistics
 from .scheduled import BiasScheduled, without_autocast
 from .shared import Share
-from .watch import InputShared
 
 __all__ = [
     "DynamicConv2d",
@@ -140,7 +138,7 @@ def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tup
     return (x, (top, left)) if left == right and top == bottom else (F.pad(x, pads), (0, 0))
 
 
-class DynamicConv2d(InputShared, BiasScheduled):
+class DynamicConv2d(BiasScheduled):
     """Mixin over `nn.Conv2d`: (B, C, H, W) -> (B, K, H', W'), any stride, padding, padding mode, dilation, groups."""
 
     kernel_size: tuple[int, int]
@@ -174,13 +172,11 @@ class DynamicConv2d(InputShared, BiasScheduled):
         """(B, K, H', W') of each of `kernels` (K, C/G, k, l), on x with zeros (rows, columns) still to be padded."""
         return [F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, self.groups) for kernel in kernels]
 
-    def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def with_patch_norms(
+        self, x: Tensor, padding: tuple[int, int], share: Share | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x, to be read on, and the squared norm (B, G, 1, H', W') of every patch, in float32 at least."""
-        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding), self.share)
-
-    @property
-    def statistic(self) -> Hashable:
-        return self.groups
+        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding), share)
 
     def window(self, padding: Pair) -> Window:
         """Where the kernel is put, with zeros (rows, columns) still to be padded."""

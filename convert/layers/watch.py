@@ -36,7 +36,7 @@ class InputShared(nn.Module):
 
     @property
     def statistic(self) -> Hashable:
-        """Layers that differ in this take other sums of the same input."""
+        """Layers that differ in this take other sums of the same input; None where a layer takes none of it."""
         raise NotImplementedError
 
 
@@ -75,7 +75,7 @@ class _Watch(TorchFunctionMode):
     def note_input(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         """A forward hook."""
         assert isinstance(layer, InputShared)
-        if arguments:  # and not by name
+        if arguments and layer.statistic is not None:  # not given by name
             with torch._C.DisableTorchFunction():
                 self._readers.setdefault((identity(arguments[0]), layer.statistic), []).append(layer)
 

@@ -189,7 +189,7 @@ def test_models_share_after_conversion_and_after_loading(name, tmp_path, taken):
         with torch.inference_mode():
             y, before = model(x), len(taken)
             assert torch.equal(y, alone(x))
-        spared = sum(not layer.share.first for layer in readers if type(layer).__name__.startswith("Bcos"))
+        spared = sum(not layer.share.first for layer in readers)
         assert len(taken) - before == before + spared
         ours, theirs = (explain(each, x, 0).contributions for each in (model, alone))
         torch.testing.assert_close(ours, theirs)
