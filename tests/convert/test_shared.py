@@ -170,6 +170,22 @@ def test_copies_share_among_themselves(kind, taken):
     assert len(taken) == 1
 
 
+@kinds
+def test_compilers_and_transforms_see_layers_by_themselves(kind):
+    model, alone, x = made(kind)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), alone(x))
+    exported = torch.export.export(model, (x,), strict=False).module()
+    torch.testing.assert_close(exported(2 * x), alone(2 * x))
+    batched = torch.func.vmap(lambda each: model(each[None])[0])(x)
+    torch.testing.assert_close(batched, alone(x))
+    tangents = [torch.func.jvp(each, (x,), (torch.ones_like(x),))[1] for each in (model, alone)]
+    torch.testing.assert_close(*tangents)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(x), alone(x))
+    assert held(model) == [None] * 3
+
+
 @pytest.mark.parametrize("name", ["resnet18", "repvgg_a0"])
 def test_models_share_after_conversion_and_after_loading(name, tmp_path, taken):
     torch.manual_seed(0)
