@@ -64,7 +64,8 @@ class _Watch(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._outputs: list[tuple[TensorWeakRef, OutputKept, int]] = []
-        self._readers: dict[tuple[Identity, Hashable], list[InputShared]] = {}
+        self._readers: list[list[InputShared]] = []  # of each input
+        self._alive: dict[tuple[Identity, Hashable], list[InputShared]] = {}  # those that may have more
 
     def note_output(self, layer: nn.Module, _: object, output: Tensor) -> None:
         """A forward hook."""
@@ -77,12 +78,18 @@ class _Watch(TorchFunctionMode):
         assert isinstance(layer, InputShared)
         if arguments and layer.statistic is not None:  # not given by name
             with torch._C.DisableTorchFunction():
-                self._readers.setdefault((identity(arguments[0]), layer.statistic), []).append(layer)
+                key = identity(arguments[0]), layer.statistic
+            # What is gone is let go of: thousands of small leftovers would cut the heap into pieces.
+            self._alive = {each: readers for each, readers in self._alive.items() if not each[0].storage.expired()}
+            if key not in self._alive:
+                self._alive[key] = []
+                self._readers.append(self._alive[key])
+            self._alive[key].append(layer)
 
     def share_inputs(self) -> None:
         """Gives layers that read the same input their shares; none to a layer that runs more than once."""
-        runs = Counter(id(layer) for readers in self._readers.values() for layer in readers)
-        for readers in self._readers.values():
+        runs = Counter(id(layer) for readers in self._readers for layer in readers)
+        for readers in self._readers:
             once = [layer for layer in readers if runs[id(layer)] == 1]
             for layer, share in zip(once, shares(len(once)), strict=True):
                 layer.share = share
