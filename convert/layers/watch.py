@@ -74,7 +74,7 @@ class _Watch(TorchFunctionMode):
         self._outputs.append((TensorWeakRef(output), layer, version))
 
     def note_input(self, layer: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        """A forward hook."""
+        """A hook before forward."""
         assert isinstance(layer, InputShared)
         if arguments and layer.statistic is not None:  # not given by name
             with torch._C.DisableTorchFunction():

@@ -12,8 +12,6 @@ from bcosify.explain import Linearised, explain
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-torch.set_num_threads(1)
-
 
 class Branches(nn.Module):
     """Some layers that read the same input, and `between` which is run behind the first."""
