@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,8 +10,9 @@ from torch import nn
 
 from ..convert import Student
 from ..convert.blocks import blocks_of
+from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
 from ..convert.trace import fitted, noise_pictures, trace_forward
-from ..errors import PlanError, RecipeError
+from ..errors import PlanError, RecipeError, near_miss
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .recipe import Need, Recipe, list_recipes, load_recipe
 
@@ -41,6 +43,7 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     _check_family(recipe, student)
     _check_sizes(recipe, student, teacher)
     check_objectives(student, recipe)
+    check_strengths(student, recipe)
     for phase in recipe.phases:
         {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
     if recipe.taps:
@@ -48,6 +51,38 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
         calls, _ = observe(teacher, pictures, recipe.taps)
         if silent := [name for name in recipe.taps if name not in calls]:
             raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
+
+
+def check_strengths(student: Student, recipe: Recipe) -> None:
+    """Raises RecipeError, with all that is wrong, for strengths outside of their ranges or that no layer has."""
+    found = strength_spans(student.model)
+    sized = any(isinstance(module, ReferenceSized) for module in student.model.modules())
+    wrong = []
+    for number, phase in enumerate(recipe.phases):
+        where = f"phases.{number}"
+        for name, ends in phase.strengths.items():
+            known = STRENGTHS[name]
+            if not all(known.least <= value <= known.most and math.isfinite(value) for value in ends):
+                wrong.append(f"{where}.{name} lies between {known.least:g} and {known.most:g}; got {list(ends)}")
+        if phase.window < 0 or not math.isfinite(phase.window) or (phase.window >= 1 and phase.window % 2 != 1):
+            wrong.append(
+                f"{where}.window is 0 (the whole map), a share below 1, or an odd number; got {phase.window:g}"
+            )
+        for name, (begin, end) in phase.ramps.items():
+            if name not in phase.strengths:
+                wrong.append(f"{where}.ramps: no strength {name}.{near_miss(name, phase.strengths)}")
+            elif not 0 <= begin <= end <= 1:
+                wrong.append(f"{where}.ramps.{name} goes from a share of the phase to a later one; got {[begin, end]}")
+        for name in ("carry", "spread", "window"):
+            value = getattr(phase, name)
+            if (any(value) if isinstance(value, tuple) else value) and name not in found:
+                wrong.append(f"{where}.{name}: no layer of a {student.method} student carries biases so; take it out")
+        if phase.reference_gains and not sized:
+            wrong.append(f"{where}.reference_gains: no layer of a {student.method} student has a gain; take it out")
+        if phase.reference_gains and phase.batch_statistics:
+            wrong.append(f"{where}: reference_gains takes the place of batch_statistics; leave one of them out")
+    if wrong:
+        raise RecipeError(f"the recipe has {len(wrong)} fault(s):\n" + "\n".join(f"  {line}" for line in wrong))
 
 
 def _check_family(recipe: Recipe, student: Student) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from ..convert.layers import fold_gains
 from . import state
 from .compiling import eager, make_eager
 from .distributed import Prepared
@@ -50,8 +51,7 @@ def _measured(run: AlignRun, prepared: Prepared, outcome: Outcome) -> Outcome:
     if not (evaluate or explain):
         return outcome
     with prepared.whole(), eager(run.teacher):
-        if phase.batch_statistics:
-            settle_statistics(run)
+        settle_statistics(run, phase, everything=over)
         if evaluate:
             progress = evaluated(run, progress)
             if phase.patience and arrived(phase, step - 1, steps):
@@ -62,6 +62,8 @@ def _measured(run: AlignRun, prepared: Prepared, outcome: Outcome) -> Outcome:
                 over = over or guarded
         if over:
             progress = handed_on(run, progress)
+            fold_gains(run.learner.model)
+            fold_gains(run.learner.result)
         if explain or (over and recipe.probe_pictures):
             explained(run, progress)
     return dataclasses.replace(outcome, progress=progress, guarded=guarded)

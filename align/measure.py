@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from ..convert.layers import estimate_statistics
+from ..convert.layers import estimate_gains, estimate_statistics
 from ..evaluate.fidelity import fidelity
 from .log import write_row
 from .prepare import without_checkpointing
 from .probe import EXPLANATIONS
+from .recipe import Phase
 from .run import AlignRun
 from .state import Progress
 from .trackers import log_picture
@@ -53,7 +54,17 @@ def explained(run: AlignRun, progress: Progress) -> None:
         log_picture(run.accelerator, EXPLANATIONS, sheet, progress.step)
 
 
-def settle_statistics(run: AlignRun) -> None:
-    """Running statistics of the student as it is now, alike in every process."""
-    pictures = run.pictures.calibration(STATISTICS_PICTURES)
-    estimate_statistics(run.learner.result, pictures.split(STATISTICS_BATCH))
+def settle_statistics(run: AlignRun, phase: Phase, everything: bool = False) -> None:
+    """Statistics and gains of the student as it is now, alike in every process.
+
+    Of what is measured; or of `everything`, where there is an average beside the weights that learn.
+    """
+    if not (phase.batch_statistics or phase.reference_gains):
+        return
+    batches = run.pictures.calibration(STATISTICS_PICTURES).split(STATISTICS_BATCH)
+    models = (run.learner.model, run.learner.result) if everything else (run.learner.result,)
+    for model in dict.fromkeys(models):
+        if phase.batch_statistics:
+            estimate_statistics(model, batches)
+        if phase.reference_gains:
+            estimate_gains(model, run.teacher, batches)

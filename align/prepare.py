@@ -16,6 +16,7 @@ from torch import nn
 from ..convert import Student, check_teacher, load, reload_teacher
 from ..convert.files import new_file
 from ..convert.layers import at_start
+from ..convert.student import apply_plan
 from ..errors import CheckpointError, DataError, RecipeError
 from . import state
 from .log import METRICS
@@ -37,14 +38,19 @@ __all__ = [
 ]
 
 
-def teacher_of(student: Student, weights: Path | None) -> nn.Module:
-    """The frozen original: a copy of the student while it is still identical, else from its source."""
+def teacher_of(student: Student, weights: Path | None, converted: bool = False) -> nn.Module:
+    """The frozen original: a copy of the student while it is still identical, else from its source.
+
+    Where it is asked for as `converted`, its layers are the student's at their start: the same function.
+    """
     identical = at_start(student.model) and not {"calibration", "alignment"} & set(student.report)
     if identical:
         model = copy.deepcopy(student.model)
     else:
         model = reload_teacher(student.source, weights).model
         check_teacher(student, model)
+        if converted:
+            apply_plan(model, student.plan, student.preprocess, student.config)
     return model.eval().requires_grad_(False)
 
 

@@ -23,6 +23,8 @@ __all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "loa
 
 
 Need = Literal["blocks", "batch-norm", "layer-norm"]
+# The strengths that a phase moves.
+STRENGTHS = ("b", "beta", "dampening", "carry", "spread")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,14 @@ class Phase:
         relative: the learning rate counts in units of each parameter's root mean square at the start of the phase, so
             that a step turns every weight by the same angle. B-cos layers respond to angles, and calibration leaves
             weights of very different sizes.
-        b, beta, dampening: [start, end]; they move in a straight line over the first `ramp` share of the phase, in the
-            layers that have them.
+        b, beta, dampening, carry, spread: [start, end]; they move in a straight line over the first `ramp` share of the
+            phase, in the layers that have them. carry: the share of the biases that counts in proportion to the layer's
+            own input, spread: how much of that proportion is that of the whole map (see `layers.batch_norm`).
+        ramps: strength -> [from, to], shares of the phase, where one moves at another time than `ramp` says.
+        window: where the proportion of carried biases is taken: 0 for the whole map, below 1 a share of its side, or an
+            odd number of places.
+        reference_gains: every converted layer keeps, per channel, the size that the teacher's layer has on the same
+            pictures (see `layers.reference`), in the place of batch statistics and calibrated gains.
         calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
         recalibrate_every: again every so many steps while B and beta move; 0 never.
         gain: `least-squares` or `rms`.
@@ -62,7 +70,12 @@ class Phase:
     b: tuple[float, float] = (2.0, 2.0)
     beta: tuple[float, float] = (0.0, 0.0)
     dampening: tuple[float, float] = (0.0, 0.0)
+    carry: tuple[float, float] = (0.0, 0.0)
+    spread: tuple[float, float] = (0.0, 0.0)
+    window: float = 0.0
     ramp: float = 0.6
+    ramps: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    reference_gains: bool = False
     relative: bool = True
     calibrate: int = 0
     recalibrate_every: int = 0
@@ -78,7 +91,12 @@ class Phase:
     @property
     def moving(self) -> bool:
         """Whether a strength changes inside the phase."""
-        return any(start != end for start, end in (self.b, self.beta, self.dampening))
+        return any(start != end for start, end in self.strengths.values())
+
+    @property
+    def strengths(self) -> dict[str, tuple[float, float]]:
+        """Strength -> (start, end)."""
+        return {name: getattr(self, name) for name in STRENGTHS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,22 +21,28 @@ def learning_rate(phase: Phase, step: int, steps: int) -> float:
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def ramp(step: int, steps: int, start: float, end: float, over: float) -> float:
-    """From `start` to `end` in a straight line over the first `over` share of `steps`, then `end`."""
+def ramp(step: float, steps: int, start: float, end: float, over: float) -> float:
+    """From `start` to `end` in a straight line over `over` share of `steps`; `start` before step 0, then `end`."""
     if over <= 0:
-        return end
-    return start + (end - start) * min(1.0, step / (over * steps))
+        return end if step >= 0 else start
+    return start + (end - start) * min(1.0, max(0.0, step / (over * steps)))
 
 
 def strengths_at(phase: Phase, step: int, steps: int) -> dict[str, float]:
-    """B, beta and dampening at `step` of the `steps` of `phase`."""
-    moving = {name: getattr(phase, name) for name in ("b", "beta", "dampening")}
-    return {name: ramp(step, steps, start, end, phase.ramp) for name, (start, end) in moving.items()}
+    """Every strength at `step` of the `steps` of `phase`, and the window."""
+    values = {"window": phase.window}
+    for name, (start, end) in phase.strengths.items():
+        begin, finish = phase.ramps.get(name, (0.0, phase.ramp))
+        values[name] = ramp(step - begin * steps, steps, start, end, finish - begin)
+    return values
 
 
 def arrived(phase: Phase, step: int, steps: int) -> bool:
-    """Whether B and beta are at their ends at `step`: before, the student is nearer to its teacher for free."""
-    return step >= phase.ramp * steps or not phase.moving
+    """Whether all strengths are at their ends at `step`: before, the student is nearer to its teacher for free."""
+    ends = [
+        phase.ramps.get(name, (0.0, phase.ramp))[1] for name, (start, end) in phase.strengths.items() if start != end
+    ]
+    return not ends or step >= max(ends) * steps
 
 
 def due(step: int, batch_size: int, every: int) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
 from ..convert import calibrate, set_strength
-from ..convert.layers import batch_statistics
+from ..convert.layers import batch_statistics, recording, reference_gains
 from . import state
 from .compiling import compile_blocks, eager
 from .distributed import prepare, whole
@@ -100,18 +101,29 @@ class Stepper:
         fed = functools.partial(self.objective.run, self.gain_pictures, calls)
         calibrate(self.run.learner.model, self.run.teacher, self.gain_pictures, self.phase.gain, fed)
 
+    @contextlib.contextmanager
+    def _statistics(self) -> Iterator[None]:
+        """Inside, the student's layers take from each batch what the phase says."""
+        with contextlib.ExitStack() as stack:
+            if self.phase.batch_statistics:
+                stack.enter_context(batch_statistics(self.prepared.model))
+            if self.phase.reference_gains:
+                stack.enter_context(reference_gains(self.prepared.model, self.run.teacher))
+            yield
+
     def _backward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
         accelerator, module = self.run.accelerator, self.prepared.module
         parts = pictures.chunk(self.run.recipe.accumulate)
         sums: dict[str, Tensor] = {}
-        with batch_statistics(self.prepared.model) if self.phase.batch_statistics else contextlib.nullcontext():
+        with self._statistics():
             for i, part in enumerate(parts):
                 share = len(part) / len(pictures)
                 last = i + 1 == len(parts)
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     with accelerator.autocast():
-                        calls, output = observe(self.run.teacher, part, self.objective.taps)
+                        with recording(self.run.teacher) if self.phase.reference_gains else contextlib.nullcontext():
+                            calls, output = observe(self.run.teacher, part, self.objective.taps)
                         losses = module(part, calls, output)
                     accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():

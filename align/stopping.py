@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from .measure import evaluated
+from .measure import evaluated, settle_statistics
 from .run import AlignRun
 from .state import Progress
 
@@ -44,6 +44,7 @@ def handed_on(run: AlignRun, progress: Progress) -> Progress:
     """`progress` at the end of a phase, with the student as it was at the phase's best evaluation."""
     if run.learner.best is not None and progress.best_step < progress.step:
         run.learner.go_back()
+        settle_statistics(run, run.recipe.phases[progress.phase], everything=True)
         progress = evaluated(run, progress, weights_of=progress.best_step * run.recipe.batch_size)
     run.learner.best = None
     return progress.ended()

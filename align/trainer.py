@@ -58,7 +58,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     check_sharded(accelerator, recipe)
     check_free(config.out, config.overwrite)
     student = load(config.run)
-    teacher = teacher_of(student, config.weights)
+    teacher = teacher_of(student, config.weights, any(phase.reference_gains for phase in recipe.phases))
     start_from(student, config.init_from)
     check_recipe(recipe, student, teacher)
     if recipe.gradient_checkpointing:

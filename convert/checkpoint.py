@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, PlanError, near_miss
 from .files import file_digest, new_folder
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
-from .layers import watching
+from .layers import scheduled_layers, watching
 from .library_files import config_of, open_clip_config
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
@@ -49,6 +49,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 VERSIONED = ("bcosify", "torch", "timm", "open_clip_torch", "transformers")
 # The probe was computed by the same code on the same weights: only another machine's kernels may differ.
 PROBE_TOLERANCE = 1e-3
+# Strengths that folders of this schema may lack: they were written before these came.
+NEWER_STRENGTHS = {"carry", "window", "spread"}
 
 
 def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
@@ -242,7 +244,14 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
     wanted = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
     found = read_header(path).shapes
-    misfits = [f"{name} is missing" for name in wanted if name not in found]
+    # Written before there were these strengths: they are where they start.
+    newer = {
+        f"{name}.{strength}": getattr(layer, strength)
+        for name, layer in scheduled_layers(model)
+        for strength in NEWER_STRENGTHS & set(layer.strengths())
+        if f"{name}.{strength}" not in found
+    }
+    misfits = [f"{name} is missing" for name in wanted if name not in found and name not in newer]
     misfits += [
         f"{name} is unknown{near_miss(name, set(wanted) - set(found), 1)}" for name in found if name not in wanted
     ]
@@ -258,6 +267,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         state = load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    state |= newer
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
     model.to(state[next(name for name, _ in model.named_parameters())].dtype)
     take_weights(model, state)

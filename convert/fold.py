@@ -68,7 +68,7 @@ def _gain(norm: UncentredBatchNorm) -> Tensor:
 
 
 def _only_scales(norm: nn.Module) -> bool:
-    if not isinstance(norm, UncentredBatchNorm) or norm.running_mean is None:
+    if not isinstance(norm, UncentredBatchNorm) or norm.running_mean is None or norm.strengths()["carry"]:
         return False
     return not any(constant is not None and constant.any() for constant in (norm.running_mean, norm.bias))
 

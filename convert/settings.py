@@ -56,6 +56,12 @@ def faults(kind: Any, value: Any, where: str = "") -> Iterator[str]:
         else:
             for i, item in enumerate(value):
                 yield from faults(arguments[0], item, f"{where}.{i}")
+    elif origin is dict:
+        if not isinstance(value, dict):
+            yield f"{where}: must be keys and values; got {value!r}"
+        else:
+            for key, item in value.items():
+                yield from faults(arguments[1], item, f"{where}.{key}")
     elif origin in (typing.Union, types.UnionType):
         if not any(not list(faults(option, value, where)) for option in arguments):
             yield f"{where}: must be {kind}; got {value!r}"
@@ -98,4 +104,6 @@ def parse(kind: Any, value: Any) -> Any:
         return kind(**{key: parse(hints[key], item) for key, item in value.items()})
     if origin is tuple:
         return tuple(parse(arguments[0], item) for item in value)
+    if origin is dict:
+        return {key: parse(arguments[1], item) for key, item in value.items()}
     return float(value) if kind is float else value

@@ -6,7 +6,8 @@ For a score s of a picture whose explained channels are x (C, H, W):
 
 with W(x) the gradient in explanation mode, c_j the named constants, and a residual that is float rounding, or else the
 explanation is refused. x is what the model encodes of the picture, six channels [r, 1 - r] in converted models, and
-the normalised picture itself in models that were not converted.
+the normalised picture itself in models that were not converted. Where layers carry their biases, the input's part is
+two: what reaches the score through no carried bias is direct, the rest is carried.
 
 A model may know better: one that is `SelfExplaining` says in its own forward pass what each place of the picture adds
 to each output, and then no backward pass goes through it. Only the target is linearised, as a function of the outputs.
@@ -17,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,34 @@ class Explanation:
     model explains itself: its maps are of places, which have no channels."""
     encoded_gradients: Tensor | None = None
     """(B, K, C, H, W): the row W(x) of each score; None as above."""
+    direct: Tensor | None = None
+    """(B, K, H, W): the part of `contributions` that reaches the score through no carried bias; None where there are
+    none, so that all is direct."""
+    carried: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """name -> (B, K): what each carried bias adds to the scores. Where a constant reaches what carries it, that counts
+    here too, so the sum may differ from `carried_part` by as much."""
+    direct_residual: Tensor | None = None
+    """(B, K): scores - direct part - carried biases - constants that reach them through no carrier; None as above."""
+
+    @property
+    def direct_contributions(self) -> Tensor:
+        """(B, K, H, W): what reaches the score through no carried bias."""
+        return self.contributions if self.direct is None else self.direct
+
+    @property
+    def carried_contributions(self) -> Tensor:
+        """(B, K, H, W): what reaches the score through carried biases; with the direct ones, all contributions."""
+        return self.contributions - self.direct_contributions
+
+    @property
+    def direct_part(self) -> Tensor:
+        """(B, K): direct part + carried part + constant part = scores."""
+        return self.direct_contributions.sum((-2, -1))
+
+    @property
+    def carried_part(self) -> Tensor:
+        """(B, K): the share of the input in the scores that goes through carried biases."""
+        return self.carried_contributions.sum((-2, -1))
 
     @property
     def input_part(self) -> Tensor:
@@ -64,8 +93,11 @@ class Explanation:
         return sum(self.constants.values(), torch.zeros_like(self.scores))
 
     def balanced(self, tolerance: float = 1e-4) -> Tensor:
-        """(B, K): whether |residual| <= tolerance · max(1, |score|)."""
-        return self.residual.abs() <= tolerance * self.scores.abs().clamp_min(1)
+        """(B, K): whether |residual| <= tolerance · max(1, |score|), of both sums where biases are carried."""
+        residual = self.residual.abs()
+        if self.direct_residual is not None:
+            residual = residual.maximum(self.direct_residual.abs())
+        return residual <= tolerance * self.scores.abs().clamp_min(1)
 
 
 @runtime_checkable
@@ -197,6 +229,9 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
         # One target after the other into its place: nothing is held twice.
         gradients = encoded.new_empty(batch, scores.shape[1], channels, *size)
         contributions = encoded.new_empty(batch, scores.shape[1], *size)
+        # What goes through no carrier; pulled first, as the last pull may write over the graph.
+        parts = [mode.pull_direct(scores[:, k].sum()) for k in range(scores.shape[1])] if _carries(mode, scores) else []
+        direct = [torch.einsum("bchw,bchw->bhw", encoded, torch.cat(found, 1)) for found, _, _ in parts]
         shares = []
         for k, (found, constants) in enumerate(_pulled(model, mode, scores)):
             torch.cat(found, 1, out=gradients[:, k])
@@ -204,7 +239,25 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
             shares.append(constants)
 
     explanation = _entered(output, scores, contributions, shares)
-    return dataclasses.replace(explanation, encoded_inputs=encoded, encoded_gradients=gradients), _cause(mode, scores)
+    explanation = dataclasses.replace(explanation, encoded_inputs=encoded, encoded_gradients=gradients)
+    if parts:
+        explanation = _in_parts(explanation, torch.stack(direct, 1), parts)
+    return explanation, _cause(mode, scores)
+
+
+def _carries(mode: Linearised, scores: Tensor) -> bool:
+    return mode.has_carriers and scores.requires_grad
+
+
+def _in_parts(
+    explanation: Explanation, direct: Tensor, parts: Sequence[tuple[Any, Mapping[str, Tensor], Mapping[str, Tensor]]]
+) -> Explanation:
+    """With its `direct` map (B, K, H, W) and the carried biases, from one pull with carriers as constants a score."""
+    values = explanation.scores
+    constants, carried = (_by_name([part[i] for part in parts], values) for i in (1, 2))
+    rest = sum([*constants.values(), *carried.values()], torch.zeros_like(values))
+    residual = values - direct.sum((-2, -1)) - rest
+    return dataclasses.replace(explanation, direct=direct, carried=carried, direct_residual=residual)
 
 
 def _read_off(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
@@ -292,16 +345,22 @@ def _by_name(shares: Sequence[Mapping[str, Tensor]], scores: Tensor) -> dict[str
 
 def _joined(parts: Sequence[Explanation]) -> Explanation:
     """The explanations of several parts of a batch, as one."""
-    names = dict.fromkeys(name for part in parts for name in part.constants)
+
+    def named(field: str) -> dict[str, Tensor]:
+        columns = [getattr(part, field) for part in parts]
+        names = dict.fromkeys(name for column in columns for name in column)
+        pairs = list(zip(columns, parts, strict=True))
+        return {
+            name: torch.cat([column.get(name, torch.zeros_like(part.scores)) for column, part in pairs])
+            for name in names
+        }
+
     tensors = {
         field.name: torch.cat([getattr(part, field.name) for part in parts])
         for field in dataclasses.fields(Explanation)
         if isinstance(getattr(parts[0], field.name), Tensor)
     }
-    constants = {
-        name: torch.cat([part.constants.get(name, torch.zeros_like(part.scores)) for part in parts]) for name in names
-    }
-    return Explanation(**tensors, constants=constants)
+    return Explanation(**tensors, constants=named("constants"), carried=named("carried"))
 
 
 def _check_precision(model: nn.Module, images: Tensor) -> None:

@@ -142,9 +142,16 @@ class Ledger:
         self.unknown: dict[str, int] = {}
         # Whether the graph is pulled for the last time, so that what it keeps may be written over.
         self.last = False
+        # Whether the graph is pulled with carriers as constants: what goes through none of them is the direct part.
+        self.direct = False
         self._names: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._gates: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._shares: dict[str, Tensor] = {}
+        self._carried: dict[str, Tensor] = {}
+        # Of biases, by name: which share of them counts as carried (see `carry`).
+        self._carried_shares: dict[str, float] = {}
+        # Whether part of a bias is carried by what it is added to.
+        self.has_carriers = False
         # A zero that requires grad: a constant plus the anchor can be written over something that moves.
         self._anchor = torch.zeros((), requires_grad=True)
         if model is not None:
@@ -238,8 +245,60 @@ class Ledger:
         if UNKNOWN in self.names(source) or not moves(out):
             return
         constant = torch.as_tensor(constant, device=out.device).detach()
-        if constant.any():
+        if not constant.any():
+            return
+        share = max(self._carried_shares.get(name, 0.0) for name in self.names(source))
+        if share:
+            out.register_hook(self._carrier(out, constant, self.called(source), share))
+        else:
             out.register_hook(partial(self._add, self.called(source), constant))
+
+    def carry(self, constant: Tensor, source: object, share: float) -> Tensor:
+        """Names `constant` after `source`; what it is added to carries this share (0 to 1) of it."""
+        named = self.names(source)
+        names = ("bias",) if named == UNNAMED else named
+        self._carried_shares.update(dict.fromkeys(names, share))
+        self.has_carriers = True
+        return self.name(constant, names)
+
+    def carries(self, term: Tensor, source: object) -> Tensor:
+        """`term`, which moves and carries the constant of `source`: it counts as carried, under that name."""
+        self.has_carriers = True
+        term.register_hook(partial(self._term, self.called(source), term.detach()))
+        return term
+
+    def _term(self, name: str, term: Tensor, gradient: Tensor | None) -> Tensor | None:
+        """A backward hook on a carried term."""
+        if gradient is None or not self.direct:
+            return None
+        self._enter_share(self._carried, name, gradient * term)
+        return torch.zeros_like(gradient)
+
+    def _carrier(self, out: Tensor, constant: Tensor, name: str, share: float) -> Callable[[Tensor], Tensor | None]:
+        """A backward hook on `out` = r + constant, where `share` of the constant is carried by r.
+
+        At every place the carried part is  share · constant · <r, sg(r)> / |r|²  over the axes that the constant varies
+        along: its own value, as a linear function of r. Where r is zero, the constant stays one.
+        """
+        response = out.detach() - constant
+        aligned = (1,) * (out.dim() - constant.dim()) + tuple(constant.shape)
+        axes = [axis for axis, size in enumerate(aligned) if size > 1] or [out.dim() - 1]
+        size = response.square().sum(axes, keepdim=True)
+        share_at = torch.where(size > 0, share, 0.0)
+        direction = response.div_(torch.where(size > 0, size, 1))
+
+        def hook(gradient: Tensor | None) -> Tensor | None:
+            if gradient is None:
+                return None  # written over before anything read it
+            counted = (gradient * constant).sum(axes, keepdim=True)
+            carried = counted * share_at
+            self._enter_share(self._shares, name, counted - carried)
+            if self.direct:
+                self._enter_share(self._carried, name, carried)
+                return None
+            return torch.addcmul(gradient, direction, carried)
+
+        return hook
 
     def entered(self, constant: Tensor, source: object) -> Tensor:
         """`constant` as a tensor that autograd follows, already entered under the name of `source`."""
@@ -268,6 +327,18 @@ class Ledger:
         ]
         return gradients, self._shares
 
+    def pull_direct(self, score: Tensor) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """As `pull`, with carriers as constants, and the share (B,) of each carried bias; the graph is kept.
+
+        What the gradients then give is the direct part: what reaches the score through no carrier.
+        """
+        self._carried, self.direct = {}, True
+        try:
+            gradients, constants = self.pull(score, retain_graph=True)
+        finally:
+            self.direct = False
+        return gradients, constants, self._carried
+
     @staticmethod
     def settled(tensor: Tensor) -> bool:
         """Whether it is fit to be an argument as it is."""
@@ -290,7 +361,10 @@ class Ledger:
         shared = [dim for dim in range(1, gradient.dim()) if constant.shape[dim] == 1]
         gradient = gradient.sum(shared, keepdim=True) if shared else gradient
         # Where the gradient is 0 the constant may be anything: the -inf of a mask, the garbage of torch.empty.
-        share = torch.where(gradient == 0, 0, gradient * constant)
+        self._enter_share(self._shares, name, torch.where(gradient == 0, 0, gradient * constant))
+
+    def _enter_share(self, table: dict[str, Tensor], name: str, share: Tensor) -> None:
+        """Adds the sum of `share` (B, ...) over each picture to `table`."""
         pictures = self.inputs[0].shape[0]
         if share.dim() and share.shape[0] % pictures == 0:
             share = share.reshape(pictures, -1).sum(1)
@@ -299,7 +373,7 @@ class Ledger:
         else:
             # Pictures are not in front, so shares cannot be told apart. Not a number: it must not seem to balance.
             share = share.new_full((pictures,), torch.nan)
-        self._shares[name] = self._shares[name] + share if name in self._shares else share
+        table[name] = table[name] + share if name in table else share
 
 
 def _merged(several: Iterable[Iterable[str]]) -> Names:

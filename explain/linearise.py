@@ -42,7 +42,10 @@ from .rules import (
     Operation,
     Rule,
     beside,
+    beside_energy,
     beside_mean,
+    carried_bias,
+    carrier,
     colours,
     encoding,
     gate,
@@ -54,12 +57,15 @@ from .rules import (
 
 __all__ = [
     "Linearised",
+    "carries_bias",
     "dynamic_linear",
     "gated",
     "gated_by",
     "input_colours",
     "input_encoding",
     "linear_in",
+    "partly_carried",
+    "with_energy",
     "with_mean",
     "with_statistics",
 ]
@@ -103,6 +109,16 @@ class Linearised(TorchFunctionMode):
         with torch.inference_mode(False), torch._C.DisableTorchFunction():
             return self._ledger.pull(score, retain_graph)
 
+    @property
+    def has_carriers(self) -> bool:
+        """Whether part of a bias is carried by what it is added to."""
+        return self._ledger.has_carriers
+
+    def pull_direct(self, score: Tensor) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """As `pull`, with carriers as constants, and the share (B,) of each carried bias; the graph is kept."""
+        with torch.inference_mode(False), torch._C.DisableTorchFunction():
+            return self._ledger.pull_direct(score)
+
     def name(self, constant: Tensor) -> str:
         """What a tensor that does not move is called: the parameters or the operation that it was computed from."""
         return self._ledger.called(constant)
@@ -145,6 +161,8 @@ class Linearised(TorchFunctionMode):
             given = leaves((args, options))
         if any(map(moves, given)):
             return self._linearised(func, args, options)
+        if func in _OF_CONSTANTS:
+            return _OF_CONSTANTS[func](self._ledger, func, *args, **options)
         return self._ledger.inherit(func(*args, **options), given)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -240,6 +258,34 @@ def input_colours(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     In explanation mode the colours and their complements [r, 1 - r] (B, 6, H, W) get explained in place of x.
     """
     return _declared(function, colours)
+
+
+def partly_carried(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares an f(bias, beta, carry) that returns (beta + carry) · bias.
+
+    In explanation mode the share carry / (beta + carry) of it is not constant: it is carried by what it is added to, r,
+    as the linear function  carry · bias · <r, sg(r)> / |r|²  of r, which has the same value.
+    """
+    declared = _declared(function, carried_bias)
+    _OF_CONSTANTS[declared] = carried_bias
+    return declared
+
+
+def carries_bias(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares an f(term, bias) that returns `term`, by which the layer multiplies `bias`: a carried part."""
+    return _declared(function, carrier)
+
+
+def with_energy(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
+    """Declares an f(x, dim) that returns x and its sum of squares over `dim`, which stays.
+
+    In explanation mode the sum is <x, sg(x)>, linear in x.
+    """
+    return _declared(function, beside_energy)
+
+
+# Functions that explanation mode must see though none of their arguments moves.
+_OF_CONSTANTS: dict[Callable[..., Any], Rule] = {}
 
 
 def _declared(function: Callable[P, ResultT], rule: Rule) -> Callable[P, ResultT]:

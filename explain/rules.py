@@ -38,7 +38,10 @@ __all__ = [
     "Operation",
     "Rule",
     "beside",
+    "beside_energy",
     "beside_mean",
+    "carried_bias",
+    "carrier",
     "colours",
     "encoding",
     "gate",
@@ -341,6 +344,27 @@ def distrusting(name: str) -> Rule:
         return ledger.distrust(run(*frozen(args), **frozen(kwargs)), name)
 
     return rule
+
+
+# ------------------------------------------------------------------------------------------------------- carried biases
+
+
+def carried_bias(ledger: Ledger, run: Run, bias: Tensor, beta: Any, carry: Any) -> Tensor:
+    """(beta + carry) · bias, of which carry · bias counts as part of what it will be added to."""
+    total = float(beta) + float(carry)
+    return ledger.carry(run(*frozen((bias, beta, carry))), bias, float(carry) / total if total else 0.0)
+
+
+def carrier(ledger: Ledger, run: Run, term: Tensor, bias: Any) -> Tensor:
+    """A term that moves and carries a bias."""
+    return ledger.carries(run(term, frozen(bias)), bias)
+
+
+def beside_energy(ledger: Ledger, run: Run, input: Tensor, dim: Any) -> Any:
+    """The input itself, and its sum of squares, as the linear function <x, sg(x)>."""
+    value = run(*frozen((input, dim)))[1]
+    linear = (input * input.detach()).sum(dim, keepdim=True)
+    return input, graft(value, linear.to(value.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------------- normalisers

@@ -9,6 +9,7 @@ from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, aligned
 from .convolution import DynamicConv2d
 from .dampening import DampenedSkip, Dampening
 from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
+from .reference import ReferenceSized, estimate_gains, fold_gains, recording, reference_gains
 from .scale import bcos_scale
 from .scheduled import (
     STRENGTHS,
@@ -58,6 +59,7 @@ __all__ = [
     "PlaceNorm",
     "PrototypeLinear",
     "PrototypeMaps",
+    "ReferenceSized",
     "Rescalable",
     "Scheduled",
     "SeparateAttention",
@@ -77,9 +79,13 @@ __all__ = [
     "batch_statistics",
     "bcos_scale",
     "described",
+    "estimate_gains",
     "estimate_statistics",
+    "fold_gains",
     "from_six_channels",
     "join",
+    "recording",
+    "reference_gains",
     "scheduled_layers",
     "set_strength",
     "six_channels",

@@ -8,28 +8,44 @@ the uncentred BatchNorm, equal to the source at beta = 1 and linear at beta = 0 
 mean and sigma are those of the batch, over all processes, and the gradient flows through them: at every B they keep the
 features' sizes as they were, which is what lets a CNN follow B to 2 (with the source's old statistics it dies on the
 way). The library's own forward runs unchanged either way: it reads weight, bias and statistics, which are properties.
+
+What beta takes away can be carried instead: with b = bias - weight * mean / sigma,
+
+    x * weight / sigma + b * (beta + carry * rho(x)),   rho(x) = rms(x) / E,   E^2 = mean over channels of var + mean^2
+
+the shift counts in proportion to the size of the input. rms is over all channels, and over the sample's whole map or a
+window; E is what the statistics let expect, so rho is about 1 on the pictures that the teacher knows. This is of degree
+1 in x: no constant is left, and in explanation mode rho is linear, <x, sg(x)> / (sg(rms) * n * E). (Ours; networks
+without biases are of degree 1 too: X-DNN, Hesse et al., NeurIPS 2021.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable, Iterator
+from typing import ClassVar
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from ...explain.linearise import with_mean
-from .convolution import applied, in_blocks, unobserved
+from ...explain.linearise import carries_bias, with_mean
+from .convolution import applied, in_blocks, unobserved, with_moving_squares
 from .scheduled import Rescalable, faded, is_exactly
 
 __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
 
 
 class UncentredBatchNorm(Rescalable):
-    """Mixin for BatchNorm: x * weight / sigma + beta * (bias - weight * mean / sigma)."""
+    """Mixin for BatchNorm: x * weight / sigma + (beta + carry * rho(x)) * (bias - weight * mean / sigma)."""
 
+    moves: ClassVar[tuple[str, ...]] = (*Rescalable.moves, "window", "spread")
+    window: Tensor
+    spread: Tensor
+    _window: float
     eps: float
     momentum: float | None
     # (mean, variance) of the batch, each (C,), while it runs in training mode.
@@ -73,18 +89,59 @@ class UncentredBatchNorm(Rescalable):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return self._respond(x)
         x, mean, variance = _with_moments(x)
         centre = self._buffers["running_mean"]
         assert centre is not None
         moments = self._moments = _over_processes(mean, variance, centre)
         self.training = False
         try:
-            return super().forward(x)
+            return self._respond(x)
         finally:
             self.training = True
             self._track(*moments)
             self._moments = None
+
+    def _respond(self, x: Tensor) -> Tensor:
+        """The formula, by the statistics of now."""
+        carry = self._strength("carry")
+        if is_exactly(carry, 0):
+            return super().forward(x)
+        x, squares = with_moving_squares(x, 1)
+        # Without the drop-out and the activation that timm builds into some norms.
+        y = nn.modules.batchnorm._BatchNorm.forward(self, x)  # type: ignore[arg-type]
+        shift, expected = self._shift_and_size()
+        parameter = self._parameters.get("bias")
+        source = self._buffers["running_mean"] if parameter is None else parameter
+        assert source is not None
+        rho = _carrying(self._proportion(squares / x.shape[1]) * (carry / expected), source).to(y.dtype)
+        y = y + shift.to(y.dtype).view(-1, *[1] * (y.dim() - 2)) * rho
+        for part in ("drop", "act"):
+            y = getattr(self, part)(y) if hasattr(self, part) else y
+        return y
+
+    def _shift_and_size(self) -> tuple[Tensor, Tensor]:
+        """b (C,), all of it, and E () of the formula."""
+        mean, variance = self._moments or (self._buffers["running_mean"], self._buffers["running_var"])
+        assert mean is not None and variance is not None
+        scale = torch.rsqrt(variance + self.eps)
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        shift = -mean * (scale if weight is None else scale * weight)
+        expected = (variance + mean.square()).mean().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
+        return (shift if bias is None else shift + bias), expected
+
+    def _proportion(self, energy: Tensor) -> Tensor:
+        """rms(x), from the mean square (B, 1, ...) of every place: of the whole map, of windows, or between the two."""
+        places = energy.shape[2:]
+        whole = _root(energy.mean(tuple(range(2, energy.dim())), keepdim=True)) if places else _root(energy)
+        sides = [_places(self._window, side) for side in places]
+        if not places or not self._window or all(k >= 2 * side - 1 for k, side in zip(sides, places, strict=True)):
+            return whole
+        spread = self._strength("spread")
+        pool = F.avg_pool2d if len(places) == 2 else F.avg_pool1d
+        near = pool(energy, sides, 1, [k // 2 for k in sides], count_include_pad=False)
+        near = _root(near)
+        return near if is_exactly(spread, 0) else near * (1 - spread) + whole * spread
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
@@ -97,6 +154,23 @@ class UncentredBatchNorm(Rescalable):
             buffer = self._buffers[name]
             assert buffer is not None
             buffer.lerp_(value.to(buffer.dtype), share)
+
+
+@carries_bias
+def _carrying(proportion: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001 - explanation mode reads its name
+    """`proportion` (B, 1, ...), by which the shift counts."""
+    return proportion
+
+
+def _root(energy: Tensor) -> Tensor:
+    """Its square root; in explanation mode linear in `energy`, as the factor is a constant there."""
+    return energy * energy.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+
+
+def _places(window: float, side: int) -> int:
+    """The odd number of places that a window has along a side of the map."""
+    places = window if window >= 1 else window * side
+    return min(2 * math.floor(places / 2) + 1, 2 * side - 1)
 
 
 class _WithMoments(torch.autograd.Function):

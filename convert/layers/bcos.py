@@ -73,10 +73,12 @@ class BcosLinear(_Bcos):
     def forward(self, x: Tensor) -> Tensor:
         b = self._strength("b")
         if is_exactly(b, 1):
-            return F.linear(x, self.weight, self.bias)
+            if not self.sized:
+                return F.linear(x, self.weight, self.bias)
+            return biased(self._at_reference(F.linear(x, self.weight), -1), self.bias)
         (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1, self.share), self._with_norms()
         y = self._given(bcos_scale(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b))
-        return biased(y, self.bias)
+        return biased(self._at_reference(y, -1), self.bias)
 
 
 class BcosConv2d(_Bcos, DynamicConv2d):
@@ -96,9 +98,12 @@ class BcosConv2d(_Bcos, DynamicConv2d):
     def _respond(self, x: Tensor, padding: tuple[int, int]) -> Tensor:
         b = self._strength("b")
         if is_exactly(b, 1):
-            return self.products(x, padding, self.weight, bias=self.bias)[0]
-        y = self._given((self._depthwise if self._is_depthwise else self._scaled)(x, padding, b))
-        return biased(y, self.bias, 1)
+            if not self.sized:
+                return self.products(x, padding, self.weight, bias=self.bias)[0]
+            y = self.products(x, padding, self.weight)[0]
+        else:
+            y = self._given((self._depthwise if self._is_depthwise else self._scaled)(x, padding, b))
+        return biased(self._at_reference(y, 1), self.bias, 1)
 
     def _depthwise(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
         return depthwise_bcos(x, self._filters(b), b, self.window(padding))

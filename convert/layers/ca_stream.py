@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -161,6 +161,8 @@ class CaStream(nn.Module):
 
 class CaStreamForToken(BiasScheduled, CaStream):
     """Mixin over a whole timm model whose head reads the class token: beta times that token, the rest the stream's."""
+
+    moves: ClassVar[tuple[str, ...]] = ("beta",)  # no bias of it is carried
 
     @property
     def _stream_share(self) -> float:

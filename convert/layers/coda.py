@@ -402,7 +402,7 @@ class CodaLinear(_Coda):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self._aligned(F.linear(x, self.weight), F.linear(x, self._probes()), Layout(-1))
-        return biased(y, self.bias)
+        return biased(self._at_reference(y, -1), self.bias)
 
 
 class CodaConv2d(_Coda, DynamicConv2d):
@@ -414,7 +414,7 @@ class CodaConv2d(_Coda, DynamicConv2d):
         static, probed = self.products(x, padding, self.weight, self._probes())
         side_by_side = self.groups == 1 and static.stride(1) == 1
         y = self._aligned(static, probed, Layout(1, None if side_by_side else self.groups))
-        return biased(y, self.bias, 1)
+        return biased(self._at_reference(y, 1), self.bias, 1)
 
 
 class CodaConv2dSame(SamePadding, CodaConv2d):

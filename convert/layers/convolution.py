@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from ...explain.linearise import with_statistics
+from ...explain.linearise import with_energy, with_statistics
 from .scheduled import BiasScheduled, without_autocast
 from .shared import Share
 
@@ -30,6 +30,7 @@ __all__ = [
     "sums_over",
     "sums_under",
     "unobserved",
+    "with_moving_squares",
     "with_squares",
     "zero_padded",
 ]
@@ -108,6 +109,12 @@ class _WithSquares(torch.autograd.Function):
         # Nobody else has this gradient: only the layer's own product reads x behind this function.
         add = grad.addcmul_ if unobserved(grad, x, of_squares) else grad.addcmul
         return add(x, of_squares, value=2), None, None
+
+
+@with_energy
+def with_moving_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """As `with_squares`; in explanation mode the sum is <x, sg(x)>, linear in x."""
+    return _with_squares(x, dim, None)
 
 
 @with_statistics

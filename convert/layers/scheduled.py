@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...explain.linearise import partly_carried
+
 __all__ = [
     "STRENGTHS",
     "BiasScheduled",
@@ -32,6 +34,7 @@ __all__ = [
     "biased",
     "described",
     "faded",
+    "faded_and_carried",
     "is_exactly",
     "join",
     "scheduled_layers",
@@ -58,6 +61,12 @@ STRENGTHS = {
     "b": Strength(1.0, 1.0, math.inf),
     "beta": Strength(1.0, 0.0, 1.0),
     "dampening": Strength(0.0, 0.0, math.inf),
+    # The share of the biases that counts in proportion to the layer's own input.
+    "carry": Strength(0.0, 0.0, 1.0),
+    # Where that proportion is taken: 0 is the whole map, below 1 a share of its side, above so many places.
+    "window": Strength(0.0, 0.0, math.inf),
+    # How much of the proportion is that of the whole map, where the window is smaller.
+    "spread": Strength(0.0, 0.0, 1.0),
 }
 
 
@@ -125,16 +134,30 @@ class Scheduled(nn.Module):
 
 
 class BiasScheduled(Scheduled):
-    """Mixin: the layer's bias counts beta times, beta in [0, 1]."""
+    """Mixin: the layer's bias counts beta + carry times, each in [0, 1].
 
-    moves: ClassVar[tuple[str, ...]] = ("beta",)
+    What is carried is a constant like the rest in all but explanation mode. There it counts as part of the layer's own
+    response r, as  carry · bias · <r, sg(r)> / |r|²: the same value, as a linear function of the layer's input. This
+    changes no value, only what the ledger calls it. (Ours. For a BatchNorm it does change the function, see there.)
+    """
+
+    moves: ClassVar[tuple[str, ...]] = ("beta", "carry")
     beta: Tensor
+    carry: Tensor
     _beta: float
+    _carry: float
 
     @property
     def bias(self) -> Tensor | None:
-        """(C,) or None: beta times the source's bias."""
-        return faded(self._parameters.get("bias"), self._strength("beta"))
+        """(C,) or None: beta + carry times the source's bias."""
+        return self._counted(self._parameters.get("bias"))
+
+    def _counted(self, constant: Tensor | None) -> Tensor | None:
+        """What is left of a constant of the source."""
+        beta, carry = self._strength("beta"), self._strength("carry")
+        if constant is None or is_exactly(carry, 0):
+            return faded(constant, beta)
+        return faded_and_carried(constant, beta, carry)
 
 
 class Rescalable(BiasScheduled):
@@ -152,6 +175,14 @@ def faded(bias: Tensor | None, beta: float | Tensor) -> Tensor | None:
     if bias is None or is_exactly(beta, 0):
         return None
     return bias if is_exactly(beta, 1) else bias * beta
+
+
+@partly_carried
+def faded_and_carried(bias: Tensor, beta: float | Tensor, carry: float | Tensor) -> Tensor:
+    """(beta + carry) times `bias`."""
+    total = beta + carry
+    total = total if isinstance(total, Tensor) else round(total, 6)
+    return bias if is_exactly(total, 1) else bias * total
 
 
 def biased(y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
@@ -188,10 +219,10 @@ def _fading(name: str) -> property:
 
     def read(layer: BiasScheduled) -> Tensor | None:
         constant = layer._parameters.get(name, layer._buffers.get(name))
-        beta = layer._strength("beta")
-        return constant if constant is None or is_exactly(beta, 1) else constant * beta
+        counted = layer._counted(constant)
+        return constant * 0.0 if counted is None and constant is not None else counted
 
-    return property(read, doc=f"beta times the source's {name}")
+    return property(read, doc=f"beta + carry times the source's {name}")
 
 
 MixinT = TypeVar("MixinT", bound=nn.Module)
@@ -248,18 +279,27 @@ def strength_spans(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def set_strength(
-    model: nn.Module, b: float | None = None, beta: float | None = None, dampening: float | None = None
+    model: nn.Module,
+    b: float | None = None,
+    beta: float | None = None,
+    dampening: float | None = None,
+    carry: float | None = None,
+    window: float | None = None,
+    spread: float | None = None,
 ) -> None:
     """Sets strengths in all layers of `model` that have them; None leaves a value as it is.
 
-    B is at least 1, beta lies in [0, 1], dampening is at least 0. Raises ValueError for other values.
+    B is at least 1; beta, carry and spread lie in [0, 1]; dampening is at least 0; window is 0 (the whole map), a share
+    of the map's side below 1, or an odd number of places. Raises ValueError for other values.
     """
-    given = {"b": b, "beta": beta, "dampening": dampening}
+    given = {"b": b, "beta": beta, "dampening": dampening, "carry": carry, "window": window, "spread": spread}
     wanted = {name: value for name, value in given.items() if value is not None}
     for name, value in wanted.items():
         known = STRENGTHS[name]
         if not known.least <= value <= known.most or math.isinf(value):
             raise ValueError(f"{name} lies between {known.least:g} and {known.most:g}; got {value}")
+    if window is not None and window >= 1 and window % 2 != 1:
+        raise ValueError(f"window is 0 (the whole map), a share below 1, or an odd number of places; got {window}")
     for _, layer in scheduled_layers(model):
         for name in wanted.keys() & layer.moves:
             layer.set_strength(name, wanted[name])

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
 
-from .scheduled import Rescalable
+from .reference import ReferenceSized
 from .shared import Identity, Share, identity, shares
 
 __all__ = ["InputShared", "OutputKept", "watching"]
 
 
-class OutputKept(Rescalable):
+class OutputKept(ReferenceSized):
     """Mixin: a layer whose backward pass reads its output, so that nothing else of its size is kept."""
 
     # Whether what follows writes into the output, as `ReLU(inplace=True)` does.

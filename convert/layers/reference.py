@@ -1,0 +1,181 @@
+"""Reference gains: every converted layer keeps, per channel, the teacher's size on the same pictures.
+
+|cos|^(B-1) takes size away from a response, and more where B rises; a norm behind the layer expects the teacher's. So
+
+    gain = sqrt(E[teacher^2] / E[student^2]),    y = gain * response,
+
+for every output channel, over the places of a batch and over all processes; both responses are without their bias. The
+teacher runs on the same pictures anyway, so the ratio has hardly any noise, and at B = 1 it is 1: the student is its
+teacher while it trains, too. The gradient goes through E[student^2], as it does in BatchNorm. At rest the gain is the
+ratio of means over many batches; it folds into the weights, because a cosine does not see it. (Ours.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from .convolution import with_squares
+from .scheduled import Rescalable
+
+__all__ = ["ReferenceSized", "estimate_gains", "fold_gains", "recording", "reference_gains"]
+
+SMALLEST, LARGEST = 1e-3, 1e3
+# Mean squares below this are those of dead channels.
+DEAD = 1e-30
+
+
+class ReferenceSized(Rescalable):
+    """Mixin: a layer whose response, without its bias, can keep the size of its counterpart's in the teacher."""
+
+    # (C,) the gain at rest; None is 1.
+    resting: Tensor | None = None
+    # (C,) mean square of the response: of the teacher's layer, which records it, and shares it with the student's.
+    energy: Tensor | None = None
+    records: bool = False
+    follows: bool = False
+    # (2, C) sums of both mean squares over the batches of an estimate.
+    sums: Tensor | None = None
+
+    @property
+    def sized(self) -> bool:
+        """Whether `_at_reference` does anything."""
+        return self.records or self.follows or self.resting is not None
+
+    def _at_reference(self, o: Tensor, dim: int) -> Tensor:
+        """The response o, without its bias and with channels along `dim`, at the size of the reference."""
+        if self.records:
+            assert self.energy is not None
+            self.energy.copy_(_mean_square(o, dim)[1])
+        if self.follows:
+            o, ours = _mean_square(o, dim)
+            theirs = self.energy
+            assert theirs is not None
+            theirs, ours = _over_processes(torch.stack([theirs, ours]))
+            if self.sums is not None:
+                self.sums += torch.stack([theirs, ours.detach()])
+            return o * _along(_gain(theirs, ours).to(o.dtype), o, dim)
+        return o if self.resting is None else o * _along(self.resting.to(o.dtype), o, dim)
+
+
+def _mean_square(o: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """o, to be read on, and the mean square (C,) of its channels along `dim`, in float32 at least."""
+    others = tuple(axis for axis in range(o.dim()) if axis != dim % o.dim())
+    o, squares = with_squares(o, others)
+    return o, squares.flatten() / (o.numel() / o.shape[dim])
+
+
+def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 1 - dim % like.dim()))
+
+
+def _gain(theirs: Tensor, ours: Tensor) -> Tensor:
+    """(C,) from both mean squares; 1 where the student's channel is dead, next to nothing where the teacher's is."""
+    alive = ours > DEAD
+    ratio = theirs.clamp_min(DEAD) / torch.where(alive, ours, 1)
+    return torch.where(alive, ratio, 1).sqrt().clamp(SMALLEST, LARGEST)
+
+
+def _over_processes(energies: Tensor) -> Tensor:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return all_reduce(energies) / torch.distributed.get_world_size()
+    return energies
+
+
+def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[ReferenceSized, ReferenceSized]]:
+    """The layers of `student` with their counterparts, by name, in a `teacher` that is converted in the same way."""
+    pairs = []
+    for name, layer in student.named_modules():
+        if isinstance(layer, ReferenceSized):
+            counterpart = teacher.get_submodule(name)
+            assert isinstance(counterpart, ReferenceSized), f"{name}: the teacher must be converted too"
+            pairs.append((layer, counterpart))
+    return pairs
+
+
+def _place_for_energy(layer: ReferenceSized) -> Tensor:
+    """Where `layer` records the size of its response; made once."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if layer.energy is None or layer.energy.device != weight.device:
+        layer.energy = weight.new_zeros(len(weight), dtype=torch.float32)
+    return layer.energy
+
+
+@contextlib.contextmanager
+def recording(teacher: nn.Module) -> Iterator[None]:
+    """Inside, every converted layer of `teacher` records the size of its response."""
+    layers = [module for module in teacher.modules() if isinstance(module, ReferenceSized)]
+    for layer in layers:
+        _place_for_energy(layer)
+        layer.records = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.records = False
+
+
+@contextlib.contextmanager
+def reference_gains(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
+    """Inside, the layers of `student` keep the sizes that `teacher` had when it was last run under `recording`.
+
+    Args:
+        teacher: a copy of the student's own conversion at B = 1, beta = 1, which is the source's function.
+    """
+    pairs = _pairs(student, teacher)
+    with _recorded(pairs):
+        yield
+
+
+@contextlib.contextmanager
+def _recorded(pairs: Iterable[tuple[ReferenceSized, ReferenceSized]]) -> Iterator[None]:
+    pairs = list(pairs)
+    for layer, counterpart in pairs:
+        layer.energy, layer.follows = _place_for_energy(counterpart), True
+    try:
+        yield
+    finally:
+        for layer, _ in pairs:
+            layer.energy, layer.follows = None, False
+
+
+@torch.no_grad()
+def estimate_gains(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Sets the gains at rest of every layer of `student`, from means over `batches`, each (B, 3, H, W).
+
+    Returns the mean gain of each layer by name.
+    """
+    pairs = _pairs(student, teacher)
+    for layer, _ in pairs:
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        layer.sums = weight.new_zeros(2, len(weight), dtype=torch.float32)
+    try:
+        for batch in batches:
+            with recording(teacher):
+                teacher(batch)
+            with _recorded(pairs):
+                student(batch)
+        for layer, _ in pairs:
+            assert layer.sums is not None
+            layer.resting = _gain(*layer.sums)
+    finally:
+        for layer, _ in pairs:
+            layer.sums = None
+    named = ((name, module) for name, module in student.named_modules() if isinstance(module, ReferenceSized))
+    return {name: float(layer.resting.mean()) for name, layer in named if layer.resting is not None}
+
+
+@torch.no_grad()
+def fold_gains(student: nn.Module) -> None:
+    """Multiplies the gains at rest into the weights: the same function, with nothing left beside them."""
+    for layer in student.modules():
+        if isinstance(layer, ReferenceSized) and layer.resting is not None:
+            layer.rescale(layer.resting)
+            layer.resting = None
