@@ -6,11 +6,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import nn
 
 from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
+from ..convert.taps import first_tensor
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..errors import PlanError, RecipeError, near_miss
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
@@ -83,6 +85,28 @@ def check_strengths(student: Student, recipe: Recipe) -> None:
             wrong.append(f"{where}: reference_gains takes the place of batch_statistics; leave one of them out")
     if wrong:
         raise RecipeError(f"the recipe has {len(wrong)} fault(s):\n" + "\n".join(f"  {line}" for line in wrong))
+
+
+def check_floor(recipe: Recipe, student: Student, held_out: int) -> None:
+    """Raises RecipeError where `keep` is no floor, or nothing says whether the student is above it."""
+    if not recipe.keep:
+        return
+    if not 0 < recipe.keep <= 1:
+        raise RecipeError(f"keep is the share of decisions to keep, in (0, 1]; got {recipe.keep:g}.")
+    if held_out < 2:
+        raise RecipeError(f"keep: {held_out} held-out pictures measure no agreement. Pass --val, or held_out.")
+    if recipe.min_agreement:
+        raise RecipeError("keep and min_agreement are two floors; take one of them out.")
+    if recipe.phases[0].objective in FITS or not strength_spans(student.model):
+        raise RecipeError(f"keep: a student of --method {student.method} has no strengths that could move slower.")
+    picture = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), student.model)
+    with torch.no_grad():
+        output = first_tensor(student.model(picture))
+    if output.dim() != 2 or output.shape[1] < 2:
+        raise RecipeError(
+            f"keep: the output of {student.source.reference} is {tuple(output.shape)} for one picture; agreement is "
+            "measured of classes or of a feature, (1, D). Leave keep out."
+        )
 
 
 def _check_family(recipe: Recipe, student: Student) -> None:

@@ -8,12 +8,13 @@ from ..convert.layers import fold_gains
 from . import state
 from .compiling import eager, make_eager
 from .distributed import Prepared
-from .log import PhaseLog
+from .floor import interval
+from .log import PhaseLog, strengths
 from .measure import evaluated, explained, settle_statistics
 from .run import AlignRun, Outcome
 from .schedule import arrived, due
 from .stepper import Stepper
-from .stopping import asked_to_stop, handed_on, held_to_floor, judged
+from .stopping import asked_to_stop, handed_on, held_to_floor, judged, walked
 
 __all__ = ["descend"]
 
@@ -25,7 +26,7 @@ def descend(run: AlignRun, number: int, outcome: Outcome) -> Outcome:
     first, stopped = progress.first, False
     log = PhaseLog(run, prepared, progress)
     for batch in run.pictures.batches(progress.step, first + recipe.steps[number]):
-        losses, norm = stepper.take(progress.step - first, batch)
+        losses, norm = stepper.take(progress, batch)
         progress = dataclasses.replace(progress, step=progress.step + 1)
         log.step(progress, losses, norm)
         outcome = _measured(run, prepared, dataclasses.replace(outcome, progress=progress))
@@ -46,14 +47,19 @@ def _measured(run: AlignRun, prepared: Prepared, outcome: Outcome) -> Outcome:
     recipe, progress, guarded = run.recipe, outcome.progress, False
     phase, steps, step = recipe.phases[progress.phase], recipe.steps[progress.phase], progress.step - progress.first
     over = step == steps
-    evaluate = over or due(progress.step, recipe.batch_size, recipe.evaluate_every)
+    every = recipe.evaluate_every
+    if recipe.keep:
+        every = interval(phase, recipe.batch_size, every)
+    evaluate = over or due(progress.step, recipe.batch_size, every)
     explain = recipe.probe_pictures > 0 and (over or due(progress.step, recipe.batch_size, recipe.probe_every))
     if not (evaluate or explain):
         return outcome
     with prepared.whole(), eager(run.teacher):
         settle_statistics(run, phase, everything=over)
         if evaluate:
-            progress = evaluated(run, progress)
+            progress = evaluated(run, progress, **(strengths(run.learner.result) if recipe.keep else {}))
+            if recipe.keep:
+                progress = walked(run, progress, every // recipe.batch_size)
             if phase.patience and arrived(phase, step - 1, steps):
                 progress = judged(run, progress)
                 over = over or progress.waited >= phase.patience

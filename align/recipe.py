@@ -124,6 +124,9 @@ class Recipe:
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
             0 guards nothing.
+        keep: a floor for held-out agreement (as above), instead of a schedule: strengths move along each phase's path
+            only as fast as the student stays above it (see `floor`), and the furthest student above it is handed on; 0
+            follows the schedule.
         average: decay of the exponential moving average of the weights that is measured and saved; 0 takes the last.
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
         held_out: pictures kept back for the fidelity curve where no --val is given.
@@ -155,6 +158,7 @@ class Recipe:
     weight_norm: float = 0.0
     anchor: float = 0.1
     min_agreement: float = 0.0
+    keep: float = 0.0
     average: float = 0.0
     crop_scale: tuple[float, float] = (0.35, 1.0)
     flip: float = 0.5

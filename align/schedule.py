@@ -28,7 +28,7 @@ def ramp(step: float, steps: int, start: float, end: float, over: float) -> floa
     return start + (end - start) * min(1.0, max(0.0, step / (over * steps)))
 
 
-def strengths_at(phase: Phase, step: int, steps: int) -> dict[str, float]:
+def strengths_at(phase: Phase, step: float, steps: int) -> dict[str, float]:
     """Every strength at `step` of the `steps` of `phase`, and the window."""
     values = {"window": phase.window}
     for name, (start, end) in phase.strengths.items():

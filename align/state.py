@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..convert.files import new_folder
 from .distributed import sharded_like, whole
+from .floor import Walk
 
 __all__ = ["CHECKPOINTS", "Progress", "best_of", "latest", "restore", "restore_optimizer", "snapshot", "write"]
 
@@ -43,6 +44,7 @@ class Progress:
         versions: of the libraries that the run was last started with.
         ends: the steps at which the finished phases ended, early or not.
         best, best_step, waited: of this phase's evaluations, the best score, its step, and how many came after it.
+        walk: how far a phase with a floor has come along its path.
         run_id: what trackers know the run by, also after a resume.
     """
 
@@ -58,6 +60,7 @@ class Progress:
     waited: int = 0
     run_id: str = ""
     begun: dict[str, float] = dataclasses.field(default_factory=dict)
+    walk: Walk | None = None
 
     @property
     def first(self) -> int:
@@ -124,7 +127,8 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     for checkpoint in reversed(_complete(folder)):
         values = json.loads((checkpoint / PROGRESS).read_text())
         lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        return checkpoint, Progress(**{**values, **lists})
+        walk = values.get("walk")
+        return checkpoint, Progress(**{**values, **lists, "walk": None if walk is None else Walk(**walk)})
     return None
 
 

@@ -15,11 +15,12 @@ from ..convert.layers import batch_statistics, recording, reference_gains
 from . import state
 from .compiling import compile_blocks, eager
 from .distributed import prepare, whole
+from .floor import Walk, interval, strengths_of
 from .loader import Batch
 from .objectives import OBJECTIVES, observe
 from .optimizers import make_optimizer, scales
 from .run import AlignRun
-from .schedule import learning_rate, strengths_at
+from .schedule import learning_rate
 
 __all__ = ["Stepper"]
 
@@ -58,22 +59,27 @@ class Stepper:
 
     def _begun(self, number: int, progress: state.Progress) -> state.Progress:
         """Does what comes before a phase's first step alone; returns `progress` at the phase's start."""
-        learner = self.run.learner
-        set_strength(learner.model, **strengths_at(self.phase, 0, self.steps))
+        learner, recipe = self.run.learner, self.run.recipe
+        progress = dataclasses.replace(progress, walk=None)
+        if recipe.keep:
+            evaluated = interval(self.phase, recipe.batch_size, recipe.evaluate_every) // recipe.batch_size
+            progress = dataclasses.replace(progress, walk=Walk.begin(progress.step, evaluated, self.steps))
+        set_strength(learner.model, **strengths_of(self.phase, progress, self.steps))
         if self.phase.calibrate:
             self._gains()
         progress = progress.in_phase(number, scales(learner.model, self.phase.relative), self.objective.begin())
         learner.begin()
-        if self.run.recipe.min_agreement:  # the weights to go back to, should the first measurement fail
+        if recipe.min_agreement or recipe.keep:  # the weights to go back to, should the first measurement fail
             learner.keep()
             progress = dataclasses.replace(progress, best_step=progress.step)
         return progress
 
-    def take(self, k: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor | float | None]:
-        """Takes step `k` of the phase; returns losses, and the norm of the gradient before it was clipped."""
+    def take(self, progress: state.Progress, batch: Batch) -> tuple[dict[str, Tensor], Tensor | float | None]:
+        """Takes the next step; returns losses, and the norm of the gradient before it was clipped."""
         run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
+        k = progress.step - progress.first
         if phase.moving:
-            self._move(k)
+            self._move(strengths_of(phase, progress, self.steps))
         if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * self.steps:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
@@ -90,9 +96,9 @@ class Stepper:
         run.learner.stepped()
         return losses, None if norm is None else whole(norm)
 
-    def _move(self, k: int) -> None:
+    def _move(self, strengths: dict[str, float]) -> None:
         for model in dict.fromkeys((self.prepared.model, self.run.learner.result)):
-            set_strength(model, **strengths_at(self.phase, k, self.steps))
+            set_strength(model, **strengths)
 
     def _gains(self) -> None:
         """Fits gains to the teacher, with the student fed as its objective feeds it."""

@@ -16,7 +16,7 @@ from .measure import evaluated, settle_statistics
 from .run import AlignRun
 from .state import Progress
 
-__all__ = ["asked_to_stop", "handed_on", "held_to_floor", "judged", "signals_noted"]
+__all__ = ["asked_to_stop", "handed_on", "held_to_floor", "judged", "signals_noted", "walked"]
 
 STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
@@ -38,6 +38,17 @@ def held_to_floor(run: AlignRun, progress: Progress) -> tuple[Progress, bool]:
         return progress, True
     run.learner.keep()
     return dataclasses.replace(progress, best_step=progress.step), False
+
+
+def walked(run: AlignRun, progress: Progress, steps: int) -> Progress:
+    """`progress` after an evaluation under a floor, the next one `steps` later; keeps the furthest good weights."""
+    assert progress.walk is not None
+    agreement = _newest(run, progress, "top1_agreement", "centred_cosine")
+    walk = progress.walk.judged(progress.step, steps, agreement, run.recipe.keep)
+    if walk.step == progress.step:
+        run.learner.keep()
+        progress = dataclasses.replace(progress, best_step=progress.step)
+    return dataclasses.replace(progress, walk=walk)
 
 
 def handed_on(run: AlignRun, progress: Progress) -> Progress:

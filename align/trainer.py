@@ -18,13 +18,13 @@ from ..convert import load, save
 from ..convert.checkpoint import versions
 from ..convert.files import check_free
 from . import state
-from .checks import check_recipe
+from .checks import check_floor, check_recipe
 from .descend import descend
 from .distributed import check_sharded, described, make_accelerator
 from .fit import fit
 from .learner import Learner
 from .loader import BadSamples, check_batch
-from .log import write_row
+from .log import strengths, write_row
 from .measure import evaluated, explained
 from .objectives import FITS
 from .pictures import Pictures
@@ -42,7 +42,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
 
     Returns:
         `out`, `pictures` (seen), `curve` (held-out fidelity over pictures seen), its `start` and `final`,
-        `bad_pictures`, `seconds`, and whether the run was `stopped` (by a signal) or `guarded` (by `min_agreement`).
+        `bad_pictures`, `seconds`, whether the run was `stopped` (by a signal) or `guarded` (by `min_agreement`), and
+        with a floor (`keep`) the strengths that were `kept`.
 
     Raises:
         RecipeError, DataError, CheckpointError, SourceError: before the first step.
@@ -65,6 +66,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
         checkpoint_gradients(student.model)
     train, val = find_data(config)
     check_batch(train, recipe.batch_size, accelerator.num_processes)
+    check_floor(recipe, student, len(val))
     resumed = prepare_folder(config, accelerator, train)
     checkpoint, progress = resumed or (None, state.Progress(0, 0, train.digest, run_id=uuid.uuid4().hex[:8]))
     progress = _with_versions(progress)
@@ -84,7 +86,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     with signals_noted(run.signals):
         for number in range(len(progress.ends), len(recipe.phases)):
             outcome = (fit if recipe.phases[number].objective in FITS else descend)(run, number, outcome)
-            if outcome.stopped or outcome.guarded:
+            walk = outcome.progress.walk
+            if outcome.stopped or outcome.guarded or (walk is not None and walk.furthest < 1):
                 break
     result = _summary(run, outcome)
     if not outcome.stopped:
@@ -115,13 +118,26 @@ def _summary(run: AlignRun, outcome: Outcome) -> dict[str, Any]:
         "seconds": round(outcome.seconds, 1),
         "stopped": outcome.stopped,
         "guarded": outcome.guarded,
+        "kept": _kept(run, progress),
     }
+
+
+def _kept(run: AlignRun, progress: state.Progress) -> dict[str, Any] | None:
+    """Where a run with a floor ended: the furthest point above it, and how much the student agreed there."""
+    if progress.walk is None:
+        return None
+    walk = progress.walk
+    where = {"floor": run.recipe.keep, "agreement": walk.agreement, "share_of_path": walk.furthest}
+    return {**where, "pictures": walk.step * run.recipe.batch_size, **strengths(run.learner.result)}
 
 
 def _save(run: AlignRun, outcome: Outcome, result: dict[str, Any]) -> None:
     """Saves the aligned student (main process)."""
     if run.accelerator.is_main_process:
-        summary = {**{key: result[key] for key in ("pictures", "final", "curve")}, "pressure": run.recipe.pressure}
+        summary = {
+            **{key: result[key] for key in ("pictures", "final", "curve", "kept")},
+            "pressure": run.recipe.pressure,
+        }
         if outcome.fitted:
             summary |= {"fit": outcome.fitted}
             write_prototypes(run.config.work, run.student.labels, run.pictures.train, outcome.fitted)

@@ -15,6 +15,7 @@ def align(
     recipe: str = "bcos/vit",
     set: list[str] | None = None,  # noqa: A002 - the flag reads --set
     pictures: int | None = None,
+    keep: float | None = None,
     val: str | None = None,
     out: Path | None = None,
     weights: Path | None = None,
@@ -40,6 +41,8 @@ def align(
             name lists them) or a YAML file.
         set: changes to the recipe, such as phases.0.pictures=800 or batch_size=8.
         pictures: stretch all phases so that together they see this many pictures.
+        keep: a floor: B rises and biases leave only as fast as held-out agreement with the teacher stays above it, such
+            as 0.9; the run ends at the furthest point above it, and says which it is.
         val: shards to measure fidelity on; without them some pictures of --data are held out.
         out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
         weights: the teacher's state dict, where it was converted from a file and gains were calibrated since.
@@ -57,12 +60,13 @@ def align(
     from ..align.trainer import AlignConfig
     from ..align.trainer import align as align_model
     from ..convert.hub import student_folder
+    from ..convert.layers import described
     from ..errors import CheckpointError
 
     folder = student_folder(run)
     if out is None and not Path(run).expanduser().is_dir():
         raise CheckpointError(f"--out FOLDER is missing: {run} is no folder here that the aligned model could lie in.")
-    resolved = load_recipe(recipe, set or ())
+    resolved = load_recipe(recipe, [*(set or ()), *([] if keep is None else [f"keep={keep}"])])
     resolved = resolved if pictures is None else scaled(resolved, pictures)
     config = AlignConfig(
         folder,
@@ -91,6 +95,13 @@ def align(
         console.print(
             f"agreement fell below min_agreement {resolved.min_agreement}: the run ended early, with the student of "
             f"{result['final'].get('weights_of', result['pictures'])} pictures"
+        )
+    if result["kept"] and not result["stopped"]:
+        kept = result["kept"]
+        place = described({name: kept[name] for name in ("b", "beta", "carry", "window", "spread") if name in kept})
+        console.print(
+            f"floor {kept['floor']:g}: the furthest student above it is that of {kept['pictures']} pictures, at {place}; "
+            f"it agrees on {kept['agreement']:.3f} ({kept['share_of_path']:.0%} of the way)"
         )
     if result["stopped"]:
         console.print(f"stopped by a signal at {result['pictures']} pictures; go on with the same command and --resume")

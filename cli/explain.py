@@ -79,17 +79,16 @@ def explain(
         for start in range(0, len(files), batch_size):
             part = slice(start, start + batch_size)
             rows += _explained(question, opened.preprocess, files[part], names[part], folder)
-    probable = any("probability" in row for row in rows)
+    parts = ("direct", "carried") if any("direct" in row for row in rows) else ("input",)
+    shown = [*(["probability"] if any("probability" in row for row in rows) else []), "score", *parts]
     show_table(
         f"{model}: scores and where they come from",
-        ["picture", "target", *(["probability"] if probable else []), "score", "input", "constants", "residual"],
+        ["picture", "target", *shown, "constants", "residual"],
         [
             (
                 Path(r["image"]).name,
                 r["label"],
-                *([r["probability"]] if probable else []),
-                r["score"],
-                r["input"],
+                *(r[name] for name in shown),
                 sum(r["constants"].values()),
                 f"{r['residual']:.0e}",
             )
@@ -216,17 +215,15 @@ def _explained(
             {
                 "image": str(file),
                 **known,
-                "score": float(explanation.scores[i, k]),
-                "input": float(explanation.input_part[i, k]),
-                "constants": {key: float(value[i, k]) for key, value in explanation.constants.items()},
-                "residual": float(explanation.residual[i, k]),
+                **explanation.row(i, k),
             }
             for k, known in enumerate(facts[i])
         ]
         shown = to_pil_image((inputs[i] * std + mean).clamp(0, 1))
         panels = [panel(shown, explanation, row["label"], picture=i, score=k) for k, row in enumerate(ledger)]
         _stacked(panels).save(folder / f"{name}.png")
-        maps = {key: getattr(explanation, key) for key in ("contributions", "encoded_inputs", "encoded_gradients")}
+        stored = ("contributions", "direct", "encoded_inputs", "encoded_gradients")
+        maps = {key: getattr(explanation, key) for key in stored}
         maps |= others
         np.savez_compressed(
             folder / f"{name}.npz", **{key: value[i].numpy() for key, value in maps.items() if value is not None}

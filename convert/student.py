@@ -28,6 +28,7 @@ WORDS: dict[str, Callable[[float], str]] = {
     "b": lambda value: "" if value == 1 else f"B={value:g}",
     "beta": lambda value: "biases removed" if value == 0 else "biases kept" if value == 1 else f"{value:.0%} of biases",
     "dampening": lambda value: f"dampening={value:g}" if value else "",
+    "carry": lambda value: f"{value:.0%} of biases carried" if value else "",
 }
 
 

@@ -30,6 +30,7 @@ BETTER = {
     "scaled_infidelity": -1,
     "ledger_residual": -1,
     "bias_share": -1,
+    "carried_share": 0,
     "randomised": -1,
     "seconds": -1,
     "mask_area": 0,

@@ -460,7 +460,7 @@ def _ledger(notes: _Notes, explained: Explained, model: str) -> None:
     """How exactly contributions and constants add up, how much of the score the constants are, and how sure it is."""
     subject, pictures, decisions = explained.subjects[model], explained.pictures, explained.decisions
     notes.measure(Measurement("faithfulness", "confidence", model), lambda: explained.confidence(model))
-    residuals, shares = [], []
+    residuals, shares, carried = [], [], []
     row = Measurement("faithfulness", "ledger_residual", model, OURS)
     try:
         for rows in torch.arange(len(pictures)).split(subject.batch_size):
@@ -469,11 +469,15 @@ def _ledger(notes: _Notes, explained: Explained, model: str) -> None:
             residuals.append(found.residual.abs() / found.scores.abs().clamp_min(1))
             parts = found.input_part.abs(), found.constant_part.abs()
             shares.append(parts[1] / (parts[0] + parts[1]).clamp_min(1e-12))
+            if found.direct is not None:
+                carried.append(found.carried_share)
     except LedgerError as error:
         notes.absent(row, str(error))
         return
     notes.measure(row, lambda: torch.cat(residuals).flatten())
     notes.measure(dataclasses.replace(row, metric="bias_share"), lambda: torch.cat(shares).flatten())
+    if carried:
+        notes.measure(dataclasses.replace(row, metric="carried_share"), lambda: torch.cat(carried).flatten())
 
 
 def _removal(

@@ -88,9 +88,32 @@ class Explanation:
         return self.contributions.sum((-2, -1))
 
     @property
+    def carried_share(self) -> Tensor:
+        """(B, K) in [0, 1]: the carried part's size over the sizes of all three parts."""
+        sizes = [part.abs() for part in (self.carried_part, self.direct_part, self.constant_part)]
+        return sizes[0] / sum(sizes, torch.zeros_like(self.scores)).clamp_min(1e-12)
+
+    @property
     def constant_part(self) -> Tensor:
         """(B, K): the share of all constants in the scores."""
         return sum(self.constants.values(), torch.zeros_like(self.scores))
+
+    def row(self, picture: int, score: int) -> dict[str, Any]:
+        """The ledger of one score of one picture, as plain values: its parts by name, which add up to `score`.
+
+        `input` is the sum of the contributions; where biases are carried it is `direct` + `carried`, and `carriers`
+        says what each carried bias adds.
+        """
+
+        def number(part: Tensor) -> float:
+            return float(part[picture, score])
+
+        row: dict[str, Any] = {"score": number(self.scores), "input": number(self.input_part)}
+        if self.direct is not None:
+            row |= {"direct": number(self.direct_part), "carried": number(self.carried_part)}
+            row["carriers"] = {name: number(share) for name, share in self.carried.items()}
+        row["constants"] = {name: number(share) for name, share in self.constants.items()}
+        return {**row, "residual": number(self.residual)}
 
     def balanced(self, tolerance: float = 1e-4) -> Tensor:
         """(B, K): whether |residual| <= tolerance · max(1, |score|), of both sums where biases are carried."""

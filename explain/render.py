@@ -123,10 +123,7 @@ def panel(
 
     line = top + height + round(14 * unit)
     _scale_bar(canvas, draw, (margin + size + gap, line, size, round(9 * unit)), limit, small, unit)
-    parts = (explanation.scores, explanation.input_part, explanation.constant_part)
-    total, of_input, of_constants = (float(part[picture, score]) for part in parts)
-    sign = "+" if of_constants >= 0 else "-"
-    sums = f"{_number(total)} = {_number(of_input)} from the input {sign} {_number(abs(of_constants))} from constants"
+    sums = _sums(explanation, picture, score)
     draw.text((margin + 2 * (size + gap), line), colours, FAINT, small, anchor="lt")
     draw.text((margin, line), _cut(draw, caption or f"score {score}", large, size), INK, large, anchor="lt")
     draw.text((margin, line + 27 * unit), sums, INK, small, anchor="lt")
@@ -202,6 +199,18 @@ def _scale_bar(
         (left + width, "rt", _number(limit, signed=True)),
     ):
         draw.text((x, below), text, FAINT, font, anchor=anchor)
+
+
+def _sums(explanation: Explanation, picture: int, score: int) -> str:
+    """The score as the sum of its parts."""
+    parts = {"from the input": explanation.input_part}
+    if explanation.direct is not None:
+        parts = {"direct": explanation.direct_part, "carried": explanation.carried_part}
+    parts["from constants"] = explanation.constant_part
+    values = {name: float(part[picture, score]) for name, part in parts.items()}
+    (first, value), *others = values.items()
+    terms = [f"{'+' if value >= 0 else '-'} {_number(abs(value))} {name}" for name, value in others]
+    return " ".join([f"{_number(float(explanation.scores[picture, score]))} = {_number(value)} {first}", *terms])
 
 
 def _largest(explanation: Explanation, picture: int, score: int, most: int = 3) -> str:

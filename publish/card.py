@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..convert import Student
-from ..convert.layers import strength_spans
+from ..convert.layers import STRENGTHS, strength_spans
 from ..convert.library_files import class_count
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
@@ -200,7 +200,7 @@ def card_of(
 
 
 def _strengths(student: Student) -> str:
-    words = {"b": "B", "beta": "share of the biases"}
+    words = {"b": "B", "beta": "share of the biases", "carry": "share of the biases that is carried"}
     spans = strength_spans(student.model).items()
     return ", ".join(
         f"{words.get(name, name)} {least:g}" + (f" to {most:g}" if most > least else "")
@@ -210,7 +210,7 @@ def _strengths(student: Student) -> str:
 
 def _phase(phase: dict[str, Any]) -> dict[str, Any]:
     """One line of the recipe: what it trains towards, for how long, and where its strengths go."""
-    moves = {name: phase[name] for name in ("b", "beta", "dampening") if isinstance(phase.get(name), list)}
+    moves = {name: phase[name] for name in STRENGTHS if isinstance(phase.get(name), list)}
     return {
         "objective": phase.get("objective", ""),
         "pictures": phase.get("pictures", ""),

@@ -34,6 +34,15 @@ CARDS = {
     "ledger_residual": "unaccounted for, of a score",
 }
 LARGEST = 4
+# The parts of a score, in the order of the page's tables.
+LEDGER = {
+    "score": "score",
+    "input": "from the input",
+    "direct": "of it directly",
+    "carried": "of it by carried biases",
+    "constants": "from constants",
+    "residual": "unaccounted for",
+}
 
 
 def report_page(
@@ -44,6 +53,7 @@ def report_page(
     headline = evaluation.headline()
     area = evaluation.find("mask_area", "both")
     charts, key = _charts(evaluation)
+    rows = [ledger for item in gallery for ledger in item["ledgers"]]
     return render_page(
         "evaluation.html",
         title=title,
@@ -57,6 +67,7 @@ def report_page(
         key=key,
         gallery=gallery,
         methods=methods,
+        ledger_parts=[(part, name) for part, name in LEDGER.items() if any(part in row for row in rows)],
         absent=absences(evaluation),
         seconds=_seconds(evaluation),
         settings=json.dumps({key: getattr(evaluation, key) for key in ("model", "data", "settings")}, indent=2),
@@ -93,15 +104,18 @@ def gallery_of(explained: Explained, labels: Sequence[str] | None, count: int = 
 
 
 def _ledger(model: str, explanation: Explanation, i: int) -> dict[str, Any]:
-    shares = {name: float(column[i, 0]) for name, column in explanation.constants.items()}
+    row = explanation.row(i, 0)
     return {
+        **row,
         "model": model,
-        "score": float(explanation.scores[i, 0]),
-        "input": float(explanation.input_part[i, 0]),
-        "constants": float(explanation.constant_part[i, 0]),
-        "residual": float(explanation.residual[i, 0]),
-        "largest": sorted(shares.items(), key=lambda item: -abs(item[1]))[:LARGEST],
+        "constants": sum(row["constants"].values()),
+        "largest": _largest(row["constants"]),
+        "largest_carriers": _largest(row.get("carriers", {})),
     }
+
+
+def _largest(shares: dict[str, float]) -> list[tuple[str, float]]:
+    return sorted(shares.items(), key=lambda item: -abs(item[1]))[:LARGEST]
 
 
 def _seconds(evaluation: Evaluation) -> Table:
