@@ -42,7 +42,8 @@ def convert(
         head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
             `auto` is what its checkpoint was made for.
         image_size: side in pixels to use the model at, where it is not its own.
-        calibrate: shards; the student is saved at --b without biases, its gains fitted on a few of these pictures.
+        calibrate: shards; the student is saved at --b with its biases carried, and with the sizes that the teacher's
+            layers have on a few of these pictures.
         calibration_pictures: how many.
         b: the B that --calibrate and the cost table go to, where the method has one; by default 2.
         dry_run: print the plan, every layer with its reason, and write nothing.
@@ -52,7 +53,7 @@ def convert(
     from ..convert import convert as convert_model
     from ..convert import load_teacher, lossy_steps, plan_for, save
     from ..convert.files import check_free
-    from ..convert.layers import Rescalable, scheduled_layers
+    from ..convert.layers import ReferenceSized
     from ..convert.methods import find_method
     from ..convert.settings import from_assignments
     from ..convert.trace import noise_pictures
@@ -86,7 +87,7 @@ def convert(
         }
     assert out is not None
     student = convert_model(teacher, config, plan=plan)
-    if calibrate and not any(isinstance(layer, Rescalable) for _, layer in scheduled_layers(student.model)):
+    if calibrate and not any(isinstance(layer, ReferenceSized) for layer in student.model.modules()):
         raise PlanError(f"--calibrate: no layer of a {method} student has a gain. Leave it out, and align.")
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
@@ -135,9 +136,10 @@ def _pictures(shards: str, count: int, student: Any) -> Any:
 def _calibrated(student: Any, pictures: Any, ends: dict[str, float]) -> Any:
     import copy
 
-    from ..convert import calibrate, set_strength
+    from ..convert import set_strength
+    from ..convert.student import carrying, with_reference_gains
 
-    original = copy.deepcopy(student.model)
+    original, ends = copy.deepcopy(student.model), ends | carrying(student.model)
     set_strength(student.model, **ends)
-    gains = calibrate(student.model, original, pictures)
+    gains = with_reference_gains(student.model, original, [pictures])
     return student.with_report(calibration={"pictures": len(pictures), **ends, "layers": len(gains)})

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import LedgerError, SourceError
-from .calibrate import Gain, calibrate
-from .layers import described, set_strength, watching
+from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
 from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .trace import fitted, noise_pictures
 
-__all__ = ["Student", "check_teacher", "convert", "identity_error", "lossy_steps", "output_of"]
+__all__ = [
+    "Student",
+    "carrying",
+    "check_teacher",
+    "convert",
+    "identity_error",
+    "lossy_steps",
+    "output_of",
+    "with_reference_gains",
+]
 
 # A larger relative difference than float32 rounding through a deep network explains: the student is another function.
 IDENTITY_LIMIT = 1e-4
@@ -28,7 +36,6 @@ WORDS: dict[str, Callable[[float], str]] = {
     "b": lambda value: "" if value == 1 else f"B={value:g}",
     "beta": lambda value: "biases removed" if value == 0 else "biases kept" if value == 1 else f"{value:.0%} of biases",
     "dampening": lambda value: f"dampening={value:g}" if value else "",
-    "carry": lambda value: f"{value:.0%} of biases carried" if value else "",
 }
 
 
@@ -194,9 +201,7 @@ def check_teacher(student: Student, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def lossy_steps(
-    student: Student, pictures: Tensor, ends: Mapping[str, float] | None = None, gain: Gain = "least-squares"
-) -> list[dict[str, Any]]:
+def lossy_steps(student: Student, pictures: Tensor, ends: Mapping[str, float] | None = None) -> list[dict[str, Any]]:
     """What each step away from identity costs: mean cosine of outputs to the teacher's on pictures (N, 3, H, W).
 
     Args:
@@ -209,24 +214,56 @@ def lossy_steps(
     method = find_method(student.method)
     ends = {**method.ends(student.config), **(ends or {})}
     start = method.start(student.config)
+    carried = carrying(model)
 
-    def row(changed: nn.Module, strengths: dict[str, float], more: str = "") -> dict[str, Any]:
-        words = filter(None, (WORDS[name](value) for name, value in strengths.items()))
-        what = "identity" if strengths == start else ", ".join([*words, *filter(None, [more])])
+    def row(changed: nn.Module, strengths: Mapping[str, float], more: str = "") -> dict[str, Any]:
+        what = "identity" if strengths == start else ", ".join(filter(None, [*_words(strengths), more]))
         ours = theirs if strengths == start else output_of(changed, pictures)
         cosine = nn.functional.cosine_similarity(ours, theirs, dim=-1).mean()
         return {"step": what, **strengths, "cosine": round(float(cosine), 4)}
 
-    rows = []
     alone = [{**start, name: ends[name]} for name in reversed(ends)]
+    steps = [start, *([{**start, **carried}] if carried else []), *alone, *([ends] if len(ends) > 1 else [])]
+    rows = []
     try:
-        for strengths in (start, *alone, *([ends] if len(ends) > 1 else [])):
-            set_strength(model, **strengths)
+        for strengths in steps:
+            set_strength(model, **{**start, **dict.fromkeys(carried, 0.0), **strengths})
             rows.append(row(model, strengths))
     finally:
-        set_strength(model, **start)
-    scaled = copy.deepcopy(model)
-    set_strength(scaled, **ends)
-    if calibrate(scaled, model, pictures, gain):
-        rows.append(row(scaled, ends, "gains calibrated"))
+        set_strength(model, **{**dict.fromkeys(carried, 0.0), **start})
+    for strengths in (ends, *([{**ends, **carried}] if carried else [])):
+        scaled = copy.deepcopy(model)
+        set_strength(scaled, **strengths)
+        if with_reference_gains(scaled, model, [pictures]):
+            rows.append(row(scaled, strengths, "reference gains"))
     return rows
+
+
+# Within how many places of a BatchNorm's map biases are carried where nothing else is asked for.
+WINDOW = 7.0
+
+
+def carrying(model: nn.Module) -> dict[str, float]:
+    """The strengths at which all biases of `model` are carried; empty where it has no layers that carry any."""
+    found = strength_spans(model)
+    wanted = {"beta": 0.0, "carry": 1.0, "window": WINDOW}
+    return {name: value for name, value in wanted.items() if name in found} if "carry" in found else {}
+
+
+def with_reference_gains(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+    """Gives the layers of `student` the sizes of `teacher`'s on `batches`, each (B, 3, H, W), in their weights.
+
+    Returns the mean gain of every layer that has one; none of a method without such layers.
+    """
+    gains = estimate_gains(student, teacher, batches)
+    fold_gains(student)
+    return gains
+
+
+def _words(strengths: Mapping[str, float]) -> list[str]:
+    """What strengths mean, such as `B=1.5` and `biases carried`."""
+    carried = strengths.get("carry", 0.0)
+    told = {name: WORDS[name](value) for name, value in strengths.items() if name in WORDS}
+    if carried:
+        told |= {"beta": "biases carried" if carried == 1 else f"{carried:.0%} of biases carried"}
+    return list(filter(None, told.values()))
