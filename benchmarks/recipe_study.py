@@ -3,7 +3,7 @@
     python benchmarks/recipe_study.py --data FOLDER [--only 'vit/*'] [--out runs/study]
 
 FOLDER holds train-*.tar and val-*.tar (webdataset shards of JPEGs, no labels) and objects-*.tar (objects with exact
-masks). Every folder below benchmarks/recipes is one experiment, and holds only its YAML:
+masks). Every YAML file below benchmarks/recipes is one experiment, named by its path (`vit/published`):
 
     why: what is asked
     teacher: dinov2_small            # a model of the `bundled:` scheme
@@ -65,7 +65,7 @@ COLUMNS = {
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One folder below benchmarks/recipes."""
+    """One file below benchmarks/recipes."""
 
     name: str
     why: str
@@ -86,7 +86,7 @@ def read_experiments(pattern: str) -> list[Experiment]:
     """The experiments whose name (such as `vit/published`) matches, in the order of their names."""
     found = []
     for file in sorted(EXPERIMENTS.rglob("*.yaml")):
-        name = file.parent.relative_to(EXPERIMENTS).as_posix()
+        name = file.relative_to(EXPERIMENTS).with_suffix("").as_posix()
         if fnmatch.fnmatch(name, pattern):
             values = yaml.safe_load(file.read_text())
             found.append(Experiment(name, **{**values, "seeds": tuple(values.get("seeds", (0, 1)))}))
