@@ -2,8 +2,8 @@
 
     python benchmarks/map_sheet.py --student FOLDER --data objects.tar [--pictures 8] [--size 112] --out sheet.png
 
-Columns are pictures. Rows: the photograph; the teacher's exact map of its own decision, and of a random other class; the
-student's maps of the same two. Red speaks for, blue against. FOLDER is a converted model, aligned or not.
+Columns are pictures. Rows: the photograph; the teacher's exact map of its own decision, and of a random other class;
+the student's maps of the same two. Red speaks for, blue against. FOLDER is a converted model, aligned or not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 import torch
-from bcosify.cli.pictures import find_pictures
 from bcosify.convert import Student, load, reload_teacher
 from bcosify.evaluate.contrast import SideBySide, other_decisions
 from bcosify.evaluate.decisions import decide
@@ -26,11 +25,18 @@ PERCENTILE, SMOOTH = 99, 5
 MARGIN, HEAD = 200, 26
 
 
-def sheet(student: Student, teacher: nn.Module, images: Tensor, subject: Subject) -> Image.Image:
-    """The sheet of normalised `images` (B, 3, H, W); decisions are the teacher's, other ones drawn by a fixed seed."""
+def sheet(student: Student, teacher: nn.Module, images: Tensor, count: int) -> Image.Image:
+    """The sheet of `count` of the normalised `images` (N, 3, H, W), as far apart as they lie.
+
+    Decisions are the teacher's; the other ones are drawn over all pictures, so that they are those of the study.
+    """
+    preprocess = student.preprocess
+    subject = Subject("teacher", teacher, None, preprocess.mean, preprocess.std, student.labels is not None)
     answers = outputs_of(subject, images.split(BATCH))
     decided = decide(answers, subject.classifier)
-    other = other_decisions(decided, answers.shape[1])
+    shown = torch.linspace(0, len(images) - 1, min(count, len(images))).long()
+    other = other_decisions(decided, answers.shape[1]).rows(shown)
+    decided, images = decided.rows(shown), images[shown]
     both = SideBySide((decided.target(), other.target()))
     maps = [explain(m, images, both, batch_size=BATCH, check=False).contributions for m in (teacher, student.model)]
     photographs = [Image.fromarray(p.permute(1, 2, 0).numpy()) for p in (subject.colours(images) * 255 + 0.5).byte()]
@@ -73,11 +79,8 @@ def main() -> None:
     options = parser.parse_args()
     student = load(options.student)
     teacher = reload_teacher(student.source).model.eval().requires_grad_(False)
-    preprocess = student.preprocess
-    subject = Subject("teacher", teacher, None, preprocess.mean, preprocess.std, student.labels is not None)
-    size = options.size or preprocess.size[0]
-    images = whole_objects(options.data, size, preprocess, options.pictures).images
-    sheet(student, teacher, torch.as_tensor(images), subject).save(options.out)
+    objects = whole_objects(options.data, options.size or student.preprocess.size[0], student.preprocess)
+    sheet(student, teacher, objects.images, options.pictures).save(options.out)
     print(f"wrote {options.out}")
 
 
