@@ -1,7 +1,7 @@
 """Twelve minutes on a GPU: EfficientNet-Lite0 aligned at 112 px, measured by the columns of the study, with step times.
 
     python benchmarks/gpu_align.py --data FOLDER [--minutes 12] [--recipe bcos/cnn] [--set KEY=VALUE ...] [--out FOLDER]
-    python benchmarks/gpu_align.py --data FOLDER --device cpu --minutes 0.5     # a smoke test, on a few pictures
+    python benchmarks/gpu_align.py --data FOLDER --device cpu --minutes 0.5     # a smoke test: two steps, few pictures
 
 FOLDER holds train-*.tar, val-*.tar and objects-*.tar (see recipe_study.py); with `--train` other shards are trained on.
 Pictures are decoded once into the device's memory, and views are cut there; all else is what `bcosify align` does. The
@@ -47,6 +47,7 @@ from bcosify.convert.methods import find_method
 from columns import columns, map_columns, refer
 from measure import DTYPES, seconds
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 TEACHER = "efficientnet_lite0"
 STORED = 256  # side of a decoded picture
@@ -99,12 +100,13 @@ def cut(pictures: Tensor, boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InMemory(Pictures):
-    """A run's pictures, of which those to train on were decoded (N, 3, S, S) onto the device.
+    """A run's pictures, decoded once: (N, 3, S, S) uint8 on the device to train on, normalised ones to measure on.
 
     Batches are a function of the seed and the step, as those of shards are; crops are drawn otherwise.
     """
 
     decoded: Tensor
+    measured: Tensor
 
     def _views(self, ids: Tensor, seed: int, step: int, size: int) -> Tensor:
         generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
@@ -123,6 +125,10 @@ class InMemory(Pictures):
         ids = torch.arange(count) % len(self.decoded)
         return self.normalised(self._views(ids, self.recipe.seed + 1, 0, self.recipe.image_size))
 
+    def held_out(self) -> Iterator[Tensor]:
+        for part in self.measured.split(64):
+            yield part.to(self.accelerator.device)
+
 
 def decoded(index: ShardIndex, device: str, limit: int | None) -> Tensor:
     """(N, 3, 256, 256) uint8 on the device: the first N = `limit` pictures, or all."""
@@ -135,26 +141,45 @@ def decoded(index: ShardIndex, device: str, limit: int | None) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- the run
 
 
-def aligned(folder: Path, out: Path, recipe: Recipe, data: dict[str, ShardIndex], pictures: Tensor) -> Outcome:
-    """Aligns the student in `folder` and saves it to `out`: `align`, with pictures from memory."""
-    shutil.rmtree(out, ignore_errors=True)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """Indices of shards, and what was decoded of them (see `InMemory`)."""
+
+    train: ShardIndex
+    val: ShardIndex
+    pictures: Tensor
+    held_out: Tensor
+
+
+def aligned(folder: Path, out: Path, recipe: Recipe, data: Decoded) -> tuple[Outcome, float]:
+    """Aligns the student in `folder` and saves it to `out`: `align`, with pictures from memory. Also says how many
+    seconds a step took, after the first quarter of them."""
     config = AlignConfig(folder, "", out, recipe, quiet=True)
-    shutil.rmtree(config.work, ignore_errors=True)
+    for earlier in (out, config.work):
+        shutil.rmtree(earlier, ignore_errors=True)
     config.work.mkdir(parents=True)
     student, accelerator = load(folder), make_accelerator(recipe.precision)
     teacher = teacher_of(student, None)
     check_recipe(recipe, student, teacher)
-    bad = BadSamples(data["train"], config.work / "bad_samples.jsonl", recipe.max_bad)
-    shown = InMemory(recipe, accelerator, student.preprocess, data["train"], data["val"], bad, pictures)
-    learner = Learner(student, recipe.average, accelerator.device)
-    run = AlignRun(config, accelerator, student, teacher.to(accelerator.device), shown, learner, None)
-    outcome = Outcome(evaluated(run, state.Progress(0, 0, data["train"].digest)))
-    for number in range(len(recipe.phases)):
-        outcome = descend(run, number, outcome)
+    bad = BadSamples(data.train, config.work / "bad_samples.jsonl", recipe.max_bad)
+    preprocess, device = student.preprocess, accelerator.device
+    shown = InMemory(recipe, accelerator, preprocess, data.train, data.val, bad, data.pictures, data.held_out)
+    learner = Learner(student, recipe.average, device)
+    run = AlignRun(config, accelerator, student, teacher.to(device), shown, learner, None)
+    outcome = Outcome(evaluated(run, state.Progress(0, 0, data.train.digest)))
+    ends: list[float] = []
+    hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.monotonic()))
+    try:
+        for number in range(len(recipe.phases)):
+            outcome = descend(run, number, outcome)
+    finally:
+        hook.remove()
+    first = len(ends) // 4
+    each = (ends[-1] - ends[first]) / (len(ends) - 1 - first)
     curve = outcome.progress.curve
     report = {"pictures": outcome.progress.step * recipe.batch_size, "final": curve[-1], "curve": list(curve)}
     save(dataclasses.replace(student, model=learner.result.cpu()).with_report(alignment=report), out)
-    return outcome
+    return outcome, each
 
 
 def step_times(folder: Path, recipe: Recipe, device: str, batches: tuple[int, ...], turns: int) -> list[dict[str, Any]]:
@@ -166,7 +191,7 @@ def step_times(folder: Path, recipe: Recipe, device: str, batches: tuple[int, ..
     set_strength(model, **strengths_at(phase, recipe.steps[-1], recipe.steps[-1]))
     objective = OBJECTIVES[phase.objective](model, recipe)
     rows = []
-    for batch, name in itertools.product(batches, ("float32", "bfloat16")):
+    for batch, name in itertools.product(batches, ("float32", "bfloat16") if device == "cuda" else ("float32",)):
         pictures = torch.randn(batch, 3, recipe.image_size, recipe.image_size, device=device)
         statistics = batch_statistics(model) if phase.batch_statistics else contextlib.nullcontext()
         with statistics, torch.autocast(device, DTYPES[name], enabled=name != "float32"):
@@ -212,11 +237,12 @@ def main() -> None:
     batch = options.batch_size or chosen["batch_size"]
     settings = [f"image_size={options.size}", f"batch_size={batch}", "evaluate_every=0", "checkpoint_every=0"]
     recipe = load_recipe(options.recipe, [*settings, "probe_pictures=0", *options.set])
-    shards = {"train": options.train or str(options.data / "train-*.tar"), "val": str(options.data / "val-*.tar")}
-    data = {name: index_shards(expand(paths)) for name, paths in shards.items()}
-    pictures = decoded(data["train"], device, chosen["limit"])
-    note(f"{len(pictures)} pictures are decoded")
+    shards = (options.train or str(options.data / "train-*.tar"), str(options.data / "val-*.tar"))
+    train, val = (index_shards(expand(paths)) for paths in shards)
+    pictures = decoded(train, device, chosen["limit"])
     reference = refer(TEACHER, options.size, options.data, device, chosen["limit"])
+    data = Decoded(train, val, pictures, reference.held_out)
+    note(f"{len(pictures)} pictures to train on are decoded")
     before = time.monotonic()
     answer = map_columns(reference.teacher, reference)
     reserve = RESERVE * (time.monotonic() - before)
@@ -227,12 +253,14 @@ def main() -> None:
     times = step_times(options.out / "converted", recipe, device, chosen["timed"], chosen["turns"])
     note("steps are timed")
     trial = scaled(recipe, chosen["trial"] * batch)
-    each = aligned(options.out / "converted", options.out / "trial", trial, data, pictures).seconds / sum(trial.steps)
+    _, each = aligned(options.out / "converted", options.out / "trial", trial, data)
     left = 60 * options.minutes - (time.monotonic() - begin) - reserve
-    steps = max(2, int(0.95 * left / each))
+    steps = max(2, int(0.9 * left / each))
+    if left < 0:
+        note(f"{options.minutes} minutes are over, or kept for what is measured at the end: two steps are taken")
     note(f"a step takes {1e3 * each:.1f} ms: {steps} steps of {batch}")
     final = dataclasses.replace(scaled(recipe, steps * batch), evaluate_every=max(batch, steps * batch // 6))
-    outcome = aligned(options.out / "converted", options.out / "aligned", final, data, pictures)
+    outcome, each = aligned(options.out / "converted", options.out / "aligned", final, data)
     note("it is aligned")
     student = load(options.out / "aligned").model.to(device).requires_grad_(False)
     row = {
@@ -246,7 +274,7 @@ def main() -> None:
         **columns(student, reference),
         **{f"teacher_{name}": value for name, value in answer.items()},
         "curve": list(outcome.progress.curve),
-        "step_ms": round(1e3 * outcome.seconds / max(1, outcome.progress.step), 2),
+        "step_ms": round(1e3 * each, 2),
         "step_times": times,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "torch": torch.__version__,

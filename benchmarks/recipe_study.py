@@ -257,6 +257,8 @@ def page(experiments: list[Experiment], rows: list[dict[str, Any]]) -> str:
     """docs/recipes.md: one table a teacher, size and length, best first."""
     intro, _, _ = PAGE.read_text().partition("<!-- tables -->") if PAGE.is_file() else ("# Recipes\n\n", "", "")
     parts = [intro + "<!-- tables -->\n<!-- Written by benchmarks/recipe_study.py; what is above may be edited. -->\n"]
+    if PICTURE.is_file():
+        parts.append(f"\n![decisions kept against class contrast, a point for each arm and length]({PICTURE.name})\n")
     for (teacher, size, pictures), members in sorted(summaries(experiments, rows).items()):
         shown = {key: title for key, title in COLUMNS.items() if any(key in found for _, found in members)}
         of_teacher: dict[str, Any] = {}
@@ -370,8 +372,8 @@ def main() -> None:
         for experiment, pictures in chosen(read_experiments(options.only), options.halve, options.pictures):
             study(bench, experiment, pictures)
     everything, rows = read_experiments("*"), read_results()
-    PAGE.write_text(page(everything, rows))
     drawn = draw(summaries(everything, rows), PICTURE)
+    PAGE.write_text(page(everything, rows))
     print(f"wrote {PAGE}{f' and {PICTURE}' if drawn else ', no picture: no run has a class contrast yet'}")
 
 
