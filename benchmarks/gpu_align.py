@@ -260,7 +260,7 @@ def main() -> None:
         note(f"{options.minutes} minutes are over, or kept for what is measured at the end: two steps are taken")
     note(f"a step takes {1e3 * each:.1f} ms: {steps} steps of {batch}")
     final = dataclasses.replace(scaled(recipe, steps * batch), evaluate_every=max(batch, steps * batch // 6))
-    outcome, each = aligned(options.out / "converted", options.out / "aligned", final, data)
+    outcome, _ = aligned(options.out / "converted", options.out / "aligned", final, data)
     note("it is aligned")
     student = load(options.out / "aligned").model.to(device).requires_grad_(False)
     row = {
