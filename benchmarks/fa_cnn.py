@@ -20,8 +20,8 @@ from bcosify.align.shards import expand, index_shards
 from bcosify.convert import Student, load, reload_teacher, set_strength
 from bcosify.convert.layers import DampenedSkip
 from bcosify.explain import TopTarget, explain, overlay
+from columns import whole_objects
 from PIL import Image, ImageDraw
-from recipe_study import whole_objects
 from torch import Tensor
 
 

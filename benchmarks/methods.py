@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --data FOLDER [--only coda fa-cnn] [--pictures 400] [--size 112]
 
-FOLDER is that of recipe_study.py, whose functions measure. Every row has a process of its own, so that peak memory is
+FOLDER is that of recipe_study.py, whose runner aligns. Every row has a process of its own, so that peak memory is
 its own. `start` is the student fresh from `convert`, which is its teacher; `end` has its strengths where the recipe
 takes them and nothing learned; `aligned` was trained on that many pictures by the method's recipe. Their gain is what
 they have inside the mask beyond the start, picture by picture, with the bootstrap's interval. `--pictures 0` aligns
@@ -29,7 +29,8 @@ from bcosify.convert.methods import METHODS, find_method
 from bcosify.evaluate.estimates import bootstrap
 from bcosify.evaluate.localisation import positive_shares
 from bcosify.explain import explain
-from recipe_study import Bench, Experiment, explained, fidelity, outputs
+from columns import BATCH, Reference, agreement, ledger
+from recipe_study import Bench, Experiment
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,17 +61,29 @@ def started(method: str, size: int) -> nn.Module:
     return convert(load_teacher(f"bundled:{TEACHER}", image_size=size), find_method(method).config_class()).model
 
 
-def gain(bench: Bench, method: str, model: nn.Module, size: int) -> tuple[float, ...]:
+def explained(model: nn.Module, reference: Reference) -> dict[str, float]:
+    """Share of the positive contribution inside the mask, and the ledger, of the teacher's decision alone."""
+    objects, target = reference.objects, reference.decided.target()
+    assert objects.masks is not None
+    explanation = explain(model, objects.images, target, batch_size=BATCH, check=False)
+    inside = positive_shares(explanation.contributions[:, 0], objects.masks)
+    return {"in_mask": float(inside.mean()), **ledger(explanation)}
+
+
+def gain(bench: Bench, method: str, model: nn.Module, size: int) -> tuple[float | None, ...]:
     """Mean over pictures of the share inside the mask beyond what the start has there, and its 95 % interval."""
-    _, _, objects, target, _ = bench.teacher(TEACHER, size)
-    found = (explain(m, objects.images, target, batch_size=16, check=False) for m in (started(method, size), model))
+    reference = bench.reference(TEACHER, size)
+    objects, target = reference.objects, reference.decided.target()
+    assert objects.masks is not None
+    found = (explain(m, objects.images, target, batch_size=BATCH, check=False) for m in (started(method, size), model))
     before, after = (positive_shares(one.contributions[:, 0], objects.masks) for one in found)
     return tuple(bootstrap(after - before)[:3])
 
 
 def unaligned(bench: Bench, method: str, state: str, size: int) -> dict[str, Any]:
     """A student that has learned nothing."""
-    held_out, theirs, objects, target, _ = bench.teacher(TEACHER, size)
+    reference = bench.reference(TEACHER, size)
+    assert reference.objects.masks is not None
     begin = time.process_time()
     model = started(method, size)
     conversion = time.process_time() - begin
@@ -78,15 +91,15 @@ def unaligned(bench: Bench, method: str, state: str, size: int) -> dict[str, Any
         last = load_recipe(RECIPES[method]).phases[-1]
         moved = {name for _, layer in scheduled_layers(model) for name in layer.strengths()}
         set_strength(model, **{name: getattr(last, name)[1] for name in moved})
-    agreement = fidelity(outputs(model, held_out), theirs, True)["top1_agreement"]
+    kept = agreement(reference.subject(model), reference)["top1_agreement"]
     begin = time.process_time()
-    answer = explained(model, objects, target)
-    each = (time.process_time() - begin) / len(objects.images)
+    answer = explained(model, reference)
+    each = (time.process_time() - begin) / len(reference.objects)
     return {
-        "top1_agreement": agreement,
+        "top1_agreement": kept,
         **answer,
         **({"gain": gain(bench, method, model, size)} if state == "end" else {}),
-        "mask_area": float(objects.masks.mean()),
+        "mask_area": float(reference.objects.masks.mean()),
         "seconds_to_convert": round(conversion, 2),
         "seconds_to_explain": round(each, 4),
     }
@@ -95,10 +108,10 @@ def unaligned(bench: Bench, method: str, state: str, size: int) -> dict[str, Any
 def aligned(bench: Bench, method: str, pictures: int, size: int) -> dict[str, Any]:
     """A student after the method's recipe."""
     settings = {"image_size": size, "held_out": 16, "workers": 1}
-    experiment = Experiment(f"methods/{method}", "", TEACHER, RECIPES[method], pictures)
-    run = bench.run(experiment, settings, seed=0)
+    experiment = Experiment(f"methods/{method}", "", TEACHER, RECIPES[method], (pictures,), keep_student=True)
+    run = bench.run(experiment, settings, 0, pictures)
     kept = ("top1_agreement", "in_mask", "constant_share", "residual", "mask_area")
-    model = load(bench.out / experiment.name / "seed-0" / "aligned").model
+    model = load(bench.out / experiment.name / f"{pictures}" / "seed-0" / "aligned").model
     found = {**{name: run[name] for name in kept}, "gain": gain(bench, method, model, size)}
     return {**found, "cpu_minutes_to_align": run["cpu_minutes"]}
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from ..errors import DataError
 
-__all__ = ["agreement", "cosines", "dense_agreement", "fidelity", "linear_cka", "neighbour_agreement"]
+__all__ = [
+    "agreement",
+    "confident_agreement",
+    "cosines",
+    "dense_agreement",
+    "fidelity",
+    "linear_cka",
+    "neighbour_agreement",
+]
 
 
 def fidelity(student: Tensor, teacher: Tensor, classifier: bool = False) -> dict[str, float]:
@@ -66,6 +74,13 @@ def agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
         "top5_agreement": (five == decided[:, None]).any(1).float(),
         "kl": F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1),
     }
+
+
+def confident_agreement(student: Tensor, teacher: Tensor, above: float = 0.5) -> Tensor:
+    """(M,) top-1 agreement of logits (N, K), on the M <= N pictures to which the teacher's softmax gives a class more
+    than `above`; what it says of the others is little to agree with."""
+    sure = teacher.float().softmax(1).amax(1) > above
+    return agreement(student, teacher)["top1_agreement"][sure]
 
 
 def dense_agreement(student: Tensor, teacher: Tensor) -> Tensor:

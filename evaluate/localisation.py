@@ -1,7 +1,11 @@
-"""Is the explanation in the right place? All maps are signed contributions; only the positive part counts.
+"""Is the explanation in the right place? All maps are signed contributions.
+
+But for the signed share, only their positive part counts.
 
 - Energy in mask: the share of positive contribution inside a ground-truth mask (Wang et al. 2020, arXiv 1910.01279,
   energy-based pointing game). A uniform map scores the mask's share of the area.
+- Signed share: the sum of the contributions inside the mask over the sum of their sizes in the whole picture. (Ours.)
+  The positive share cannot see a map that is negative all over; this one does.
 - Pointing game: whether the largest contribution lies in the mask (Zhang et al. 2016, arXiv 1608.00507).
 - GridPG: pictures side by side; the share of the positive contribution to one picture's decision that lies in its own
   cell (Boehle et al. 2021, arXiv 2104.00032). A uniform map scores 1 / cells. Two published protocols, whose numbers
@@ -31,7 +35,9 @@ __all__ = [
     "grid_scores",
     "native_maps",
     "pointing_game",
+    "pooled",
     "positive_shares",
+    "signed_shares",
     "windowed_maps",
 ]
 
@@ -49,6 +55,25 @@ def positive_shares(maps: Tensor, regions: Tensor) -> Tensor:
     positive = maps.float().clamp_min(0)
     total = positive.sum((1, 2))
     return (positive * regions).sum((1, 2)).where(total > NOTHING, total * 0) / total.clamp_min(NOTHING)
+
+
+def signed_shares(maps: Tensor, regions: Tensor) -> Tensor:
+    """(B,) in [-1, 1]: sum of maps (B, H, W) inside regions (B, H, W) in [0, 1], over the sum of |maps|; 0 for no map.
+
+    NaN maps have NaN shares.
+    """
+    maps = maps.float()
+    total = maps.abs().sum((1, 2))
+    return (maps * regions).sum((1, 2)).where(total > NOTHING, total * 0) / total.clamp_min(NOTHING)
+
+
+def pooled(maps: Tensor, kernel: int = 15) -> Tensor:
+    """Signed maps (B, H, W) averaged over squares of an odd `kernel`, in the same size; beyond the border there is 0.
+
+    The authors of B-cos networks score GridPG on maps pooled 15 x 15 before the positive part is taken (Boehle et al.
+    2024, arXiv 2306.10898): single pixels of both signs cancel out.
+    """
+    return F.avg_pool2d(maps[:, None], kernel, 1, kernel // 2)[:, 0]
 
 
 def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:

@@ -9,7 +9,15 @@ import torch
 from bcosify.errors import DataError, NotApplicable
 from bcosify.evaluate.estimates import bootstrap, jackknife
 from bcosify.evaluate.features import DENSE, OUTPUT, cache_key, features_of
-from bcosify.evaluate.fidelity import agreement, cosines, dense_agreement, fidelity, linear_cka, neighbour_agreement
+from bcosify.evaluate.fidelity import (
+    agreement,
+    confident_agreement,
+    cosines,
+    dense_agreement,
+    fidelity,
+    linear_cka,
+    neighbour_agreement,
+)
 from bcosify.evaluate.subject import weights_digest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -55,6 +63,14 @@ def test_classifier_agreement_in_closed_form():
     assert found["top1_agreement"].tolist() == [0, 0] and found["top5_agreement"].tolist() == [1, 0]
     p, q = teacher.softmax(1), student.softmax(1)
     torch.testing.assert_close(found["kl"], (p * (p / q).log()).sum(1))
+
+
+def test_confident_agreement_leaves_out_what_the_teacher_is_unsure_of():
+    teacher = torch.tensor([[9.0, 0, 0], [0, 9, 0], [0.2, 0.1, 0]])
+    student = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    assert confident_agreement(student, teacher).tolist() == [1, 0]
+    assert confident_agreement(student, teacher, above=0.3).tolist() == [1, 0, 0]
+    assert confident_agreement(student, teacher, above=1.0).tolist() == []
 
 
 def test_dense_agreement_is_one_for_the_same_and_near_zero_for_other_features():

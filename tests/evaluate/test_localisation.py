@@ -18,6 +18,8 @@ from bcosify.evaluate.localisation import (
     grid_scores,
     native_maps,
     pointing_game,
+    pooled,
+    signed_shares,
     windowed_maps,
 )
 from bcosify.evaluate.randomisation import shuffle_weights
@@ -53,6 +55,27 @@ def test_energy_does_not_see_scale_and_splits_between_mask_and_rest(b, h, w, sca
     torch.testing.assert_close(energy_in_mask(maps * scale, masks), inside)
     any_positive = (maps > 0).flatten(1).any(1).float()
     torch.testing.assert_close(inside + outside, any_positive)
+
+
+def test_signed_shares_of_the_mask_its_negative_and_what_cancels_out(masks):
+    assert signed_shares(masks, masks).tolist() == [1, 1, 1]
+    assert signed_shares(-masks, masks).tolist() == [-1, -1, -1]
+    assert signed_shares(1 - masks, masks).tolist() == [0, 0, 0]
+    assert signed_shares(masks * 0, masks).tolist() == [0, 0, 0]
+    torch.testing.assert_close(signed_shares(2 * masks - 1, masks), masks.mean((1, 2)))
+    assert signed_shares(masks * torch.nan, masks).isnan().all()
+
+
+def test_pooling_is_a_mean_of_signed_values_with_nothing_beyond_the_border():
+    maps = torch.zeros(1, 9, 7)
+    maps[0, 4, 3] = 9
+    spread = pooled(maps, 3)
+    assert spread.shape == maps.shape and spread.sum() == 9
+    assert spread[0, 3:6, 2:5].tolist() == [[1] * 3] * 3
+    flat = pooled(torch.ones(1, 9, 9), 3)
+    assert float(flat[0, 4, 4]) == pytest.approx(1) and float(flat[0, 0, 0]) == pytest.approx(4 / 9)
+    board = (torch.arange(81) % 2).view(1, 9, 9) * 2.0 - 1
+    assert pooled(board, 3)[0, 1:-1, 1:-1].abs().max() <= 1 / 9 + 1e-6
 
 
 def test_pointing_game(masks):

@@ -1,0 +1,71 @@
+"""Is the explanation about the class that was asked for? The map of the decision beside the map of another one. (Ours.)
+
+The share of a map inside an object's mask says little by itself: a map that finds objects, whatever class is asked,
+has a large one, and so can a map of a model that knows nothing. What counts is by how much the map of the decision does
+better than the map of another decision on the same picture.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from ..errors import DataError
+from ..explain.targets import Target
+from .decisions import ClassDecisions, Decisions
+from .localisation import pointing_game, positive_shares, signed_shares
+
+__all__ = ["MEASURES", "SideBySide", "contrast", "other_decisions"]
+
+# (maps (B, H, W), masks (B, H, W)) -> (B,): what two maps are compared by.
+MEASURES = {"in_mask": positive_shares, "signed_share": signed_shares, "pointing": pointing_game}
+
+
+def other_decisions(decisions: Decisions, classes: int, seed: int = 0) -> Decisions:
+    """For each of N decisions another one, drawn by `seed` alone: the same for every model that is compared.
+
+    Any other of K = `classes` classes; where there are no classes, the decision of any other of the N pictures.
+    Raises DataError where there is no other.
+    """
+    if isinstance(decisions, ClassDecisions):
+        return ClassDecisions(_others(decisions.classes.cpu(), classes, "class", seed))
+    return decisions.rows(_others(torch.arange(len(decisions)), len(decisions), "picture", seed))
+
+
+def _others(own: Tensor, count: int, kind: str, seed: int) -> Tensor:
+    """For each of `own` (N,) another number below `count`; all others are alike likely."""
+    if count < 2:
+        raise DataError(f"There is one {kind}, and no other to compare its maps with. Pass two or more.")
+    steps = torch.randint(1, count, (len(own),), generator=torch.Generator().manual_seed(seed))
+    return (own + steps) % count
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SideBySide:
+    """The scores of several targets beside each other, from one forward pass: (B, K) of K scores in all."""
+
+    targets: tuple[Target, ...]
+
+    def scores(self, output: Tensor) -> Tensor:
+        return torch.cat([target.scores(output) for target in self.targets], 1)
+
+    def rows(self, pictures: slice) -> SideBySide:
+        return SideBySide(tuple(target.rows(pictures) for target in self.targets))
+
+
+def contrast(decided: Tensor, other: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """What maps (B, H, W) of the decision and of another one have inside masks (B, H, W) in [0, 1]: (B,) each.
+
+    Returns:
+        in_mask: share of the positive contribution inside the mask, in [0, 1].
+        signed_share: sum inside the mask over the sum of sizes, in [-1, 1].
+        pointing: whether the largest contribution is inside, in [0, 1]; the mask is cut at one half.
+        other_NAME: the same of the other map. NAME_contrast: the first minus the second, picture by picture.
+    """
+    values = {}
+    for name, measure in MEASURES.items():
+        ours, theirs = measure(decided, masks), measure(other, masks)
+        values |= {name: ours, f"other_{name}": theirs, f"{name}_contrast": ours - theirs}
+    return values
