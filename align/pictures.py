@@ -26,6 +26,7 @@ class Pictures:
         preprocess: the teacher's, by which pictures are normalised.
         train, val: to train and to measure on.
         bad: the broken pictures of `train`.
+        memory_format: in which the models read pictures.
     """
 
     recipe: Recipe
@@ -34,6 +35,7 @@ class Pictures:
     train: ShardIndex | Stream
     val: ShardIndex
     bad: BadSamples
+    memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def augment(self) -> Augment:
@@ -41,7 +43,8 @@ class Pictures:
 
     def normalised(self, pictures: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) to what teacher and student take, on the device."""
-        return to_model_input(pictures, self.preprocess.mean, self.preprocess.std, self.accelerator.device)
+        taken = to_model_input(pictures, self.preprocess.mean, self.preprocess.std, self.accelerator.device)
+        return taken.contiguous(memory_format=self.memory_format)
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:
         """This process's batches of steps [first, end)."""

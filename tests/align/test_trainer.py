@@ -15,11 +15,16 @@ import pytest
 import torch
 import yaml
 from bcosify.align import compiling, log, state
+from bcosify.align.learner import Learner
 from bcosify.align.objectives import OBJECTIVES, observe
+from bcosify.align.optimizers import make_optimizer, scales
 from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
+from bcosify.align.stepper import Stepper
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
+from bcosify.convert.memory import laid_out
+from bcosify.convert.trace import noise_pictures
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
 from safetensors.torch import load_file
 
@@ -110,6 +115,68 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill
     assert rows(tmp_path / "polite") == rows(tmp_path / "whole")
     whole, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "polite"))
     assert all(torch.equal(whole[name], other[name]) for other in others for name in whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_in_channels_last_is_exact(cnn, tmp_path, optimizer):
+    """Written in torch's own format and read back into the model's, weights, average and moments."""
+    phase = dataclasses.replace(CNN_PHASES[0], optimizer=optimizer)
+    pictures = noise_pictures(4, (64, 64)).contiguous(memory_format=torch.channels_last)
+
+    def made():
+        student = load(cnn)
+        laid_out(student.model)
+        set_strength(student.model, b=1.5, beta=1)
+        learner = Learner(student, 0.5, torch.device("cpu"))
+        return learner, make_optimizer(learner.model, phase, CNN_RECIPE, scales(learner.model, True))
+
+    def train(learner, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            learner.model(pictures).square().mean().backward()
+            optimizer.step()
+            learner.stepped()
+
+    learner, moments = made()
+    learner.begin()
+    train(learner, moments, 2)
+    checkpoint = state.write(tmp_path, learner.model, moments, state.Progress(2, 0, ""), learner.average)
+    again, restored = made()
+    again.restore(checkpoint)
+    state.restore_optimizer(checkpoint, restored)
+    for ours, theirs in ((again.model, learner.model), (again.average, learner.average)):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert one.stride() == other.stride() and torch.equal(one, other)
+    assert any(p.dim() == 4 and not p.is_contiguous() for p in again.model.parameters())
+    for index, part in moments.state_dict()["state"].items():
+        for name, value in part.items():
+            found = restored.state_dict()["state"][index][name]
+            assert found == value if isinstance(value, bool) else torch.equal(found, value)
+            assert isinstance(value, bool) or found.stride() == value.stride()
+    train(learner, moments, 2)
+    train(again, restored, 2)
+    for one, other in zip(again.model.parameters(), learner.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("model", ["run", "cnn"])
+def test_convolutional_networks_run_channels_last(model, shards, tmp_path, request, monkeypatch):
+    """Teacher, student and pictures of a CNN, in every step; a ViT's stay as they were."""
+    found, plain = [], Stepper.take
+
+    def take(self, k, batch):
+        models = (self.run.teacher, self.prepared.model, self.run.learner.result)
+        weights = [m.weight for one in models for m in one.modules() if isinstance(m, torch.nn.Conv2d)]
+        for tensor in (*weights, self.run.pictures.normalised(batch.pictures)):
+            if tensor.shape[1] > 1 and tensor.shape[2] > 1:
+                found.append(tensor.is_contiguous(memory_format=torch.channels_last))
+        return plain(self, k, batch)
+
+    monkeypatch.setattr(Stepper, "take", take)
+    phases = (dataclasses.replace(PHASES[1], pictures=8),)
+    aligned(request.getfixturevalue(model), shards, tmp_path / "out", dataclasses.replace(RECIPE, phases=phases))
+    assert set(found) == {model == "cnn"}
+    assert all(tensor.is_contiguous() for tensor in load(tmp_path / "out").model.parameters())
 
 
 @pytest.mark.parametrize(
