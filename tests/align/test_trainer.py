@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,9 @@ MUON_RECIPE = dataclasses.replace(
     average=0.9,
     weight_norm=1.0,
 )
+
+# All that views can be.
+VIEWS_RECIPE = dataclasses.replace(CNN_RECIPE, turn=20, colour=0.4, mixup=0.4, cutmix=0.4)
 
 
 def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
@@ -89,8 +93,8 @@ trainer.align(trainer.AlignConfig(Path(run), data, Path(out), load_recipe(recipe
 
 @pytest.mark.parametrize(
     ("model", "wanted", "kill_at"),
-    [("run", RECIPE, 7), ("run", MUON_RECIPE, 12), ("cnn", CNN_RECIPE, 12)],
-    ids=["vit-first-phase", "vit-second-phase-muon-average", "cnn"],
+    [("run", RECIPE, 7), ("run", MUON_RECIPE, 12), ("cnn", VIEWS_RECIPE, 12)],
+    ids=["vit-first-phase", "vit-second-phase-muon-average", "cnn-mixed-views"],
 )  # five steps a checkpoint, ten steps a phase
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill_at, shards, tmp_path, request):
     run, recipe = request.getfixturevalue(model), tmp_path / "recipe.yaml"
@@ -204,6 +208,32 @@ def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, req
     assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-5)
     # Rounding grows from step to step: Adam's first steps are signs of gradients, however small these are.
     assert all(theirs == pytest.approx(ours, rel=1e-3) for ours, theirs in losses)
+
+
+def test_teacher_and_student_see_the_same_mixture_and_gains_see_none(cnn, shards, tmp_path, monkeypatch):
+    found, plain = [], Stepper._backward
+
+    def noted(self, pictures):
+        taken = []
+        models = (self.run.teacher, self.prepared.model)
+        hooks = [model.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone())) for model in models]
+        losses = plain(self, pictures)
+        for hook in hooks:
+            hook.remove()
+        found.append((self.gain_pictures, *taken))
+        return losses
+
+    monkeypatch.setattr(Stepper, "_backward", noted)
+    phases = (dataclasses.replace(PHASES[1], pictures=16, calibrate=8),)
+    gains = {}
+    for mixup in (0.0, 1.0):
+        found.clear()
+        recipe = dataclasses.replace(RECIPE, phases=phases, mixup=mixup)
+        aligned(cnn, shards, tmp_path / str(mixup), recipe)
+        for gain_pictures, theirs, ours in found:
+            assert torch.equal(theirs, ours)
+            gains[mixup] = gain_pictures, ours
+    assert torch.equal(gains[0.0][0], gains[1.0][0]) and not torch.equal(gains[0.0][1], gains[1.0][1])
 
 
 def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
@@ -412,6 +442,39 @@ def test_recipes_round_trip_and_name_every_fault():
         load_recipe("smoke", ["phases.7.pictures=1"])
     assert load_recipe("smoke", ["phases.0.pictures=8"]).phases[0].pictures == 8
     assert load_recipe("smoke", ["phases.0.learning_rate=3e-4"]).phases[0].learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["turn=181"], "turn: must be from 0 to 180; got 181"),
+        (["turn=-1"], "turn: must be from 0 to 180; got -1"),
+        (["colour=1.5"], "colour: must be from 0 to 1; got 1.5"),
+        (["mixup=2"], "mixup: must be from 0 to 1; got 2"),
+        (["cutmix=-0.1"], "cutmix: must be from 0 to 1; got -0.1"),
+        (["cutmix=.nan"], "cutmix: must be from 0 to 1; got nan"),
+        (["mixup=0.6", "cutmix=0.6"], "chances may add up to 1; got 1.2"),
+        (["mixup=0.5", "batch_size=1"], "a batch of 1 has no two pictures to mix; set batch_size to 2 or more"),
+    ],
+)
+def test_views_that_cannot_be_are_refused_in_one_line(changes, says):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("smoke", changes)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    values = {
+        word.split("=")[0]: float(word.split("=")[1].lstrip(".") if "nan" in word else word.split("=")[1])
+        for word in changes
+    }
+    if "batch_size" in values:
+        values["batch_size"] = int(values["batch_size"])
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        dataclasses.replace(RECIPE, **values)
+
+
+def test_views_at_their_limits_are_taken():
+    recipe = load_recipe("smoke", ["turn=180", "colour=1", "mixup=0.4", "cutmix=0.6", "batch_size=2"])
+    assert (recipe.turn, recipe.colour, recipe.mixup, recipe.cutmix) == (180, 1, 0.4, 0.6)
+    assert load_recipe("smoke", ["batch_size=1"]).batch_size == 1
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

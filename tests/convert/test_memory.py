@@ -13,8 +13,8 @@ from bcosify.convert.trace import noise_pictures
 from bcosify.explain import TopTarget, explain
 from torch import nn
 
-CONVOLUTIONAL = ("test_resnet", "test_convnext2", "test_efficientnet", "resnet50", "convnext_tiny", "vgg11")
-OTHERS = ("test_vit", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224", "beit_base_patch16_224")
+CONVOLUTIONAL = ("test_resnet", "test_efficientnet", "test_nfnet", "resnet50", "densenet121", "vgg11")
+OTHERS = ("test_vit", "vit_small_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224", "convnext_tiny")
 
 
 def channels_last(model: nn.Module) -> list[bool]:
@@ -25,7 +25,7 @@ def channels_last(model: nn.Module) -> list[bool]:
     return [w.is_contiguous(memory_format=torch.channels_last) for w in shown]
 
 
-@pytest.fixture(scope="module", params=["test_resnet", "test_convnext2", "test_efficientnet"])
+@pytest.fixture(scope="module", params=["test_resnet", "test_nfnet", "test_efficientnet"])
 def student(request):
     torch.manual_seed(0)
     student = convert(load_teacher(f"timm:{request.param}", pretrained=False, image_size=64))
