@@ -151,7 +151,7 @@ def prepare(
         module, made = accelerator.prepare(objective, optimizer(student))
         return Prepared(module, student, made, student, accelerator.device)
     twin = copy.deepcopy(objective)
-    model = twin.student
+    model = twin.student.to(memory_format=torch.contiguous_format)  # all that FSDP takes; pictures tell convolutions
     # FSDP reads parameters as attributes when it first runs, and at beta = 1 those are the parameters themselves.
     set_strength(model, beta=1)
     root, made = accelerator.prepare(_Root(twin), optimizer(model))

@@ -2,8 +2,10 @@
 
 Three things make a batch, and each is arithmetic: which pictures (`shards.batch_indices`), how each is cropped (a
 random state made from seed, epoch and picture), and what stands in for a broken one (the next picture in the epoch's
-order that decodes). So the same seed gives the same batches for any number of workers, and for any number of processes
-that divides the global batch; and resuming at step t is a slice: nothing is replayed, and no state is saved.
+order that decodes). Where batches are mixed, each view is mixed with the one before it in the global batch, in a way
+drawn from seed and step; so a process makes one view more than its slice has. So the same seed gives the same batches
+for any number of workers, and for any number of processes that divides the global batch; and resuming at step t is a
+slice: nothing is replayed, and no state is saved.
 
 The process that trains holds the index and sends each worker the places of a whole batch; workers hold no index, they
 read with `pread`, decode and crop. They start from a fork server, so they inherit no threads, no GPU context and no
@@ -40,6 +42,8 @@ __all__ = [
     "Batch",
     "Batches",
     "CentreCrop",
+    "Mix",
+    "Mixing",
     "Picture",
     "PictureSet",
     "Run",
@@ -51,6 +55,7 @@ __all__ = [
 ]
 
 SUBSTITUTES = 16  # how many pictures in a row may be broken
+GREY = 127  # of 255: the corners of turned pictures
 
 
 # ----------------------------------------------------------------------------------------------------------- contracts
@@ -92,16 +97,26 @@ class Batch(NamedTuple):
 class Augment:
     """A random crop of `scale` (share of the area) and `ratio` (width to height), flipped with probability `flip`.
 
-    On tensors: torchvision then resizes in half the time that Pillow takes.
+    It is turned by at most `turn` degrees (0 to 180) either way, with grey corners, and its colours are changed with
+    strength `colour` (0 to 1; SimCLR's, arXiv 2002.05709 appendix A). Neither changes which crops are drawn. On
+    tensors: torchvision then resizes in half the time that Pillow takes.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    turn: float = 0.0
+    colour: float = 0.0
 
     def view(self, size: int) -> torch.nn.Module:
         crop = v2.RandomResizedCrop(size, self.scale, self.ratio, InterpolationMode.BICUBIC, antialias=True)
-        return v2.Compose([v2.PILToTensor(), crop, v2.RandomHorizontalFlip(self.flip)])
+        steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip(self.flip)]
+        if self.turn:
+            steps.append(v2.RandomRotation((-self.turn, self.turn), InterpolationMode.BILINEAR, fill=GREY))
+        if self.colour:
+            strong, weak = 0.8 * self.colour, 0.2 * self.colour
+            steps.append(v2.ColorJitter(strong, strong, strong, hue=weak))
+        return v2.Compose(steps)
 
 
 @dataclass(frozen=True)
@@ -115,6 +130,47 @@ class CentreCrop:
         return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
+class Mix(NamedTuple):
+    """How the pictures of one step are mixed: a key of MIXES, and the seed of its share and its box."""
+
+    how: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """With which chance the pictures of a batch are mixed, and how; `mixup` + `cutmix` is at most 1."""
+
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def at(self, seed: int, step: int) -> Mix | None:
+        """How step `step` of a run with this seed is mixed, if it is."""
+        if not self.mixup + self.cutmix:
+            return None
+        drawn = np.random.default_rng([seed, step, 1])  # two numbers are those of `size_at`
+        chance, own = float(drawn.random()), int(drawn.integers(2**63))
+        if chance < self.mixup:
+            return Mix("mixup", own)
+        return Mix("cutmix", own) if chance < self.mixup + self.cutmix else None
+
+
+# Of torchvision's classes the parts that need no labels.
+MIXES: dict[str, v2.MixUp | v2.CutMix] = {"mixup": v2.MixUp(), "cutmix": v2.CutMix()}
+
+
+def mixed(views: torch.Tensor, before: torch.Tensor, mix: Mix) -> torch.Tensor:
+    """`views` (B, 3, S, S) uint8, each mixed with the one before it; before the first comes `before` (3, S, S).
+
+    Draws from the global generator, which it seeds.
+    """
+    torch.default_generator.manual_seed(mix.seed)
+    transform, batch = MIXES[mix.how], torch.cat([before[None], views])
+    params = {"labels": None, "batch_size": len(batch), **transform.make_params([batch])}
+    # It mixes each row with the one before, the first with the last: of no use here, so the first is left out.
+    return transform.transform(batch.float(), params)[1:].round().to(torch.uint8)
+
+
 # ------------------------------------------------------------------------------------------------------------ pictures
 
 
@@ -125,6 +181,8 @@ class Run(NamedTuple):
     size: int  # side of the views in pixels
     count: int
     pictures: Sequence[Picture]  # count + SUBSTITUTES
+    mix: Mix | None = None
+    before: Sequence[Picture] = ()  # where it is mixed: the one that comes before in the global batch + SUBSTITUTES
 
 
 class PictureSet(Dataset):
@@ -142,23 +200,27 @@ class PictureSet(Dataset):
             return error
 
     def _batch(self, run: Run) -> Batch:
-        views: list[torch.Tensor] = []
-        ids: list[int] = []
         bad: dict[int, BadSample] = {}
+        substitutes = len(run.pictures) - run.count
         # torchvision draws from the global generator: lend it states of the pictures' own. Only the CPU's is touched.
         with torch.random.fork_rng(devices=[]):
-            for asked in range(run.count):
-                # As many substitutes for each picture, wherever in a run it is.
-                for picture in run.pictures[asked : asked + 1 + len(run.pictures) - run.count]:
-                    view = self._view(run, picture)
-                    if isinstance(view, torch.Tensor):
-                        views.append(view)
-                        ids.append(picture.id)
-                        break
-                    bad[picture.id] = BadSample(picture.id, picture.key, picture.shard, view)
-                else:
-                    raise _none_decodes(bad[run.pictures[asked].id], len(run.pictures) - run.count)
-        return Batch(torch.stack(views), torch.tensor(ids), tuple(bad.values()))
+            # As many substitutes for each picture, wherever in a run it is.
+            asked = (run.pictures[place : place + 1 + substitutes] for place in range(run.count))
+            views, ids = zip(*(self._first(run, pictures, bad) for pictures in asked), strict=True)
+            pictures = torch.stack(views)
+            if run.mix is not None:
+                before, _ = self._first(run, run.before, bad)
+                pictures = mixed(pictures, before, run.mix)
+        return Batch(pictures, torch.tensor(ids), tuple(bad.values()))
+
+    def _first(self, run: Run, pictures: Sequence[Picture], bad: dict[int, BadSample]) -> tuple[torch.Tensor, int]:
+        """View and id of the first of `pictures` that decodes; those before it are noted in `bad`."""
+        for picture in pictures:
+            view = self._view(run, picture)
+            if isinstance(view, torch.Tensor):
+                return view, picture.id
+            bad[picture.id] = BadSample(picture.id, picture.key, picture.shard, view)
+        raise _none_decodes(bad[pictures[0].id], len(pictures) - 1)
 
     def _view(self, run: Run, picture: Picture) -> torch.Tensor | str:
         """The picture as (3, S, S) uint8, or why it cannot be decoded."""
@@ -226,6 +288,7 @@ class TrainingRuns:
     rank: int
     world_size: int
     sizes: tuple[int, ...] = (224,)
+    mixing: Mixing = Mixing()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -234,9 +297,13 @@ class TrainingRuns:
         share = self.global_batch // self.world_size
         for step in self.steps:
             epoch, batch, _ = batch_indices(len(self.index), self.seed, self.global_batch, step)
-            first = batch * self.global_batch + self.rank * share
+            begin, ids = batch * self.global_batch, order(len(self.index), self.seed, epoch)
             size = size_at(self.sizes, self.seed, step)
-            yield _run(self.index, order(len(self.index), self.seed, epoch), epoch, size, first, share)
+            run = _run(self.index, ids, epoch, size, begin + self.rank * share, share)
+            if mix := self.mixing.at(self.seed, step):
+                place = begin + _before(self.rank * share, self.global_batch)
+                run = run._replace(mix=mix, before=_run(self.index, ids, epoch, size, place, 1).pictures)
+            yield run
 
 
 @dataclass(frozen=True)
@@ -250,6 +317,7 @@ class StreamedRuns:
     rank: int
     world_size: int
     sizes: tuple[int, ...]
+    mixing: Mixing = Mixing()
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -257,9 +325,16 @@ class StreamedRuns:
     def __iter__(self) -> Iterator[Run]:
         share = self.global_batch // self.world_size
         for step in self.steps:
-            first = step * self.global_batch + self.rank * share
-            size = size_at(self.sizes, self.seed, step)
-            yield Run(0, size, share, self.stream.take(self.seed, first, share + SUBSTITUTES))
+            begin, first = step * self.global_batch, self.rank * share
+            size, mix = size_at(self.sizes, self.seed, step), self.mixing.at(self.seed, step)
+            if mix is None:
+                yield Run(0, size, share, self.stream.take(self.seed, begin + first, share + SUBSTITUTES))
+                continue
+            # A stream does not go back: of the whole batch, what this process needs.
+            batch = self.stream.take(self.seed, begin, self.global_batch + SUBSTITUTES)
+            place = _before(first, self.global_batch)
+            own, before = (batch[a : a + n + SUBSTITUTES] for a, n in ((first, share), (place, 1)))
+            yield Run(0, size, share, own, mix, before)
 
 
 @dataclass(frozen=True)
@@ -278,6 +353,11 @@ class HeldOutRuns:
         ids = np.arange(self.count)
         for first in range(0, self.count, self.batch_size):
             yield _run(self.index, ids, 0, self.size, first, min(self.batch_size, self.count - first))
+
+
+def _before(place: int, global_batch: int) -> int:
+    """The place before `place` in a global batch; before the first is the last."""
+    return (place - 1) % global_batch
 
 
 def _run(index: ShardIndex, ids: np.ndarray, epoch: int, size: int, first: int, count: int) -> Run:
@@ -353,20 +433,22 @@ def training_batches(
     world_size: int = 1,
     size: int | Sequence[int] = 224,
     augment: Augment | CentreCrop | None = None,
+    mixing: Mixing = Mixing(),
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Batches:
     """This rank's share of the global batches of `steps` steps, the first of which is `first_step`.
 
     To resume a run of n steps at step t: first_step=t, steps=n - t. `augment` None means Augment(). Of several sizes,
-    each step takes one (`size_at`); pictures and crops are the same at every size. Raises DataError where the processes
+    each step takes one (`size_at`); pictures and crops are the same at every size. `mixing` mixes the views of a batch.
+    Raises DataError where the processes
     cannot share the global batch evenly, or where there are fewer pictures than that.
     """
     check_batch(source, global_batch, world_size)
     if not 0 <= rank < world_size or first_step < 0 or steps < 0:
         raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
     sizes = (size,) if isinstance(size, int) else tuple(size)
-    these = (seed, global_batch, range(first_step, first_step + steps), rank, world_size, sizes)
+    these = (seed, global_batch, range(first_step, first_step + steps), rank, world_size, sizes, mixing)
     runs = StreamedRuns(source, *these) if isinstance(source, Stream) else TrainingRuns(source, *these)
     return Batches(PictureSet(sizes, augment or Augment(), seed), runs, workers, pin_memory)
 

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..convert import Preprocess
-from .loader import Augment, BadSamples, Batch, held_out_batches, to_model_input, training_batches
+from .loader import Augment, BadSamples, Batch, Mixing, held_out_batches, to_model_input, training_batches
 from .recipe import Recipe
 from .shards import ShardIndex
 from .stream import Stream
@@ -26,6 +26,7 @@ class Pictures:
         preprocess: the teacher's, by which pictures are normalised.
         train, val: to train and to measure on.
         bad: the broken pictures of `train`.
+        memory_format: in which the models read pictures.
     """
 
     recipe: Recipe
@@ -34,14 +35,17 @@ class Pictures:
     train: ShardIndex | Stream
     val: ShardIndex
     bad: BadSamples
+    memory_format: torch.memory_format = torch.contiguous_format
 
     @property
     def augment(self) -> Augment:
-        return Augment(scale=self.recipe.crop_scale, flip=self.recipe.flip)
+        recipe = self.recipe
+        return Augment(scale=recipe.crop_scale, flip=recipe.flip, turn=recipe.turn, colour=recipe.colour)
 
     def normalised(self, pictures: Tensor) -> Tensor:
         """uint8 (B, 3, S, S) to what teacher and student take, on the device."""
-        return to_model_input(pictures, self.preprocess.mean, self.preprocess.std, self.accelerator.device)
+        taken = to_model_input(pictures, self.preprocess.mean, self.preprocess.std, self.accelerator.device)
+        return taken.contiguous(memory_format=self.memory_format)
 
     def batches(self, first: int, end: int) -> Iterator[Batch]:
         """This process's batches of steps [first, end)."""
@@ -55,6 +59,7 @@ class Pictures:
             world_size=self.accelerator.num_processes,
             size=self.recipe.image_sizes or self.recipe.image_size,
             augment=self.augment,
+            mixing=Mixing(self.recipe.mixup, self.recipe.cutmix),
             workers=self.recipe.workers,
             pin_memory=self.accelerator.device.type == "cuda",
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +129,14 @@ class Recipe:
             follows the schedule.
         average: decay of the exponential moving average of the weights that is measured and saved; 0 takes the last.
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
+        turn: largest angle, in degrees of 0 to 180, that a view is turned by, either way; the corners are grey. 0 turns
+            none.
+        colour: how strongly brightness, contrast, saturation and hue of a view are changed, 0 to 1; 1 is SimCLR's
+            strength (Chen et al. 2020).
+        mixup, cutmix: chance that all pictures of a batch are mixed with their neighbours in it, either faded into one
+            another (mixup, Zhang et al. 2018) or with a box cut out of the neighbour (CutMix, Yun et al. 2019). One
+            share for a batch, each from 0 to 1 alike often. Together at most 1. Teacher and student see the same
+            mixture, so no label is needed. Pictures for gains and statistics are never mixed.
         held_out: pictures kept back for the fidelity curve where no --val is given.
         evaluate_every, checkpoint_every: in pictures seen. log_every: in steps.
         probe_pictures: so many held-out pictures are explained before the first step, every `probe_every` pictures and
@@ -162,6 +170,10 @@ class Recipe:
     average: float = 0.0
     crop_scale: tuple[float, float] = (0.35, 1.0)
     flip: float = 0.5
+    turn: float = 0.0
+    colour: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     held_out: int = 128
     evaluate_every: int = 1600
     checkpoint_every: int = 1600
@@ -171,6 +183,10 @@ class Recipe:
     precision: Literal["auto", "no", "bf16"] = "auto"
     workers: int = 2
     max_bad: float = 0.01
+
+    def __post_init__(self) -> None:
+        if wrong := list(_view_faults(self)):
+            raise RecipeError("; ".join(wrong))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -215,6 +231,21 @@ def from_values(values: Any, name: str = "recipe") -> Recipe:
     recipe = parse(Recipe, values)
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+# The largest value of each key about views; the smallest is 0.
+VIEWS = {"turn": 180, "colour": 1, "mixup": 1, "cutmix": 1}
+
+
+def _view_faults(recipe: Recipe) -> Iterator[str]:
+    for key, largest in VIEWS.items():
+        if not 0 <= (found := getattr(recipe, key)) <= largest:
+            yield f"{key}: must be from 0 to {largest}; got {found:g}"
+    mixed = recipe.mixup + recipe.cutmix
+    if mixed > 1:
+        yield f"mixup, cutmix: a batch is mixed in one way, so their chances may add up to 1; got {mixed:g}"
+    if mixed > 0 and recipe.batch_size < 2:
+        yield f"mixup, cutmix: a batch of {recipe.batch_size} has no two pictures to mix; set batch_size to 2 or more"
 
 
 def dump(recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..convert.files import new_folder
 from .distributed import sharded_like, whole
@@ -84,8 +85,8 @@ class Progress:
 
 
 def snapshot(student: nn.Module) -> dict[str, Tensor]:
-    """A copy of the state dict in main memory, each tensor on its own: safetensors refuses tied ones."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in student.state_dict().items()}
+    """A copy of the state dict in main memory, each tensor on its own and contiguous, as safetensors takes it."""
+    return {name: _copied(tensor.detach()) for name, tensor in student.state_dict().items()}
 
 
 def write(
@@ -140,7 +141,10 @@ def restore(checkpoint: Path, student: nn.Module, average: nn.Module | None = No
 
 
 def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Loads the optimizer's state; each process takes its shards where the weights are in shards."""
+    """Loads the optimizer's state; each process takes its shards where the weights are in shards.
+
+    What has a weight's shape also gets its memory format: fused steps pair numbers by where they lie.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     with safe_open(checkpoint / OPTIMIZER, "pt") as file:
@@ -151,8 +155,19 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
         place = parameters[int(index)]
         # The count of steps is one number beside any weight.
         alike = isinstance(value, Tensor) and value.shape == place.shape
-        state.setdefault(int(index), {})[name] = sharded_like(place, value) if alike else value
+        state.setdefault(int(index), {})[name] = _placed_like(place, value) if alike else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _placed_like(place: Tensor, value: Tensor) -> Tensor:
+    """`value` in the shards of `place`, or in its memory format."""
+    if isinstance(place, DTensor):
+        return sharded_like(place, value)
+    return torch.empty_like(place, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def best_of(checkpoint: Path) -> dict[str, Tensor] | None:
@@ -175,7 +190,7 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict
                 continue
             gathered = whole(value.detach())
             if keep:
-                tensors[f"{index}.{name}"] = gathered.to("cpu", copy=True).contiguous()
+                tensors[f"{index}.{name}"] = _copied(gathered)
     return tensors, plain
 
 

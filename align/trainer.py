@@ -17,6 +17,7 @@ from accelerate.utils import ProjectConfiguration
 from ..convert import load, save
 from ..convert.checkpoint import versions
 from ..convert.files import check_free
+from ..convert.memory import laid_out, memory_format_of
 from . import state
 from .checks import check_floor, check_recipe
 from .descend import descend
@@ -71,7 +72,10 @@ def align(config: AlignConfig) -> dict[str, Any]:
     checkpoint, progress = resumed or (None, state.Progress(0, 0, train.digest, run_id=uuid.uuid4().hex[:8]))
     progress = _with_versions(progress)
     bad = BadSamples(train, config.work / "bad_samples.jsonl", recipe.max_bad)
-    pictures = Pictures(recipe, accelerator, student.preprocess, train, val, bad)
+    layout = memory_format_of(student.model)
+    pictures = Pictures(recipe, accelerator, student.preprocess, train, val, bad, layout)
+    for model in (student.model, teacher):
+        laid_out(model)
     learner = Learner(student, recipe.average, accelerator.device)
     run = AlignRun(config, accelerator, student, teacher.to(accelerator.device), pictures, learner, checkpoint)
     start_trackers(accelerator, recipe, config.out, config.work, progress)

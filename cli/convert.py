@@ -54,6 +54,7 @@ def convert(
     from ..convert import load_teacher, lossy_steps, plan_for, save
     from ..convert.files import check_free
     from ..convert.layers import ReferenceSized
+    from ..convert.memory import laid_out
     from ..convert.methods import find_method
     from ..convert.settings import from_assignments
     from ..convert.trace import noise_pictures
@@ -91,6 +92,8 @@ def convert(
         raise PlanError(f"--calibrate: no layer of a {method} student has a gain. Leave it out, and align.")
     del teacher  # the student is the same function, and a large model need not be held twice
     pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
+    if pictures is not None:
+        laid_out(student.model)
     shown = noise_pictures(2, student.preprocess.size) if pictures is None else pictures
     costs = lossy_steps(student, shown, ends) if ends else []
     if pictures is not None:

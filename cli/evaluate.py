@@ -70,6 +70,7 @@ def evaluate(
     from ..convert import embed_texts, load, token_grid
     from ..convert.checkpoint import versions
     from ..convert.files import check_free, new_folder
+    from ..convert.memory import laid_out
     from ..evaluate import suite
     from ..evaluate.report import gallery_of, report_page
     from ..evaluate.subject import Subject, weights_digest
@@ -93,7 +94,7 @@ def evaluate(
     teacher, ours = (
         Subject(
             name,
-            found.eval().requires_grad_(False).to(place),
+            laid_out(found.eval().requires_grad_(False)).to(place),
             partial(token_grid, student.source),
             preprocess.mean,
             preprocess.std,

@@ -118,6 +118,7 @@ def _open(model: str, head: str, image_size: int | None) -> Any:
     """The Student of a folder or repository, or the Teacher of a reference, in eval mode, at `image_size`."""
     from ..convert import load, load_teacher
     from ..convert.hub import is_student
+    from ..convert.memory import laid_out
     from ..convert.trace import trace_forward
     from ..errors import SourceError
 
@@ -130,7 +131,7 @@ def _open(model: str, head: str, image_size: int | None) -> Any:
         )
     else:
         opened = load_teacher(model, head=head, image_size=image_size)
-    opened.model.eval()
+    laid_out(opened.model.eval())
     if image_size is not None:
         opened = dataclasses.replace(opened, preprocess=opened.preprocess.at(image_size))
         trace_forward(opened.model, opened.preprocess.size)

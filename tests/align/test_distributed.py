@@ -64,7 +64,8 @@ def step(self, progress, losses, norm):
         os.kill(os.getpid(), getattr(signal, name))
 def noted(self, pictures):
     losses = backward(self, pictures)
-    grads = {n: whole(p.grad).clone() for n, p in self.prepared.model.named_parameters() if p.grad is not None}
+    held = ((n, p.grad) for n, p in self.prepared.model.named_parameters() if p.grad is not None)
+    grads = {n: whole(grad).clone(memory_format=torch.contiguous_format) for n, grad in held}
     steps.append(grads)
     if self.run.accelerator.is_main_process:
         save_file(grads, os.path.join(kept, f"{len(steps)}.safetensors"))
@@ -187,6 +188,22 @@ def test_shards_train_as_copies_do_and_their_checkpoints_are_whole(folder, two):
     (folder / "fsdp.gradients/1.safetensors").write_bytes(gradients)
     assert rows(folder, "fsdp")[0]["run"]["distributed"] == "FSDP"
     assert_same_training(folder, "fsdp", two, weights=1e-4)
+
+
+def test_a_convolutional_network_trains_in_shards(folder, tmp_path):
+    """FSDP takes no weights in channels-last memory; the run is that of one process all the same."""
+    torch.manual_seed(0)
+    save(convert(load_teacher("timm:test_resnet", pretrained=False, image_size=64)), tmp_path / "run")
+    recipe = dataclasses.replace(RECIPE, phases=(Phase("end-to-end", 24, 2e-3),))
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    for name in ("shards", "faulty.py"):
+        (tmp_path / name).symlink_to(folder / name)
+    for out, config in (("one", None), ("fsdp", "fsdp.yaml")):
+        done = launched(tmp_path, out, config)
+        assert done.returncode == 0, done.stderr
+    ours, theirs = ([row["loss"] for row in rows(tmp_path, out) if "loss" in row] for out in ("fsdp", "one"))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert far(*(load_file(tmp_path / f"{out}.gradients/1.safetensors") for out in ("fsdp", "one"))) <= 1e-4
 
 
 @pytest.mark.timeout(4 * LIMIT)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from bcosify.align.loader import SUBSTITUTES, BadSamples, training_batches
+from bcosify.align.loader import SUBSTITUTES, BadSamples, Mixing, training_batches
 from bcosify.align.shards import index_shards, order
 from bcosify.align.stream import SURE, Stream, fingerprints
 from bcosify.errors import DataError
@@ -169,6 +169,28 @@ def test_processes_share_the_same_global_batches(tmp_path, world_size):
     ranks = [batches(Stream(paths, buffer=4), rank=rank, world_size=world_size) for rank in range(world_size)]
     for whole_, *parts in zip(batches(Stream(paths, buffer=4)), *ranks, strict=True):
         assert torch.equal(torch.cat([part.pictures for part in parts]), whole_.pictures)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_mixed_batches_are_the_same_and_nothing_is_read_twice(tmp_path, monkeypatch, world_size):
+    begun = []
+    begin = Stream._from
+    monkeypatch.setattr(Stream, "_from", lambda self, *place: begun.append(place) or begin(self, *place))
+    paths, mixing = write(tmp_path, [3, 1, 5]), Mixing(mixup=0.3, cutmix=0.4)
+    assert {getattr(mixing.at(3, step), "how", None) for step in range(7)} == {"mixup", "cutmix", None}
+    plain = batches(Stream(paths, buffer=4))
+    expected = batches(Stream(paths, buffer=4), mixing=mixing)
+    for step, (left, right) in enumerate(zip(plain, expected, strict=True)):
+        assert left.ids.tolist() == right.ids.tolist()
+        assert torch.equal(left.pictures, right.pictures) == (mixing.at(3, step) is None)
+    begun.clear()
+    ranks = [
+        batches(Stream(paths, buffer=4), mixing=mixing, rank=rank, world_size=world_size) for rank in range(world_size)
+    ]
+    assert len(begun) == world_size
+    for whole_, *parts in zip(expected, *ranks, strict=True):
+        assert torch.equal(torch.cat([part.pictures for part in parts]), whole_.pictures)
+    assert_same(expected[3:], batches(Stream(paths, buffer=4), mixing=mixing, first_step=3, steps=4, workers=1))
 
 
 def test_phases_go_on_without_reading_again(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -15,11 +16,16 @@ import pytest
 import torch
 import yaml
 from bcosify.align import compiling, log, state
+from bcosify.align.learner import Learner
 from bcosify.align.objectives import OBJECTIVES, observe
+from bcosify.align.optimizers import make_optimizer, scales
 from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
+from bcosify.align.stepper import Stepper
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
+from bcosify.convert.memory import laid_out
+from bcosify.convert.trace import noise_pictures
 from bcosify.errors import BcosifyError, CheckpointError, DataError, RecipeError
 from safetensors.torch import load_file
 
@@ -32,6 +38,9 @@ MUON_RECIPE = dataclasses.replace(
     average=0.9,
     weight_norm=1.0,
 )
+
+# All that views can be.
+VIEWS_RECIPE = dataclasses.replace(CNN_RECIPE, turn=20, colour=0.4, mixup=0.4, cutmix=0.4)
 
 
 def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
@@ -84,8 +93,8 @@ trainer.align(trainer.AlignConfig(Path(run), data, Path(out), load_recipe(recipe
 
 @pytest.mark.parametrize(
     ("model", "wanted", "kill_at"),
-    [("run", RECIPE, 7), ("run", MUON_RECIPE, 12), ("cnn", CNN_RECIPE, 12)],
-    ids=["vit-first-phase", "vit-second-phase-muon-average", "cnn"],
+    [("run", RECIPE, 7), ("run", MUON_RECIPE, 12), ("cnn", VIEWS_RECIPE, 12)],
+    ids=["vit-first-phase", "vit-second-phase-muon-average", "cnn-mixed-views"],
 )  # five steps a checkpoint, ten steps a phase
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill_at, shards, tmp_path, request):
     run, recipe = request.getfixturevalue(model), tmp_path / "recipe.yaml"
@@ -110,6 +119,68 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(model, wanted, kill
     assert rows(tmp_path / "polite") == rows(tmp_path / "whole")
     whole, *others = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts", "polite"))
     assert all(torch.equal(whole[name], other[name]) for other in others for name in whole)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_checkpoint_in_channels_last_is_exact(cnn, tmp_path, optimizer):
+    """Written in torch's own format and read back into the model's, weights, average and moments."""
+    phase = dataclasses.replace(CNN_PHASES[0], optimizer=optimizer)
+    pictures = noise_pictures(4, (64, 64)).contiguous(memory_format=torch.channels_last)
+
+    def made():
+        student = load(cnn)
+        laid_out(student.model)
+        set_strength(student.model, b=1.5, beta=1)
+        learner = Learner(student, 0.5, torch.device("cpu"))
+        return learner, make_optimizer(learner.model, phase, CNN_RECIPE, scales(learner.model, True))
+
+    def train(learner, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            learner.model(pictures).square().mean().backward()
+            optimizer.step()
+            learner.stepped()
+
+    learner, moments = made()
+    learner.begin()
+    train(learner, moments, 2)
+    checkpoint = state.write(tmp_path, learner.model, moments, state.Progress(2, 0, ""), learner.average)
+    again, restored = made()
+    again.restore(checkpoint)
+    state.restore_optimizer(checkpoint, restored)
+    for ours, theirs in ((again.model, learner.model), (again.average, learner.average)):
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert one.stride() == other.stride() and torch.equal(one, other)
+    assert any(p.dim() == 4 and not p.is_contiguous() for p in again.model.parameters())
+    for index, part in moments.state_dict()["state"].items():
+        for name, value in part.items():
+            found = restored.state_dict()["state"][index][name]
+            assert found == value if isinstance(value, bool) else torch.equal(found, value)
+            assert isinstance(value, bool) or found.stride() == value.stride()
+    train(learner, moments, 2)
+    train(again, restored, 2)
+    for one, other in zip(again.model.parameters(), learner.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("model", ["run", "cnn"])
+def test_convolutional_networks_run_channels_last(model, shards, tmp_path, request, monkeypatch):
+    """Teacher, student and pictures of a CNN, in every step; a ViT's stay as they were."""
+    found, plain = [], Stepper.take
+
+    def take(self, k, batch):
+        models = (self.run.teacher, self.prepared.model, self.run.learner.result)
+        weights = [m.weight for one in models for m in one.modules() if isinstance(m, torch.nn.Conv2d)]
+        for tensor in (*weights, self.run.pictures.normalised(batch.pictures)):
+            if tensor.shape[1] > 1 and tensor.shape[2] > 1:
+                found.append(tensor.is_contiguous(memory_format=torch.channels_last))
+        return plain(self, k, batch)
+
+    monkeypatch.setattr(Stepper, "take", take)
+    phases = (dataclasses.replace(PHASES[1], pictures=8),)
+    aligned(request.getfixturevalue(model), shards, tmp_path / "out", dataclasses.replace(RECIPE, phases=phases))
+    assert set(found) == {model == "cnn"}
+    assert all(tensor.is_contiguous() for tensor in load(tmp_path / "out").model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -137,6 +208,32 @@ def test_two_processes_see_the_same_batches(model, phases, shards, tmp_path, req
     assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-5)
     # Rounding grows from step to step: Adam's first steps are signs of gradients, however small these are.
     assert all(theirs == pytest.approx(ours, rel=1e-3) for ours, theirs in losses)
+
+
+def test_teacher_and_student_see_the_same_mixture_and_gains_see_none(cnn, shards, tmp_path, monkeypatch):
+    found, plain = [], Stepper._backward
+
+    def noted(self, pictures):
+        taken = []
+        models = (self.run.teacher, self.prepared.model)
+        hooks = [model.register_forward_pre_hook(lambda _, args: taken.append(args[0].clone())) for model in models]
+        losses = plain(self, pictures)
+        for hook in hooks:
+            hook.remove()
+        found.append((self.gain_pictures, *taken))
+        return losses
+
+    monkeypatch.setattr(Stepper, "_backward", noted)
+    phases = (dataclasses.replace(PHASES[1], pictures=16, calibrate=8),)
+    gains = {}
+    for mixup in (0.0, 1.0):
+        found.clear()
+        recipe = dataclasses.replace(RECIPE, phases=phases, mixup=mixup)
+        aligned(cnn, shards, tmp_path / str(mixup), recipe)
+        for gain_pictures, theirs, ours in found:
+            assert torch.equal(theirs, ours)
+            gains[mixup] = gain_pictures, ours
+    assert torch.equal(gains[0.0][0], gains[1.0][0]) and not torch.equal(gains[0.0][1], gains[1.0][1])
 
 
 def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
@@ -345,6 +442,39 @@ def test_recipes_round_trip_and_name_every_fault():
         load_recipe("smoke", ["phases.7.pictures=1"])
     assert load_recipe("smoke", ["phases.0.pictures=8"]).phases[0].pictures == 8
     assert load_recipe("smoke", ["phases.0.learning_rate=3e-4"]).phases[0].learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["turn=181"], "turn: must be from 0 to 180; got 181"),
+        (["turn=-1"], "turn: must be from 0 to 180; got -1"),
+        (["colour=1.5"], "colour: must be from 0 to 1; got 1.5"),
+        (["mixup=2"], "mixup: must be from 0 to 1; got 2"),
+        (["cutmix=-0.1"], "cutmix: must be from 0 to 1; got -0.1"),
+        (["cutmix=.nan"], "cutmix: must be from 0 to 1; got nan"),
+        (["mixup=0.6", "cutmix=0.6"], "chances may add up to 1; got 1.2"),
+        (["mixup=0.5", "batch_size=1"], "a batch of 1 has no two pictures to mix; set batch_size to 2 or more"),
+    ],
+)
+def test_views_that_cannot_be_are_refused_in_one_line(changes, says):
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("smoke", changes)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
+    values = {
+        word.split("=")[0]: float(word.split("=")[1].lstrip(".") if "nan" in word else word.split("=")[1])
+        for word in changes
+    }
+    if "batch_size" in values:
+        values["batch_size"] = int(values["batch_size"])
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        dataclasses.replace(RECIPE, **values)
+
+
+def test_views_at_their_limits_are_taken():
+    recipe = load_recipe("smoke", ["turn=180", "colour=1", "mixup=0.4", "cutmix=0.6", "batch_size=2"])
+    assert (recipe.turn, recipe.colour, recipe.mixup, recipe.cutmix) == (180, 1, 0.4, 0.6)
+    assert load_recipe("smoke", ["batch_size=1"]).batch_size == 1
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
