@@ -12,6 +12,7 @@ from ..convert.blocks import blocks_of
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..errors import PlanError, RecipeError
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
+from .paths import check_paths
 from .recipe import Need, Recipe, list_recipes, load_recipe
 
 __all__ = ["NEEDS", "check_recipe"]
@@ -41,6 +42,7 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     _check_family(recipe, student)
     _check_sizes(recipe, student, teacher)
     check_objectives(student, recipe)
+    check_paths(recipe, student.model)
     for phase in recipe.phases:
         {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
     if recipe.taps:

@@ -48,6 +48,12 @@ class Phase:
             down to `final_learning_rate` (a share of the peak); the peak holds in between.
         clip: largest norm of the gradient. adaptive_clip: largest norm of each unit's gradient as a share of its
             weight's norm (Brock et al. 2021); 0 does not clip.
+        blend: [start, end] over the same `ramp`: share, in [0, 1], of the teacher's block in the output of each of the
+            student's blocks, both on the student's input, while it is trained as a whole; it is measured and saved
+            without. A block costs the teacher's block once more while the share is above 0.
+        own_inputs: [start, end] over the same `ramp`: share, in [0, 1], of the places of each unit's input that are the
+            student's own and not the teacher's, in block-local and layer-local phases; drawn anew at each step. The
+            student runs once more a step, without a gradient, while the share is above 0.
         patience: the phase ends when so many evaluations in a row, each with B and beta at their ends, bring no better
             centred cosine on the held-out pictures than the best one; 0 never. It then hands on the weights of the best
             one, also where it ran to its end.
@@ -74,6 +80,13 @@ class Phase:
     clip: float = 5.0
     adaptive_clip: float = 0.0
     patience: int = 0
+    blend: tuple[float, float] = (0.0, 0.0)
+    own_inputs: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def helped(self) -> bool:
+        """Whether the teacher's help changes inside the phase."""
+        return any(start != end for start, end in (self.blend, self.own_inputs))
 
     @property
     def moving(self) -> bool:

@@ -6,7 +6,7 @@ import math
 
 from .recipe import Phase
 
-__all__ = ["arrived", "due", "learning_rate", "ramp", "strengths_at"]
+__all__ = ["arrived", "due", "learning_rate", "ramp", "share_at", "strengths_at"]
 
 
 def learning_rate(phase: Phase, step: int, steps: int) -> float:
@@ -34,9 +34,16 @@ def strengths_at(phase: Phase, step: int, steps: int) -> dict[str, float]:
     return {name: ramp(step, steps, start, end, phase.ramp) for name, (start, end) in moving.items()}
 
 
+def share_at(phase: Phase, name: str, step: int, steps: int) -> float:
+    """The share `name`, `blend` or `own_inputs`, at `step` of the `steps` of `phase`."""
+    start, end = getattr(phase, name)
+    return ramp(step, steps, start, end, phase.ramp)
+
+
 def arrived(phase: Phase, step: int, steps: int) -> bool:
-    """Whether B and beta are at their ends at `step`: before, the student is nearer to its teacher for free."""
-    return step >= phase.ramp * steps or not phase.moving
+    """Whether B, beta and the teacher's help are at their ends at `step`: before, the student is nearer to its teacher
+    for free, or not yet trained for what it will be."""
+    return step >= phase.ramp * steps or not (phase.moving or phase.helped)
 
 
 def due(step: int, batch_size: int, every: int) -> bool:

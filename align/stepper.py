@@ -11,14 +11,16 @@ from torch import Tensor
 
 from ..convert import calibrate, set_strength
 from ..convert.layers import batch_statistics
+from ..convert.taps import Call
 from . import state
 from .compiling import compile_blocks, eager
 from .distributed import prepare, whole
 from .loader import Batch
 from .objectives import OBJECTIVES, observe
 from .optimizers import make_optimizer, scales
+from .paths import Draw, blended, with_own_inputs
 from .run import AlignRun
-from .schedule import learning_rate, strengths_at
+from .schedule import learning_rate, share_at, strengths_at
 
 __all__ = ["Stepper"]
 
@@ -44,6 +46,7 @@ class Stepper:
         else:
             self.objective.go_on(progress.begun)
         self.progress = progress
+        self.step = progress.step - progress.first
         self.prepared = prepare(
             run.accelerator,
             self.objective,
@@ -71,6 +74,7 @@ class Stepper:
     def take(self, k: int, batch: Batch) -> tuple[dict[str, Tensor], Tensor | float | None]:
         """Takes step `k` of the phase; returns losses, and the norm of the gradient before it was clipped."""
         run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
+        self.step = k
         if phase.moving:
             self._move(k)
         if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * self.steps:
@@ -100,18 +104,37 @@ class Stepper:
         fed = functools.partial(self.objective.run, self.gain_pictures, calls)
         calibrate(self.run.learner.model, self.run.teacher, self.gain_pictures, self.phase.gain, fed)
 
+    def _fed(self, calls: dict[str, Call], part: Tensor, first: int) -> dict[str, Call]:
+        """The teacher's calls on `part`, which begins at this process's picture `first`, as the units are fed."""
+        share = share_at(self.phase, "own_inputs", self.step, self.steps)
+        if not share:
+            return calls
+        own, _ = observe(self.prepared.model, part, self.objective.taps)
+        return with_own_inputs(calls, own, share, len(part), self._draw(first))
+
+    def _draw(self, first: int) -> Draw:
+        """The dice of this step for the pictures from this process's picture `first` on."""
+        recipe, accelerator = self.run.recipe, self.run.accelerator
+        before = accelerator.process_index * (recipe.batch_size // accelerator.num_processes)
+        return Draw(recipe.seed, self.progress.first + self.step, recipe.batch_size, before + first)
+
     def _backward(self, pictures: Tensor) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
         accelerator, module = self.run.accelerator, self.prepared.module
         parts = pictures.chunk(self.run.recipe.accumulate)
         sums: dict[str, Tensor] = {}
-        with batch_statistics(self.prepared.model) if self.phase.batch_statistics else contextlib.nullcontext():
+        model, blend = self.prepared.model, share_at(self.phase, "blend", self.step, self.steps)
+        with (
+            batch_statistics(model) if self.phase.batch_statistics else contextlib.nullcontext(),
+            blended(model, self.run.teacher, blend),
+        ):
             for i, part in enumerate(parts):
                 share = len(part) / len(pictures)
                 last = i + 1 == len(parts)
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     with accelerator.autocast():
                         calls, output = observe(self.run.teacher, part, self.objective.taps)
+                        calls = self._fed(calls, part, sum(map(len, parts[:i])))
                         losses = module(part, calls, output)
                     accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
