@@ -34,6 +34,7 @@ from .losses import (
     magnitude_error,
     pairwise_error,
     squared_size,
+    unexplained,
     update_error,
 )
 from .prototypes import PrototypeFit
@@ -53,6 +54,7 @@ __all__ = [
     "Objective",
     "Pairwise",
     "check_objectives",
+    "deviations",
     "observe",
 ]
 
@@ -65,19 +67,23 @@ class Objective(nn.Module):
         check_taps(student, taps)
         self.student = student
         self.taps = taps
-        self.centred = recipe.centre
+        self.centred, self.standardise = recipe.centre, recipe.standardise
         self.means: dict[str, Tensor] = {}
+        self.deviations: dict[str, Tensor] = {}
 
     @property
     def asks_teacher(self) -> bool:
         """Whether `centre_on` takes anything from what the teacher makes of a few pictures."""
-        return self.centred
+        return self.centred or self.standardise != "none"
 
     def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
-        """Takes note of the teacher's mean features on a few pictures, if cosines are taken around them."""
+        """Takes note of the teacher's mean features on a few pictures, and how far they are from it, if asked to."""
+        rows = {name: channels_last(calls[name].output) for name in self.taps if name in calls} | {"output": output}
         if self.centred:
-            self.means = {name: channels_last(calls[name].output).mean(0) for name in self.taps if name in calls}
-            self.means["output"] = output.mean(0)
+            self.means = {name: features.mean(0) for name, features in rows.items()}
+        if self.standardise != "none":
+            least = 0.1 if self.standardise == "channel" else 0.0  # a sum of all channels' is not ruled by any
+            self.deviations = {name: deviations(features, least) for name, features in rows.items()}
 
     def begin(self) -> dict[str, float]:
         """At the start of a phase: what a resumed run must be told of the student as it is now."""
@@ -91,8 +97,10 @@ class Objective(nn.Module):
         self.student(pictures)
 
     def _distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
-        mean = self.means.get(name, 0.0)
-        return cosine_distance(ours - mean, theirs - mean)
+        if self.standardise == "phi-s":
+            return unexplained(ours, theirs, self.deviations[name].square().sum())
+        mean, deviation = self.means.get(name, 0.0), self.deviations.get(name, 1.0)
+        return cosine_distance((ours - mean) / deviation, (theirs - mean) / deviation)
 
     def _compared(self, pictures: Tensor, calls: dict[str, Call]) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
         """Runs the student: (its rows, the teacher's) at every tap, and its output."""
@@ -212,6 +220,15 @@ class BlockLocal(Objective):
     def _unit(self, name: str, call: Call) -> Tensor:
         ours, theirs = (self.fitted(call, output) for output in (self._output(name, call), call.output))
         return update_error(channels_last(ours), channels_last(theirs), self.mean_sizes.get(name))
+
+
+def deviations(features: Tensor, least: float) -> Tensor:
+    """(C,): standard deviation of each channel of features (R, C), at least `least` of their root mean square.
+
+    So a channel in which the teacher says nothing does not rule what is divided by it.
+    """
+    found = features.float().std(0, correction=0)
+    return found.clamp_min(least * found.square().mean().sqrt()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _update(call: Call, output: Tensor) -> Tensor:

@@ -112,6 +112,11 @@ class Recipe:
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
         taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
+        standardise: what end-to-end and block-own make of features before they compare them, from the teacher's on the
+            calibration pictures. `none`; `channel`: cosines after each channel is divided by its standard deviation, so
+            that all channels count alike; `phi-s`: in the place of cosines, the squared error as a share of the
+            teacher's variance (PHI-S, arXiv 2410.01680: with one scale for all channels cosines are the same as with
+            `centre` alone, so it is what PHI-S makes of a squared error; it sees sizes too, and no `centre`).
         output_weight: weight of the output's loss beside one for every tap.
         magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
         weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
@@ -145,6 +150,7 @@ class Recipe:
     taps: tuple[str, ...] = ()
     depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     centre: bool = False
+    standardise: Literal["none", "channel", "phi-s"] = "none"
     output_weight: float = 1.0
     magnitude_weight: float = 0.0
     weight_norm: float = 0.0
