@@ -14,6 +14,7 @@ from ..errors import PlanError, RecipeError
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .paths import check_paths
 from .recipe import Need, Recipe, list_recipes, load_recipe
+from .trust import check_trust
 
 __all__ = ["NEEDS", "check_recipe"]
 
@@ -43,6 +44,7 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     _check_sizes(recipe, student, teacher)
     check_objectives(student, recipe)
     check_paths(recipe, student.model)
+    check_trust(recipe)
     for phase in recipe.phases:
         {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
     if recipe.taps:

@@ -79,6 +79,7 @@ def check_sharded(accelerator: Accelerator, recipe: Recipe) -> None:
     for number, phase in enumerate(recipe.phases):
         wrong += [f"phases.{number}.optimizer"] if phase.optimizer != "adamw" else []
         wrong += [f"phases.{number}.adaptive_clip"] if phase.adaptive_clip else []
+        wrong += [f"phases.{number}.trust"] if phase.trust else []
         wrong += [f"phases.{number}.own_inputs"] if any(phase.own_inputs) else []
     if wrong:
         raise RecipeError(

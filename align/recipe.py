@@ -48,6 +48,10 @@ class Phase:
             down to `final_learning_rate` (a share of the peak); the peak holds in between.
         clip: largest norm of the gradient. adaptive_clip: largest norm of each unit's gradient as a share of its
             weight's norm (Brock et al. 2021); 0 does not clip.
+        trust: in the warm-up, every four steps after which the training loss is more than this share above what the
+            start of the phase would have on the same pictures are taken back, and the warm-up begins anew, to half the
+            rate for the rest of the phase; 0 never.
+            The student runs once more a step of the warm-up, and one step in four waits for the device (see `trust`).
         blend: [start, end] over the same `ramp`: share, in [0, 1], of the teacher's block in the output of each of the
             student's blocks, both on the student's input, while it is trained as a whole; it is measured and saved
             without. A block costs the teacher's block once more while the share is above 0.
@@ -80,6 +84,7 @@ class Phase:
     clip: float = 5.0
     adaptive_clip: float = 0.0
     patience: int = 0
+    trust: float = 0.0
     blend: tuple[float, float] = (0.0, 0.0)
     own_inputs: tuple[float, float] = (0.0, 0.0)
 

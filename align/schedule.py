@@ -6,19 +6,24 @@ import math
 
 from .recipe import Phase
 
-__all__ = ["arrived", "due", "learning_rate", "ramp", "share_at", "strengths_at"]
+__all__ = ["arrived", "due", "learning_rate", "ramp", "share_at", "strengths_at", "warm_steps"]
 
 
 def learning_rate(phase: Phase, step: int, steps: int) -> float:
     """Linear warm-up over the first `warmup` share of `steps`, then the peak, and over the last `decay` share (but for
     the warm-up) half a cosine down to `final_learning_rate` times the peak."""
     peak, final = phase.learning_rate, phase.final_learning_rate
-    warm = max(1, int(phase.warmup * steps))
+    warm = warm_steps(phase, steps)
     if step < warm:
         return peak * (step + 1) / warm
     falling = max(1, min(round(phase.decay * steps), steps - warm))
     progress = max(0.0, (step - (steps - falling)) / falling)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warm_steps(phase: Phase, steps: int) -> int:
+    """Steps with rising learning rate."""
+    return max(1, int(phase.warmup * steps))
 
 
 def ramp(step: int, steps: int, start: float, end: float, over: float) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+from pathlib import Path
 
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
@@ -20,7 +21,8 @@ from .objectives import OBJECTIVES, observe
 from .optimizers import make_optimizer, scales
 from .paths import Draw, blended, with_own_inputs
 from .run import AlignRun
-from .schedule import learning_rate, share_at, strengths_at
+from .schedule import learning_rate, share_at, strengths_at, warm_steps
+from .trust import Trust
 
 __all__ = ["Stepper"]
 
@@ -54,9 +56,24 @@ class Stepper:
         )
         if checkpoint is not None:
             state.restore_optimizer(checkpoint, self.prepared.optimizer)
+        self.trust = self._trust(checkpoint)
         if run.recipe.compile:
             compile_blocks(run.teacher, self.objective.taps, moving=False)
             compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
+
+    def _trust(self, checkpoint: Path | None) -> Trust:
+        """The phase's trust, as it was where the run goes on from `checkpoint`."""
+        accelerator = self.run.accelerator
+        models = [self.prepared.model, *filter(None, [self.run.learner.average])]
+        warm = warm_steps(self.phase, self.steps)
+        mean = functools.partial(accelerator.reduce, reduction="mean")
+        trust = Trust(self.phase.trust, warm, models, self.prepared.optimizer, mean)  # type: ignore[arg-type]
+        if checkpoint is None:
+            trust.begin()
+        else:
+            kept = state.trusted_of(checkpoint, accelerator.device)
+            trust.go_on(self.progress.trust, kept, accelerator.device)
+        return trust
 
     def _begun(self, number: int, progress: state.Progress) -> state.Progress:
         """Does what comes before a phase's first step alone; returns `progress` at the phase's start."""
@@ -81,11 +98,14 @@ class Stepper:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
         run.pictures.bad.add(batch.bad)
-        rate = learning_rate(phase, k, self.steps)
+        rate = self.trust.rate(k, learning_rate(phase, k, self.steps), phase.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         optimizer.zero_grad()
-        losses = self._backward(run.pictures.normalised(batch.pictures))
+        pictures = run.pictures.normalised(batch.pictures)
+        losses = self._backward(pictures)
+        if self.trust.refuses(k, losses["total"], lambda: self._backward(pictures, learn=False)["total"]):
+            return losses, None
         norm = run.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
         if phase.adaptive_clip:
             adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
@@ -118,8 +138,11 @@ class Stepper:
         before = accelerator.process_index * (recipe.batch_size // accelerator.num_processes)
         return Draw(recipe.seed, self.progress.first + self.step, recipe.batch_size, before + first)
 
-    def _backward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
+    def _backward(self, pictures: Tensor, learn: bool = True) -> dict[str, Tensor]:
+        """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached.
+
+        Without `learn` it returns the losses alone, where gradients are off.
+        """
         accelerator, module = self.run.accelerator, self.prepared.module
         parts = pictures.chunk(self.run.recipe.accumulate)
         sums: dict[str, Tensor] = {}
@@ -136,7 +159,8 @@ class Stepper:
                         calls, output = observe(self.run.teacher, part, self.objective.taps)
                         calls = self._fed(calls, part, sum(map(len, parts[:i])))
                         losses = module(part, calls, output)
-                    accelerator.backward(losses["total"] * share)
+                    if learn:
+                        accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
         return sums
