@@ -11,6 +11,7 @@ from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..errors import PlanError, RecipeError
+from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .paths import check_paths
 from .recipe import Need, Recipe, list_recipes, load_recipe
@@ -45,6 +46,7 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     check_objectives(student, recipe)
     check_paths(recipe, student.model)
     check_trust(recipe)
+    check_maps(recipe, student.model, teacher)
     for phase in recipe.phases:
         {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
     if recipe.taps:

@@ -37,6 +37,7 @@ from .losses import (
     unexplained,
     update_error,
 )
+from .maps import Aim, map_error
 from .prototypes import PrototypeFit
 
 if TYPE_CHECKING:
@@ -116,6 +117,16 @@ class EndToEnd(Objective):
         super().__init__(student, recipe, recipe.taps or depth_taps(find_blocks(student), recipe.depths))
         self.output_weight, self.magnitude_weight = recipe.output_weight, recipe.magnitude_weight
         self.norms = WeightNorms(recipe.weight_norm)
+        self.map_weight = recipe.map_weight
+        self.mean_output: Tensor | None = None
+
+    @property
+    def asks_teacher(self) -> bool:
+        return super().asks_teacher or bool(self.map_weight)
+
+    def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
+        super().centre_on(calls, output)
+        self.mean_output = output.mean(0)
 
     def begin(self) -> dict[str, float]:
         return self.norms.begin(self.student)
@@ -123,7 +134,9 @@ class EndToEnd(Objective):
     def go_on(self, begun: dict[str, float]) -> None:
         self.norms.first = begun
 
-    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, pictures: Tensor, calls: dict[str, Call], output: Tensor, aim: Aim | None = None
+    ) -> dict[str, Tensor]:
         pairs, ours_output = self._compared(pictures, calls)
         losses = {name: self._distance(name, *pair) for name, pair in pairs.items()}
         losses["output"] = self.output_weight * self._distance("output", ours_output, output)
@@ -132,6 +145,8 @@ class EndToEnd(Objective):
             losses["magnitude"] = self.magnitude_weight * torch.stack(errors).sum()
         if self.norms.weight:
             losses["weight norm"] = self.norms.penalty(self.student)
+        if aim is not None:
+            losses["map"] = self.map_weight * map_error(self.student, pictures[: len(aim.maps)], aim)
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
 

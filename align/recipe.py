@@ -125,6 +125,10 @@ class Recipe:
         output_weight: weight of the output's loss beside one for every tap.
         magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
         weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
+        map_weight: weight of the cosine distance between the student's exact map of the teacher's decision minus a
+            random other class (for embeddings: of the teacher's own direction) and the teacher's at its last features,
+            in the end-to-end objective (see `maps`); 0 leaves it out.
+        map_share: share of each batch, in (0, 1], whose maps are compared.
         anchor: weight of the divergence from the teacher's probabilities, in the objective `decisions`.
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
@@ -159,6 +163,8 @@ class Recipe:
     output_weight: float = 1.0
     magnitude_weight: float = 0.0
     weight_norm: float = 0.0
+    map_weight: float = 0.0
+    map_share: float = 0.25
     anchor: float = 0.1
     min_agreement: float = 0.0
     average: float = 0.0

@@ -17,7 +17,8 @@ from . import state
 from .compiling import compile_blocks, eager
 from .distributed import prepare, whole
 from .loader import Batch
-from .objectives import OBJECTIVES, observe
+from .maps import Aim, decided, own_directions, teacher_maps
+from .objectives import OBJECTIVES, EndToEnd, observe
 from .optimizers import make_optimizer, scales
 from .paths import Draw, blended, with_own_inputs
 from .run import AlignRun
@@ -132,6 +133,18 @@ class Stepper:
         own, _ = observe(self.prepared.model, part, self.objective.taps)
         return with_own_inputs(calls, own, share, len(part), self._draw(first))
 
+    def _aims(self, part: Tensor, output: Tensor, first: int) -> tuple[Aim, ...]:
+        """What the maps of some of `part` are to be, where the objective compares maps."""
+        if not isinstance(self.objective, EndToEnd) or not self.objective.map_weight:
+            return ()
+        some, theirs = (whole[: max(1, round(self.run.recipe.map_share * len(part)))] for whole in (part, output))
+        if self.run.student.labels is None:
+            assert self.objective.mean_output is not None
+            directions = own_directions(theirs, self.objective.mean_output)
+        else:
+            directions = decided(theirs, self._draw(first))
+        return (Aim(directions, teacher_maps(self.run.teacher, some, directions)),)
+
     def _draw(self, first: int) -> Draw:
         """The dice of this step for the pictures from this process's picture `first` on."""
         recipe, accelerator = self.run.recipe, self.run.accelerator
@@ -158,7 +171,7 @@ class Stepper:
                     with accelerator.autocast():
                         calls, output = observe(self.run.teacher, part, self.objective.taps)
                         calls = self._fed(calls, part, sum(map(len, parts[:i])))
-                        losses = module(part, calls, output)
+                        losses = module(part, calls, output, *self._aims(part, output, sum(map(len, parts[:i]))))
                     if learn:
                         accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
