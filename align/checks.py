@@ -15,8 +15,11 @@ from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
 from ..convert.taps import first_tensor
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..errors import PlanError, RecipeError, near_miss
+from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
+from .paths import check_paths
 from .recipe import Need, Recipe, list_recipes, load_recipe
+from .trust import check_trust
 
 __all__ = ["NEEDS", "check_recipe"]
 
@@ -46,6 +49,9 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     _check_sizes(recipe, student, teacher)
     check_objectives(student, recipe)
     check_strengths(student, recipe)
+    check_paths(recipe, student.model)
+    check_trust(recipe)
+    check_maps(recipe, student.model, teacher)
     for phase in recipe.phases:
         {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
     if recipe.taps:

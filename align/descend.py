@@ -34,7 +34,7 @@ def descend(run: AlignRun, number: int, outcome: Outcome) -> Outcome:
         leaving = stopped or len(progress.ends) > number
         if leaving or due(progress.step, recipe.batch_size, recipe.checkpoint_every):
             log.check(progress, losses, norm)
-            _checkpoint(run, prepared, progress)
+            _checkpoint(run, stepper, progress)
         if leaving:
             break
     log.close()
@@ -75,10 +75,11 @@ def _measured(run: AlignRun, prepared: Prepared, outcome: Outcome) -> Outcome:
     return dataclasses.replace(outcome, progress=progress, guarded=guarded)
 
 
-def _checkpoint(run: AlignRun, prepared: Prepared, progress: state.Progress) -> None:
-    learner, folder = run.learner, run.config.work / state.CHECKPOINTS
+def _checkpoint(run: AlignRun, stepper: Stepper, progress: state.Progress) -> None:
+    learner, folder, prepared, trust = run.learner, run.config.work / state.CHECKPOINTS, stepper.prepared, stepper.trust
+    progress = dataclasses.replace(progress, trust=trust.numbers())
     run.accelerator.wait_for_everyone()
     with prepared.whole():
-        main = run.accelerator.is_main_process
-        state.write(folder, learner.model, prepared.optimizer, progress, learner.average, best=learner.best, main=main)
+        more = {"best": learner.best, "trusted": trust.kept, "main": run.accelerator.is_main_process}
+        state.write(folder, learner.model, prepared.optimizer, progress, learner.average, **more)
     run.accelerator.wait_for_everyone()

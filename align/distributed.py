@@ -75,10 +75,12 @@ def check_sharded(accelerator: Accelerator, recipe: Recipe) -> None:
     """Raises RecipeError for what a recipe asks and shards do not do (yet)."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    wrong = [key for key in ("average", "weight_norm") if getattr(recipe, key)]
+    wrong = [key for key in ("average", "weight_norm", "map_weight") if getattr(recipe, key)]
     for number, phase in enumerate(recipe.phases):
         wrong += [f"phases.{number}.optimizer"] if phase.optimizer != "adamw" else []
         wrong += [f"phases.{number}.adaptive_clip"] if phase.adaptive_clip else []
+        wrong += [f"phases.{number}.trust"] if phase.trust else []
+        wrong += [f"phases.{number}.own_inputs"] if any(phase.own_inputs) else []
     if wrong:
         raise RecipeError(
             f"FSDP: {', '.join(wrong)} needs whole weights, and was not made for weights in shards. Leave it at its "

@@ -13,6 +13,7 @@ __all__ = [
     "magnitude_error",
     "pairwise_error",
     "squared_size",
+    "unexplained",
     "update_error",
 ]
 
@@ -56,6 +57,17 @@ def pairwise_error(student: Tensor, teacher: Tensor, scale: float = 10.0) -> Ten
     logits = scale * F.normalize(student.float()) @ F.normalize(teacher.float()).T - scale
     labels = 2 * torch.eye(len(logits), device=logits.device) - 1
     return -F.logsigmoid(labels * logits).sum(1).mean()
+
+
+def unexplained(student: Tensor, teacher: Tensor, variance: Tensor) -> Tensor:
+    """Mean squared error of rows (R, C) over the teacher's `variance` (), summed over the channels.
+
+    0 where both are equal, 1 for as good as the teacher's mean. It is the squared error, as a mean over channels, of
+    both after PHI-S (arXiv 2410.01680): x -> R (x - mean) / sqrt(variance / C), where the rotation R gives every
+    channel the same variance, 1. A squared error does not see R or the mean, so neither is computed.
+    """
+    error = squared_size(student.float() - teacher.float()).mean()
+    return error / variance.clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def update_error(student: Tensor, teacher: Tensor, mean_size: Tensor | None = None, floor: float = 0.1) -> Tensor:

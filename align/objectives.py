@@ -34,8 +34,10 @@ from .losses import (
     magnitude_error,
     pairwise_error,
     squared_size,
+    unexplained,
     update_error,
 )
+from .maps import Aim, map_error
 from .prototypes import PrototypeFit
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ __all__ = [
     "Objective",
     "Pairwise",
     "check_objectives",
+    "deviations",
     "observe",
 ]
 
@@ -65,19 +68,23 @@ class Objective(nn.Module):
         check_taps(student, taps)
         self.student = student
         self.taps = taps
-        self.centred = recipe.centre
+        self.centred, self.standardise = recipe.centre, recipe.standardise
         self.means: dict[str, Tensor] = {}
+        self.deviations: dict[str, Tensor] = {}
 
     @property
     def asks_teacher(self) -> bool:
         """Whether `centre_on` takes anything from what the teacher makes of a few pictures."""
-        return self.centred
+        return self.centred or self.standardise != "none"
 
     def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
-        """Takes note of the teacher's mean features on a few pictures, if cosines are taken around them."""
+        """Takes note of the teacher's mean features on a few pictures, and how far they are from it, if asked to."""
+        rows = {name: channels_last(calls[name].output) for name in self.taps if name in calls} | {"output": output}
         if self.centred:
-            self.means = {name: channels_last(calls[name].output).mean(0) for name in self.taps if name in calls}
-            self.means["output"] = output.mean(0)
+            self.means = {name: features.mean(0) for name, features in rows.items()}
+        if self.standardise != "none":
+            least = 0.1 if self.standardise == "channel" else 0.0  # a sum of all channels' is not ruled by any
+            self.deviations = {name: deviations(features, least) for name, features in rows.items()}
 
     def begin(self) -> dict[str, float]:
         """At the start of a phase: what a resumed run must be told of the student as it is now."""
@@ -91,8 +98,10 @@ class Objective(nn.Module):
         self.student(pictures)
 
     def _distance(self, name: str, ours: Tensor, theirs: Tensor) -> Tensor:
-        mean = self.means.get(name, 0.0)
-        return cosine_distance(ours - mean, theirs - mean)
+        if self.standardise == "phi-s":
+            return unexplained(ours, theirs, self.deviations[name].square().sum())
+        mean, deviation = self.means.get(name, 0.0), self.deviations.get(name, 1.0)
+        return cosine_distance((ours - mean) / deviation, (theirs - mean) / deviation)
 
     def _compared(self, pictures: Tensor, calls: dict[str, Call]) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
         """Runs the student: (its rows, the teacher's) at every tap, and its output."""
@@ -108,6 +117,16 @@ class EndToEnd(Objective):
         super().__init__(student, recipe, recipe.taps or depth_taps(find_blocks(student), recipe.depths))
         self.output_weight, self.magnitude_weight = recipe.output_weight, recipe.magnitude_weight
         self.norms = WeightNorms(recipe.weight_norm)
+        self.map_weight = recipe.map_weight
+        self.mean_output: Tensor | None = None
+
+    @property
+    def asks_teacher(self) -> bool:
+        return super().asks_teacher or bool(self.map_weight)
+
+    def centre_on(self, calls: dict[str, Call], output: Tensor) -> None:
+        super().centre_on(calls, output)
+        self.mean_output = output.mean(0)
 
     def begin(self) -> dict[str, float]:
         return self.norms.begin(self.student)
@@ -115,7 +134,9 @@ class EndToEnd(Objective):
     def go_on(self, begun: dict[str, float]) -> None:
         self.norms.first = begun
 
-    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, pictures: Tensor, calls: dict[str, Call], output: Tensor, aim: Aim | None = None
+    ) -> dict[str, Tensor]:
         pairs, ours_output = self._compared(pictures, calls)
         losses = {name: self._distance(name, *pair) for name, pair in pairs.items()}
         losses["output"] = self.output_weight * self._distance("output", ours_output, output)
@@ -124,6 +145,8 @@ class EndToEnd(Objective):
             losses["magnitude"] = self.magnitude_weight * torch.stack(errors).sum()
         if self.norms.weight:
             losses["weight norm"] = self.norms.penalty(self.student)
+        if aim is not None:
+            losses["map"] = self.map_weight * map_error(self.student, pictures[: len(aim.maps)], aim)
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
 
@@ -212,6 +235,15 @@ class BlockLocal(Objective):
     def _unit(self, name: str, call: Call) -> Tensor:
         ours, theirs = (self.fitted(call, output) for output in (self._output(name, call), call.output))
         return update_error(channels_last(ours), channels_last(theirs), self.mean_sizes.get(name))
+
+
+def deviations(features: Tensor, least: float) -> Tensor:
+    """(C,): standard deviation of each channel of features (R, C), at least `least` of their root mean square.
+
+    So a channel in which the teacher says nothing does not rule what is divided by it.
+    """
+    found = features.float().std(0, correction=0)
+    return found.clamp_min(least * found.square().mean().sqrt()).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _update(call: Call, output: Tensor) -> Tensor:

@@ -56,6 +56,16 @@ class Phase:
             down to `final_learning_rate` (a share of the peak); the peak holds in between.
         clip: largest norm of the gradient. adaptive_clip: largest norm of each unit's gradient as a share of its
             weight's norm (Brock et al. 2021); 0 does not clip.
+        trust: in the warm-up, every four steps after which the training loss is more than this share above what the
+            start of the phase would have on the same pictures are taken back, and the warm-up begins anew, to half the
+            rate for the rest of the phase; 0 never.
+            The student runs once more a step of the warm-up, and one step in four waits for the device (see `trust`).
+        blend: [start, end] over the same `ramp`: share, in [0, 1], of the teacher's block in the output of each of the
+            student's blocks, both on the student's input, while it is trained as a whole; it is measured and saved
+            without. A block costs the teacher's block once more while the share is above 0.
+        own_inputs: [start, end] over the same `ramp`: share, in [0, 1], of the places of each unit's input that are the
+            student's own and not the teacher's, in block-local and layer-local phases; drawn anew at each step. The
+            student runs once more a step, without a gradient, while the share is above 0.
         patience: the phase ends when so many evaluations in a row, each with B and beta at their ends, bring no better
             centred cosine on the held-out pictures than the best one; 0 never. It then hands on the weights of the best
             one, also where it ran to its end.
@@ -87,6 +97,14 @@ class Phase:
     clip: float = 5.0
     adaptive_clip: float = 0.0
     patience: int = 0
+    trust: float = 0.0
+    blend: tuple[float, float] = (0.0, 0.0)
+    own_inputs: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def helped(self) -> bool:
+        """Whether the teacher's help changes inside the phase."""
+        return any(start != end for start, end in (self.blend, self.own_inputs))
 
     @property
     def moving(self) -> bool:
@@ -117,9 +135,18 @@ class Recipe:
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
         taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
         centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
+        standardise: what end-to-end and block-own make of features before they compare them, from the teacher's on the
+            calibration pictures. `none`; `channel`: cosines after each channel is divided by its standard deviation, so
+            that all channels count alike; `phi-s`: in the place of cosines, the squared error as a share of the
+            teacher's variance (PHI-S, arXiv 2410.01680: with one scale for all channels cosines are the same as with
+            `centre` alone, so it is what PHI-S makes of a squared error; it sees sizes too, and no `centre`).
         output_weight: weight of the output's loss beside one for every tap.
         magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
         weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
+        map_weight: weight of the cosine distance between the student's exact map of the teacher's decision minus a
+            random other class (for embeddings: of the teacher's own direction) and the teacher's at its last features,
+            in the end-to-end objective (see `maps`); 0 leaves it out.
+        map_share: share of each batch, in (0, 1], whose maps are compared.
         anchor: weight of the divergence from the teacher's probabilities, in the objective `decisions`.
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
@@ -161,9 +188,12 @@ class Recipe:
     taps: tuple[str, ...] = ()
     depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
     centre: bool = False
+    standardise: Literal["none", "channel", "phi-s"] = "none"
     output_weight: float = 1.0
     magnitude_weight: float = 0.0
     weight_norm: float = 0.0
+    map_weight: float = 0.0
+    map_share: float = 0.25
     anchor: float = 0.1
     min_agreement: float = 0.0
     keep: float = 0.0

@@ -6,19 +6,24 @@ import math
 
 from .recipe import Phase
 
-__all__ = ["arrived", "due", "learning_rate", "ramp", "strengths_at"]
+__all__ = ["arrived", "due", "learning_rate", "ramp", "share_at", "strengths_at", "warm_steps"]
 
 
 def learning_rate(phase: Phase, step: int, steps: int) -> float:
     """Linear warm-up over the first `warmup` share of `steps`, then the peak, and over the last `decay` share (but for
     the warm-up) half a cosine down to `final_learning_rate` times the peak."""
     peak, final = phase.learning_rate, phase.final_learning_rate
-    warm = max(1, int(phase.warmup * steps))
+    warm = warm_steps(phase, steps)
     if step < warm:
         return peak * (step + 1) / warm
     falling = max(1, min(round(phase.decay * steps), steps - warm))
     progress = max(0.0, (step - (steps - falling)) / falling)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def warm_steps(phase: Phase, steps: int) -> int:
+    """Steps with rising learning rate."""
+    return max(1, int(phase.warmup * steps))
 
 
 def ramp(step: float, steps: int, start: float, end: float, over: float) -> float:
@@ -37,11 +42,20 @@ def strengths_at(phase: Phase, step: float, steps: int) -> dict[str, float]:
     return values
 
 
+def share_at(phase: Phase, name: str, step: int, steps: int) -> float:
+    """The share `name`, `blend` or `own_inputs`, at `step` of the `steps` of `phase`."""
+    start, end = getattr(phase, name)
+    return ramp(step, steps, start, end, phase.ramp)
+
+
 def arrived(phase: Phase, step: int, steps: int) -> bool:
-    """Whether all strengths are at their ends at `step`: before, the student is nearer to its teacher for free."""
-    ends = [
-        phase.ramps.get(name, (0.0, phase.ramp))[1] for name, (start, end) in phase.strengths.items() if start != end
-    ]
+    """Whether strengths and the teacher's help are at their ends at `step`.
+
+    Before, the student is nearer to its teacher for free, or not yet trained for what it will be.
+    """
+    moving = (name for name, (start, end) in phase.strengths.items() if start != end)
+    ends = [phase.ramps.get(name, (0.0, phase.ramp))[1] for name in moving]
+    ends += [phase.ramp] if phase.helped else []
     return not ends or step >= max(ends) * steps
 
 

@@ -24,11 +24,22 @@ from ..convert.files import new_folder
 from .distributed import sharded_like, whole
 from .floor import Walk
 
-__all__ = ["CHECKPOINTS", "Progress", "best_of", "latest", "restore", "restore_optimizer", "snapshot", "write"]
+__all__ = [
+    "CHECKPOINTS",
+    "Progress",
+    "best_of",
+    "latest",
+    "restore",
+    "restore_optimizer",
+    "snapshot",
+    "trusted_of",
+    "write",
+]
 
 CHECKPOINTS = "checkpoints"  # folder inside a run's
 STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.safetensors"
 PROGRESS, MARK = "state.json", "COMPLETE"
+TRUSTED = "trusted.safetensors"  # weights and optimizer to go back to, in a warm-up by trust
 BEST = "best.safetensors"  # the student at the phase's best evaluation, where the phase has patience
 
 
@@ -46,6 +57,7 @@ class Progress:
         ends: the steps at which the finished phases ended, early or not.
         best, best_step, waited: of this phase's evaluations, the best score, its step, and how many came after it.
         walk: how far a phase with a floor has come along its path.
+        trust: what the phase's trust counted (see `trust`).
         run_id: what trackers know the run by, also after a resume.
     """
 
@@ -62,6 +74,7 @@ class Progress:
     run_id: str = ""
     begun: dict[str, float] = dataclasses.field(default_factory=dict)
     walk: Walk | None = None
+    trust: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def first(self) -> int:
@@ -76,7 +89,7 @@ class Progress:
 
     def in_phase(self, number: int, scales: tuple[float, ...], begun: dict[str, float] | None = None) -> Progress:
         """At the start of a phase."""
-        fresh = {"best": None, "best_step": 0, "waited": 0}
+        fresh = {"best": None, "best_step": 0, "waited": 0, "trust": {}}
         return dataclasses.replace(self, phase=number, scales=scales, begun=begun or {}, **fresh)
 
     def ended(self) -> Progress:
@@ -97,9 +110,10 @@ def write(
     average: nn.Module | None = None,
     keep: int = 2,
     best: dict[str, Tensor] | None = None,
+    trusted: dict[str, Any] | None = None,
     main: bool = True,
 ) -> Path:
-    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best` is a snapshot to go with it.
+    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best` and `trusted` go with it.
 
     All processes call it, as an optimizer in shards is gathered from all; the `main` one writes.
 
@@ -116,6 +130,8 @@ def write(
         if best:
             save_file(best, scratch / BEST)
         save_file(tensors, scratch / OPTIMIZER, metadata={"plain": json.dumps(plain)})
+        if trusted:
+            _save_values(trusted, scratch / TRUSTED)
         (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
         (scratch / MARK).touch()
     for old in _complete(folder)[:-keep]:
@@ -147,9 +163,7 @@ def restore_optimizer(checkpoint: Path, optimizer: torch.optim.Optimizer) -> Non
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    with safe_open(checkpoint / OPTIMIZER, "pt") as file:
-        plain = json.loads((file.metadata() or {}).get("plain", "{}"))
-        values = {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
+    values = _load_values(checkpoint / OPTIMIZER)
     for key, value in values.items():
         index, _, name = key.partition(".")
         place = parameters[int(index)]
@@ -168,6 +182,26 @@ def _placed_like(place: Tensor, value: Tensor) -> Tensor:
     if isinstance(place, DTensor):
         return sharded_like(place, value)
     return torch.empty_like(place, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def trusted_of(checkpoint: Path, device: torch.device) -> dict[str, Any]:
+    """What was written as `trusted` with `checkpoint`; empty where nothing was."""
+    path = checkpoint / TRUSTED
+    values = _load_values(path) if path.is_file() else {}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in values.items()}
+
+
+def _save_values(values: dict[str, Any], path: Path) -> None:
+    """Tensors and plain values in one file."""
+    tensors = {key: value.to("cpu").contiguous() for key, value in values.items() if isinstance(value, Tensor)}
+    plain = {key: value for key, value in values.items() if key not in tensors}
+    save_file(tensors, path, metadata={"plain": json.dumps(plain)})
+
+
+def _load_values(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        plain = json.loads((file.metadata() or {}).get("plain", "{}"))
+        return {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
 
 
 def best_of(checkpoint: Path) -> dict[str, Tensor] | None:

@@ -6,21 +6,26 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
 from ..convert import calibrate, set_strength
 from ..convert.layers import batch_statistics, recording, reference_gains
+from ..convert.taps import Call
 from . import state
 from .compiling import compile_blocks, eager
 from .distributed import prepare, whole
 from .floor import Walk, interval, strengths_of
 from .loader import Batch
-from .objectives import OBJECTIVES, observe
+from .maps import Aim, decided, own_directions, teacher_maps
+from .objectives import OBJECTIVES, EndToEnd, observe
 from .optimizers import make_optimizer, scales
+from .paths import Draw, blended, with_own_inputs
 from .run import AlignRun
-from .schedule import learning_rate
+from .schedule import learning_rate, share_at, warm_steps
+from .trust import Trust
 
 __all__ = ["Stepper"]
 
@@ -46,6 +51,7 @@ class Stepper:
         else:
             self.objective.go_on(progress.begun)
         self.progress = progress
+        self.step = progress.step - progress.first
         self.prepared = prepare(
             run.accelerator,
             self.objective,
@@ -53,9 +59,24 @@ class Stepper:
         )
         if checkpoint is not None:
             state.restore_optimizer(checkpoint, self.prepared.optimizer)
+        self.trust = self._trust(checkpoint)
         if run.recipe.compile:
             compile_blocks(run.teacher, self.objective.taps, moving=False)
             compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
+
+    def _trust(self, checkpoint: Path | None) -> Trust:
+        """The phase's trust, as it was where the run goes on from `checkpoint`."""
+        accelerator = self.run.accelerator
+        models = [self.prepared.model, *filter(None, [self.run.learner.average])]
+        warm = warm_steps(self.phase, self.steps)
+        mean = functools.partial(accelerator.reduce, reduction="mean")
+        trust = Trust(self.phase.trust, warm, models, self.prepared.optimizer, mean)  # type: ignore[arg-type]
+        if checkpoint is None:
+            trust.begin()
+        else:
+            kept = state.trusted_of(checkpoint, accelerator.device)
+            trust.go_on(self.progress.trust, kept, accelerator.device)
+        return trust
 
     def _begun(self, number: int, progress: state.Progress) -> state.Progress:
         """Does what comes before a phase's first step alone; returns `progress` at the phase's start."""
@@ -77,18 +98,21 @@ class Stepper:
     def take(self, progress: state.Progress, batch: Batch) -> tuple[dict[str, Tensor], Tensor | float | None]:
         """Takes the next step; returns losses, and the norm of the gradient before it was clipped."""
         run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
-        k = progress.step - progress.first
+        k = self.step = progress.step - progress.first
         if phase.moving:
             self._move(strengths_of(phase, progress, self.steps))
         if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * self.steps:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
         run.pictures.bad.add(batch.bad)
-        rate = learning_rate(phase, k, self.steps)
+        rate = self.trust.rate(k, learning_rate(phase, k, self.steps), phase.learning_rate)
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         optimizer.zero_grad()
-        losses = self._backward(run.pictures.normalised(batch.pictures))
+        pictures = run.pictures.normalised(batch.pictures)
+        losses = self._backward(pictures)
+        if self.trust.refuses(k, losses["total"], lambda: self._backward(pictures, learn=False)["total"]):
+            return losses, None
         norm = run.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
         if phase.adaptive_clip:
             adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
@@ -108,21 +132,51 @@ class Stepper:
         calibrate(self.run.learner.model, self.run.teacher, self.gain_pictures, self.phase.gain, fed)
 
     @contextlib.contextmanager
-    def _statistics(self) -> Iterator[None]:
-        """Inside, the student's layers take from each batch what the phase says."""
-        with contextlib.ExitStack() as stack:
+    def _helped(self) -> Iterator[None]:
+        """Inside, the student's layers take from each batch, and from the teacher, what the phase says."""
+        model, blend = self.prepared.model, share_at(self.phase, "blend", self.step, self.steps)
+        with blended(model, self.run.teacher, blend), contextlib.ExitStack() as stack:
             if self.phase.batch_statistics:
-                stack.enter_context(batch_statistics(self.prepared.model))
+                stack.enter_context(batch_statistics(model))
             if self.phase.reference_gains:
-                stack.enter_context(reference_gains(self.prepared.model, self.run.teacher))
+                stack.enter_context(reference_gains(model, self.run.teacher))
             yield
 
-    def _backward(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached."""
+    def _fed(self, calls: dict[str, Call], part: Tensor, first: int) -> dict[str, Call]:
+        """The teacher's calls on `part`, which begins at this process's picture `first`, as the units are fed."""
+        share = share_at(self.phase, "own_inputs", self.step, self.steps)
+        if not share:
+            return calls
+        own, _ = observe(self.prepared.model, part, self.objective.taps)
+        return with_own_inputs(calls, own, share, len(part), self._draw(first))
+
+    def _aims(self, part: Tensor, output: Tensor, first: int) -> tuple[Aim, ...]:
+        """What the maps of some of `part` are to be, where the objective compares maps."""
+        if not isinstance(self.objective, EndToEnd) or not self.objective.map_weight:
+            return ()
+        some, theirs = (whole[: max(1, round(self.run.recipe.map_share * len(part)))] for whole in (part, output))
+        if self.run.student.labels is None:
+            assert self.objective.mean_output is not None
+            directions = own_directions(theirs, self.objective.mean_output)
+        else:
+            directions = decided(theirs, self._draw(first))
+        return (Aim(directions, teacher_maps(self.run.teacher, some, directions)),)
+
+    def _draw(self, first: int) -> Draw:
+        """The dice of this step for the pictures from this process's picture `first` on."""
+        recipe, accelerator = self.run.recipe, self.run.accelerator
+        before = accelerator.process_index * (recipe.batch_size // accelerator.num_processes)
+        return Draw(recipe.seed, self.progress.first + self.step, recipe.batch_size, before + first)
+
+    def _backward(self, pictures: Tensor, learn: bool = True) -> dict[str, Tensor]:
+        """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached.
+
+        Without `learn` it returns the losses alone, where gradients are off.
+        """
         accelerator, module = self.run.accelerator, self.prepared.module
         parts = pictures.chunk(self.run.recipe.accumulate)
         sums: dict[str, Tensor] = {}
-        with self._statistics():
+        with self._helped():
             for i, part in enumerate(parts):
                 share = len(part) / len(pictures)
                 last = i + 1 == len(parts)
@@ -130,8 +184,10 @@ class Stepper:
                     with accelerator.autocast():
                         with recording(self.run.teacher) if self.phase.reference_gains else contextlib.nullcontext():
                             calls, output = observe(self.run.teacher, part, self.objective.taps)
-                        losses = module(part, calls, output)
-                    accelerator.backward(losses["total"] * share)
+                        calls = self._fed(calls, part, sum(map(len, parts[:i])))
+                        losses = module(part, calls, output, *self._aims(part, output, sum(map(len, parts[:i]))))
+                    if learn:
+                        accelerator.backward(losses["total"] * share)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
         return sums

@@ -21,6 +21,7 @@ __all__ = [
     "find_blocks",
     "find_units",
     "first_tensor",
+    "is_channels_last",
     "record",
 ]
 
@@ -97,6 +98,11 @@ def channels_last(features: Tensor) -> Tensor:
 
     A map is channels-last when its two middle sizes agree and its last does not (Swin's), else channels-first.
     """
-    if features.dim() == 4 and not (features.shape[1] == features.shape[2] != features.shape[3]):
+    if features.dim() == 4 and not is_channels_last(features):
         features = features.movedim(1, -1)
     return features.reshape(-1, features.shape[-1])
+
+
+def is_channels_last(features: Tensor) -> bool:
+    """Whether a map (B, C, H, W) or (B, H, W, C) is the latter: its two middle sizes agree and its last does not."""
+    return features.shape[1] == features.shape[2] != features.shape[3]

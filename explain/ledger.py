@@ -41,8 +41,8 @@ def moves(value: object) -> TypeGuard[Tensor]:
 
 
 def frozen(value: Any) -> Any:
-    """`value` with each tensor in it cut from the input."""
-    return _each_tensor(Tensor.detach, value)
+    """`value` with each tensor in it cut from the input; those that do not move with it are themselves."""
+    return _each_tensor(lambda tensor: tensor.detach() if tensor.requires_grad else tensor, value)
 
 
 def _each_tensor(change: Callable[[Tensor], Tensor], value: Any) -> Any:

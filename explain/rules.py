@@ -441,9 +441,9 @@ def batch_norm(
     else:
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
-    scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight.detach()
-    factor = _per_channel(scale, input)
-    out = pulled(value, input, lambda grad, factor: grad * factor, factor)
+    factors = ((variance + eps).rsqrt(), *(() if weight is None else (frozen(weight),)))
+    scale = math.prod(factors)
+    out = pulled(value, input, lambda grad, *factors: grad * _per_channel(math.prod(factors), grad), *factors)
     ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)
@@ -490,7 +490,10 @@ def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False) -> Tensor:
     """`value` with the derivative of out · weight + bias, which lie along the last axes or else the channels."""
     align = _per_channel if per_channel else lambda vector, like: vector
-    out = graft(value, out.clone() if weight is None else out * align(weight.detach(), out))
+    if weight is None:
+        out = graft(value, out.clone())
+    else:
+        out = pulled(value, out, lambda grad, weight: grad * align(weight, grad), frozen(weight))
     if bias is not None:
         ledger.enter(out, align(bias, out), bias)
     return out

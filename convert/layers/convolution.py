@@ -13,6 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedte
 from torch.autograd import forward_ad
 
 from ...explain.linearise import with_energy, with_statistics
+from ...explain.transposed import transposed
 from .scheduled import BiasScheduled, without_autocast
 from .shared import Share
 
@@ -240,6 +241,8 @@ def sums_over(grad: Tensor, kernel: Pair, window: Window, size: torch.Size) -> T
 
 def input_gradient(size: torch.Size, grad: Tensor, weight: Tensor, window: Window, groups: int = 1) -> Tensor:
     """Of a convolution, at its input of `size` (B, C, H, W), from `grad` (B, K, H', W') at its output."""
+    if torch.is_grad_enabled() and (grad.requires_grad or weight.requires_grad) and not _transformed(grad, weight):
+        return transposed(size, grad, weight, *window, groups)
     # Of the input only size and layout are read; torch's own `conv2d_input` answers in one layout always.
     x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout_of(grad))
     return convolution_gradients(grad, x, weight, window, groups, (True, False))[0]

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from bcosify.align import state
 from bcosify.align.losses import cosine_distance, magnitude_error, pairwise_error
-from bcosify.align.objectives import OBJECTIVES, WeightNorms, observe
+from bcosify.align.objectives import OBJECTIVES, WeightNorms, deviations, observe
 from bcosify.align.optimizers import OPTIMIZERS, make_optimizer
 from bcosify.align.recipe import Phase, Recipe
 from bcosify.align.schedule import learning_rate
 from bcosify.convert import convert, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
-from bcosify.convert.taps import depth_taps, find_blocks
+from bcosify.convert.taps import channels_last, depth_taps, find_blocks
 from bcosify.evaluate.fidelity import fidelity, linear_cka
 from torch import nn
 
@@ -96,6 +96,50 @@ def test_terms_for_magnitudes_and_weight_norms(pair):
             if getattr(layer, "weight", None) is not None:
                 layer.weight.mul_(1.1)
     assert norms.penalty(pair[0]).item() == pytest.approx(2 * 0.1**2, rel=1e-4)
+
+
+def test_standardised_channels_count_alike(pair):
+    """Multiplying channels of both sides by any numbers changes nothing, and `none` is the plain cosine."""
+    student, teacher = pair
+    pictures = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    kinds = {}
+    for kind in ("none", "channel", "phi-s"):
+        objective = OBJECTIVES["end-to-end"](student, dataclasses.replace(RECIPE, centre=True, standardise=kind))
+        objective.centre_on(*observe(teacher, pictures, objective.taps))
+        kinds[kind] = objective
+    assert not kinds["none"].deviations and OBJECTIVES["end-to-end"](student, RECIPE).asks_teacher is False
+    name = find_blocks(student)[-1]
+    theirs = channels_last(observe(teacher, pictures, (name,))[0][name].output)
+    ours = theirs + torch.randn(theirs.shape) * theirs.std(0)
+    mean, std = theirs.mean(0), theirs.std(0, correction=0)
+    expected = 1 - F.cosine_similarity((ours - mean) / std, (theirs - mean) / std).mean()
+    assert kinds["channel"]._distance(name, ours, theirs).item() == pytest.approx(expected.item(), rel=1e-4)
+    assert kinds["channel"]._distance(name, ours, theirs) != kinds["none"]._distance(name, ours, theirs)
+    # A channel without any variance does not rule: it counts as one of a tenth of the mean size.
+    assert deviations(torch.tensor([[1.0, 5.0], [-1.0, 5.0]]), 0.1).tolist() == pytest.approx([1.0, 0.1 / 2**0.5])
+
+
+def test_phi_s_is_the_squared_error_after_its_rotation(pair):
+    """The rotation itself, written out: PCA, then Hadamard, then one scale; every channel then has variance 1."""
+    torch.manual_seed(0)
+    theirs, ours = (torch.randn(500, 8) @ torch.randn(8, 8) + 3 for _ in range(2))
+    mean = theirs.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov((theirs - mean).T, correction=0))
+    hadamard = torch.ones(1, 1)
+    for _ in range(3):
+        hadamard = torch.cat([torch.cat([hadamard, hadamard], 1), torch.cat([hadamard, -hadamard], 1)]) / 2**0.5
+    rotation = hadamard @ vectors.T / values.mean().sqrt()
+    a, b = ((x - mean) @ rotation.T for x in (ours, theirs))
+    assert torch.allclose(b.var(0, correction=0), torch.ones(8), atol=1e-3)
+    objective = OBJECTIVES["end-to-end"](pair[0], dataclasses.replace(RECIPE, standardise="phi-s"))
+    objective.deviations["output"] = theirs.std(0, correction=0)
+    found = objective._distance("output", ours, theirs)
+    assert found.item() == pytest.approx(F.mse_loss(a, b).item(), rel=1e-4)
+    assert objective._distance("output", mean.expand(500, 8), theirs).item() == pytest.approx(1, rel=1e-4)
+    # Cosines do not see what PHI-S does beyond taking the mean away.
+    assert F.cosine_similarity(a, b).tolist() == pytest.approx(
+        F.cosine_similarity(ours - mean, theirs - mean).tolist(), abs=1e-4
+    )
 
 
 def test_depths_are_shares_of_the_blocks():
