@@ -417,7 +417,8 @@ def batch_norm(
     else:
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
-    inverse, kept = (variance + eps).rsqrt(), () if weight is None else (frozen(weight),)
+    inverse = (variance + eps).rsqrt()
+    kept: tuple[Tensor, ...] = () if weight is None else (frozen(weight),)
     scale = inverse if weight is None else inverse * kept[0]
 
     def pull(grad: Tensor, inverse: Tensor, *kept: Tensor) -> Tensor:
