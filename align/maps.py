@@ -110,7 +110,8 @@ def map_error(student: nn.Module, pictures: Tensor, aim: Aim) -> Tensor:
     """
 
     def error(maps: Tensor) -> Tensor:
-        pooled = F.adaptive_avg_pool2d(maps[:, None], aim.maps.shape[-2:])
+        rows, columns = aim.maps.shape[-2:]
+        pooled = F.adaptive_avg_pool2d(maps[:, None], (rows, columns))
         return cosine_distance(pooled.flatten(1), aim.maps.flatten(1))
 
     return trained_maps(student, pictures, aim.directions, error)[0]

@@ -441,9 +441,14 @@ def batch_norm(
     else:
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
-    factors = ((variance + eps).rsqrt(), *(() if weight is None else (frozen(weight),)))
-    scale = math.prod(factors)
-    out = pulled(value, input, lambda grad, *factors: grad * _per_channel(math.prod(factors), grad), *factors)
+    inverse = (variance + eps).rsqrt()
+    kept: tuple[Tensor, ...] = () if weight is None else (frozen(weight),)
+    scale = inverse if weight is None else inverse * kept[0]
+
+    def pull(grad: Tensor, inverse: Tensor, *kept: Tensor) -> Tensor:
+        return grad * _per_channel(inverse * kept[0] if kept else inverse, grad)
+
+    out = pulled(value, input, pull, inverse, *kept)
     ledger.enter(out, _per_channel(-mean * scale, input), "batch mean" if training else running_mean)
     if bias is not None:
         ledger.enter(out, _per_channel(bias, input), bias)

@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = ["transposed"]
 
 Pair = tuple[int, int]
+Window = tuple[Pair, Pair, Pair]  # stride, padding, dilation
 
 
 def transposed(
@@ -29,7 +30,7 @@ def transposed(
 
 class _Transposed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, weight: Tensor, size: torch.Size, window: tuple[Pair, ...], groups: int):
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, size: torch.Size, window: Window, groups: int):
         ctx.save_for_backward(grad, weight)
         ctx.window, ctx.groups = window, groups
         # Of the input only size and layout are read.
@@ -40,15 +41,17 @@ class _Transposed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad, weight = ctx.saved_tensors
-        of_grad = F.conv2d(tangent, weight, None, *ctx.window, ctx.groups) if ctx.needs_input_grad[0] else None
-        of_weight = None
+        stride, padding, dilation = ctx.window
+        of_grad = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_grad = F.conv2d(tangent, weight, None, stride, padding, dilation, ctx.groups)
         if ctx.needs_input_grad[1]:
             of_weight = _backward(grad, tangent, weight, ctx.window, ctx.groups, (False, True))[1]
         return of_grad, of_weight, None, None, None
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, window: tuple[Pair, ...], groups: int, wanted: tuple[bool, bool]
+    grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    settings = (None, *window, False, (0, 0), groups, (*wanted, False))
+    settings: tuple[Any, ...] = (None, *window, False, (0, 0), groups, (*wanted, False))
     return torch.ops.aten.convolution_backward(grad, x, weight, *settings)

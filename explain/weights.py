@@ -39,7 +39,8 @@ def trained_maps(
     what only a gate reads, get none. The model must not be compiled, or checkpoint its gradients.
     """
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
-        with _Attached(model) as mode, sdpa_kernel(SDPBackend.MATH):
+        mode = _Attached(model)
+        with mode, sdpa_kernel(SDPBackend.MATH):
             output = main_output(model(mode.follow(images)))
             score = (output * directions).sum()
         weights = mode.let_in()
@@ -71,9 +72,11 @@ def _convolved(
     """`F.conv2d` as a linear function of x, whose transpose has a fast derivative; None where it is something else."""
     if x.dim() != 4 or isinstance(padding, str) or moves(weight) or moves(bias):
         return None
-    size, window = x.shape, tuple(_pair(option) for option in (stride, padding, dilation))
-    value = F.conv2d(x.detach(), weight, bias, *window, groups)
-    return pulled(value, x, lambda grad, weight: transposed(size, grad, weight, *window, groups), weight)
+    size, stride, padding, dilation = x.shape, _pair(stride), _pair(padding), _pair(dilation)
+    value = F.conv2d(x.detach(), weight, bias, stride, padding, dilation, groups)
+    return pulled(
+        value, x, lambda grad, weight: transposed(size, grad, weight, stride, padding, dilation, groups), weight
+    )
 
 
 class _Attached(Linearised):

@@ -14,11 +14,14 @@ from bcosify.align.objectives import OBJECTIVES, WeightNorms, deviations, observ
 from bcosify.align.optimizers import OPTIMIZERS, make_optimizer
 from bcosify.align.recipe import Phase, Recipe
 from bcosify.align.schedule import learning_rate
-from bcosify.convert import convert, load_teacher, set_strength
+from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.taps import channels_last, depth_taps, find_blocks
 from bcosify.evaluate.fidelity import fidelity, linear_cka
 from torch import nn
+
+from runs import RECIPE as SMALL
+from runs import aligned
 
 RECIPE = Recipe("B is 2", 64, 4, (Phase("end-to-end", 40, 1e-3),))
 
@@ -187,6 +190,21 @@ def test_optimizers_come_back_from_a_checkpoint_bit_for_bit(name, tmp_path):
     assert [group["lr"] for group in second.param_groups] == [1e-3] * 4
     steps(resumed, second, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("model", ["run", "cnn"])
+@pytest.mark.parametrize("objective", ["block-local", "layer-local", "block-own", "end-to-end"])
+def test_muon_teaches_in_every_phase(model, objective, shards, tmp_path, request):
+    phase = Phase(objective, 40, 5e-3, "muon", calibrate=8, batch_statistics=model == "cnn")
+    folder = request.getfixturevalue(model)
+    found = aligned(folder, shards, tmp_path / "out", dataclasses.replace(SMALL, phases=(phase,)))
+    losses = [row["loss"] for row in found if "loss" in row]
+    assert len(losses) == 10 and all(map(math.isfinite, losses))
+    before, after = (dict(load(path).model.named_parameters()) for path in (folder, tmp_path / "out"))
+    touched = [name for name, weight in before.items() if weight.dim() > 1 and not torch.equal(weight, after[name])]
+    assert len(touched) >= len(find_blocks(load(folder).model))
+    # The teacher's last norms of this CNN's blocks are zero, and so are the updates that an error is measured by.
+    assert sum(losses[-3:]) < 0.95 * sum(losses[:3]) or (model == "cnn" and objective.endswith("local"))
 
 
 def test_fidelity_of_a_rotated_and_scaled_teacher():

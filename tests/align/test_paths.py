@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from bcosify.align.checks import check_recipe
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.paths import Draw, blended, with_own_inputs
+from bcosify.align.recipe import dump
 from bcosify.align.schedule import arrived, share_at
 from bcosify.convert import convert, load, load_teacher, set_strength
+from bcosify.convert.blocks import blocks_of
 from bcosify.convert.taps import Call, find_blocks
 from bcosify.errors import RecipeError
 from torch import nn
 
-from runs import CNN_PHASES, PHASES, RECIPE, aligned
+from runs import CNN_PHASES, PHASES, RECIPE, aligned, converted, rows
 
 torch.set_num_threads(1)
 
@@ -150,9 +157,6 @@ def test_shares_and_objectives_that_do_not_fit_are_refused(run, phase, said):
 
 
 def test_blend_for_a_model_without_blocks_is_refused(tmp_path, shards):
-    from bcosify.convert.blocks import blocks_of
-
-    from runs import converted
 
     run = converted("test_vit", tmp_path)
     student = load(run)
@@ -169,8 +173,6 @@ def losses(found: list[dict]) -> list[float]:
 
 @pytest.mark.parametrize("phase", [BLEND, OWN], ids=["blend", "own-inputs"])
 def test_runs_are_the_same_in_parts_and_after_a_resume(run, shards, tmp_path, phase):
-    import shutil
-
     recipe = dataclasses.replace(RECIPE, phases=(phase,), checkpoint_every=8)
     whole = aligned(run, shards, tmp_path / "whole", recipe)
     plain = dataclasses.replace(phase, blend=(0.0, 0.0), own_inputs=(0.0, 0.0))
@@ -184,6 +186,23 @@ def test_runs_are_the_same_in_parts_and_after_a_resume(run, shards, tmp_path, ph
     newest = sorted((tmp_path / "whole.run/checkpoints").iterdir())[-1]
     shutil.rmtree(newest)
     assert aligned(run, shards, tmp_path / "whole", recipe, resume=True) == whole
+
+
+def test_two_processes_walk_the_same_path(run, shards, tmp_path):
+    """Mixtures, inputs of one's own, trust and maps under DDP, which must find a use for every parameter."""
+    phases = (OWN, dataclasses.replace(BLEND, pictures=24, trust=0.1, warmup=0.5))
+    recipe = dataclasses.replace(RECIPE, phases=phases, map_weight=0.5, map_share=1.0)
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    root = Path(__file__).resolve().parents[2]
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(root / "recipes/accelerate/cpu.yaml")]
+    command = ["-m", "bcosify.cli", "align", str(run), "--data", str(shards), "--recipe", str(tmp_path / "recipe.yaml")]
+    subprocess.run(
+        [sys.executable, *launch, *command, "--out", str(tmp_path / "two")],
+        check=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+    )  # fmt: skip
+    one, two = aligned(run, shards, tmp_path / "one", recipe), rows(tmp_path / "two")
+    assert two[0]["run"]["processes"] == 2
+    assert losses(two) == pytest.approx(losses(one), rel=2e-3)
 
 
 def test_blend_with_gradient_checkpointing_is_the_same_run(run, shards, tmp_path):
