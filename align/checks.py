@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,16 @@ from .paths import check_paths
 from .recipe import Need, Recipe, list_recipes, load_recipe
 from .trust import check_trust
 
-__all__ = ["NEEDS", "check_recipe"]
+__all__ = ["AUTO", "NEEDS", "check_floor", "check_recipe", "choose_recipe"]
+
+# The recipes of each method that a student is given by itself, in the order in which they are tried.
+AUTO = {
+    "bcos": ("bcos/cnn", "bcos/vit"),
+    "coda": ("coda/cnn", "coda/vit"),
+    "fa-cnn": ("fa-cnn/cnn",),
+    "ca-stream": ("ca-stream/cnn", "ca-stream/vit"),
+    "kmeans": ("kmeans/fit",),
+}
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
@@ -38,6 +48,24 @@ NEEDS: dict[Need, Callable[[nn.Module], bool]] = {
     "batch-norm": _has_batch_norm,
     "layer-norm": _has_layer_norm,
 }
+
+
+def choose_recipe(student: Student) -> str:
+    """The name of the recipe for the family of `student`: the first of its method's that fits (`--recipe auto`).
+
+    Raises RecipeError where none does.
+    """
+    names = AUTO.get(student.method, ())
+    for name in names:
+        recipe = load_recipe(name)
+        with contextlib.suppress(RecipeError):
+            if not [*_misfits(recipe, student)]:
+                check_objectives(student, recipe)
+                return name
+    raise RecipeError(
+        f"--recipe auto: none of {', '.join(names) or 'the recipes'} is made for {student.source.reference} "
+        f"({type(student.model).__name__}, --method {student.method}). Name one, or give a YAML file."
+    )
 
 
 def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:

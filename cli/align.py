@@ -12,7 +12,7 @@ def align(
     run: str,
     *,
     data: str,
-    recipe: str = "bcos/vit",
+    recipe: str = "auto",
     set: list[str] | None = None,  # noqa: A002 - the flag reads --set
     pictures: int | None = None,
     keep: float | None = None,
@@ -31,14 +31,14 @@ def align(
 
     The held-out fidelity is measured before, during and after. Works alone or under accelerate:
     accelerate launch --multi_gpu --num_processes 2 -m bcosify.cli align RUN --data 'shards/{00000..00099}.tar'
-    Example: bcosify align runs/dino-s --data 'shards/*.tar' --recipe bcos/vit
+    Example: bcosify align runs/dino-s --data 'shards/*.tar'
 
     Args:
         run: a converted model: a folder, or ORG/REPO[@rev] on the hub (then with --out).
         data: shards: a folder, a glob, brace syntax, http(s):// URLs, pipe:COMMAND (run by your shell, as you typed
             it), or several of these joined by ::
         recipe: a recipe that ships with bcosify (bcos/vit, bcos/cnn, coda/cnn, kmeans/fit, smoke and others: a wrong
-            name lists them) or a YAML file.
+            name lists them) or a YAML file; `auto` picks the one for the student's family.
         set: changes to the recipe, such as phases.0.pictures=800 or batch_size=8.
         pictures: stretch all phases so that together they see this many pictures.
         keep: a floor: B rises and biases leave only as fast as held-out agreement with the teacher stays above it, such
@@ -56,9 +56,11 @@ def align(
     """
     from accelerate import PartialState
 
+    from ..align.checks import choose_recipe
     from ..align.recipe import load_recipe, scaled
     from ..align.trainer import AlignConfig
     from ..align.trainer import align as align_model
+    from ..convert import load
     from ..convert.hub import student_folder
     from ..convert.layers import described
     from ..errors import CheckpointError
@@ -66,6 +68,8 @@ def align(
     folder = student_folder(run)
     if out is None and not Path(run).expanduser().is_dir():
         raise CheckpointError(f"--out FOLDER is missing: {run} is no folder here that the aligned model could lie in.")
+    if recipe == "auto":
+        recipe = choose_recipe(load(folder))
     resolved = load_recipe(recipe, [*(set or ()), *([] if keep is None else [f"keep={keep}"])])
     resolved = resolved if pictures is None else scaled(resolved, pictures)
     config = AlignConfig(
