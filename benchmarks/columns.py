@@ -121,11 +121,12 @@ def contrasts(subject: Subject, reference: Reference) -> dict[str, float]:
 
 
 def ledger(explanation: Explanation) -> dict[str, float]:
-    """Of the first score: the share of each part in the sum of their sizes, mean over pictures, and the worst residual.
-
-    A part that comes to `Explanation` (carried biases) gets its column by a line in `parts`.
-    """
-    parts = {"input": explanation.input_part, "constant": explanation.constant_part}
+    """Of the first score: the share of each part in the sum of their sizes, mean over pictures, and the worst residual."""
+    parts = {
+        "direct": explanation.direct_part,
+        "carried": explanation.carried_part,
+        "constant": explanation.constant_part,
+    }
     sizes = {name: part[:, 0].abs() for name, part in parts.items()}
     total = torch.stack([*sizes.values()]).sum(0).clamp_min(1e-12)
     residual = explanation.residual[:, 0].abs() / explanation.scores[:, 0].abs().clamp_min(1)

@@ -30,6 +30,7 @@ from bcosify.convert import Student, Teacher, convert, identity_error, load, sav
 from bcosify.convert.layers import described
 from bcosify.convert.methods import METHODS, find_method
 from bcosify.convert.plan import Method
+from bcosify.convert.student import carrying
 from bcosify.convert.trace import noise_pictures
 from bcosify.errors import BcosifyError, PlanError
 from bcosify.explain import explain
@@ -53,6 +54,7 @@ class Row:
     identity: float | None = None
     ledger_teacher: float | None = None
     ledger_student: float | None = None
+    ledger_carried: float | None = None
     input_share: float | None = None
     finite: bool | None = None
     saved: bool | None = None
@@ -64,7 +66,8 @@ class Row:
     @property
     def converts(self) -> bool:
         """Whether the student is its teacher, and both ledgers of the student balance."""
-        return within(self.identity) and within(self.ledger_student) and bool(self.finite) and bool(self.saved)
+        ledgers = within(self.ledger_student) and (self.ledger_carried is None or within(self.ledger_carried))
+        return within(self.identity) and ledgers and bool(self.finite) and bool(self.saved)
 
 
 def within(value: float | None) -> bool:
@@ -98,6 +101,7 @@ def measure(entry: Entry, method: Method) -> Row:
         row.saved = comes_back(student, pictures)
         set_strength(student.model, **half_way(method, config))
         row.ledger_student = max(row.ledger_student, ledger(student.model, pictures)[0])
+        row.ledger_carried = carried_ledgers(student, pictures, method.start(config))
         set_strength(student.model, **method.ends(config))
         with torch.no_grad():
             row.finite = bool(student.model(pictures).isfinite().all())
@@ -120,6 +124,24 @@ def ledger(model: torch.nn.Module, pictures: torch.Tensor) -> tuple[float, float
     residual = explanation.residual.abs() / explanation.scores.abs().clamp_min(1)
     inputs, constants = explanation.input_part.abs(), explanation.constant_part.abs()
     return float(residual.nan_to_num(torch.inf).max()), float((inputs / (inputs + constants)).mean())
+
+
+def carried_ledgers(student: Student, pictures: torch.Tensor, start: dict[str, float]) -> float | None:
+    """The worst residual of both sums of three parts, with half of the biases carried and with all of them.
+
+    None where no layer carries any. (With none carried it is the student's own ledger.)
+    """
+    if not (carried := carrying(student.model)):
+        return None
+    worst = 0.0
+    for share in (0.5, 1.0):
+        set_strength(student.model, **{**start, **carried, "beta": 1 - share, "carry": share})
+        explanation = explain(student.model, pictures, [0, 1], check=False)
+        for residual in filter(lambda found: found is not None, (explanation.residual, explanation.direct_residual)):
+            relative = residual.abs() / explanation.scores.abs().clamp_min(1)
+            worst = max(worst, float(relative.nan_to_num(torch.inf).max()))
+    set_strength(student.model, **{**dict.fromkeys(carried, 0.0), **start})
+    return worst
 
 
 @torch.no_grad()
@@ -250,6 +272,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "swapped layers": lambda row: ", ".join(f"{count} {name}" for name, count in sorted(row.swaps.items())),
     "identity error": lambda row: number(row.identity),
     "ledger, student": lambda row: number(row.ledger_student),
+    "ledger, carried": lambda row: number(row.ledger_carried),
     "ledger, original": lambda row: number(row.ledger_teacher),
     "input's share": lambda row: "" if row.input_share is None else f"{row.input_share:.0%}",
     "save/load": lambda row: {None: "", True: "yes", False: "no"}[row.saved],
@@ -277,6 +300,8 @@ def markdown(rows: list[Row], machine: dict[str, Any], method: Method) -> str:
         f"- identity error: largest difference of student ({start}) and original, over the largest output",
         "- ledger: largest |score - input part - constants| over max(1, |score|); of the student the worse of "
         f"{start} and {half}; of the original as it is",
+        "- ledger, carried: the same of direct part + carried part + constants, and of the carried biases one by one, with "
+        "half and with all of the biases carried, in BatchNorms within 7 places",
         f"- input's share: |input part| in |input part| + |constants|, at {start}",
         "- save/load: the folder loads strictly and computes the same",
         "- another size: the student equals its original at a size that the conversion did not see",
