@@ -419,7 +419,7 @@ def batch_norm(
         mean, variance = running_mean, running_var
     inverse = (variance + eps).rsqrt()
     kept: tuple[Tensor, ...] = () if weight is None else (frozen(weight),)
-    scale = inverse if weight is None else inverse * kept[0]
+    scale = inverse * kept[0] if kept else inverse
 
     def pull(grad: Tensor, inverse: Tensor, *kept: Tensor) -> Tensor:
         return grad * _per_channel(inverse * kept[0] if kept else inverse, grad)
