@@ -121,7 +121,7 @@ def contrasts(subject: Subject, reference: Reference) -> dict[str, float]:
 
 
 def ledger(explanation: Explanation) -> dict[str, float]:
-    """Of the first score: the share of each part in the sum of their sizes, mean over pictures, and the worst residual."""
+    """Of the first score: each part's share in the sum of their sizes, mean over pictures, and the worst residual."""
     parts = {
         "direct": explanation.direct_part,
         "carried": explanation.carried_part,

@@ -300,8 +300,8 @@ def markdown(rows: list[Row], machine: dict[str, Any], method: Method) -> str:
         f"- identity error: largest difference of student ({start}) and original, over the largest output",
         "- ledger: largest |score - input part - constants| over max(1, |score|); of the student the worse of "
         f"{start} and {half}; of the original as it is",
-        "- ledger, carried: the same of direct part + carried part + constants, and of the carried biases one by one, with "
-        "half and with all of the biases carried, in BatchNorms within 7 places",
+        "- ledger, carried: the same of direct part + carried part + constants, and of the carried biases one by one, "
+        "with half and with all of the biases carried, in BatchNorms within 7 places",
         f"- input's share: |input part| in |input part| + |constants|, at {start}",
         "- save/load: the folder loads strictly and computes the same",
         "- another size: the student equals its original at a size that the conversion did not see",

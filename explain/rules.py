@@ -442,8 +442,8 @@ def batch_norm(
         value = run(x, running_mean, running_var, *frozen((weight, bias)), False, momentum, eps)
         mean, variance = running_mean, running_var
     inverse = (variance + eps).rsqrt()
-    kept: tuple[Tensor, ...] = () if weight is None else (weight.detach(),)
-    scale = inverse if weight is None else inverse * weight.detach()
+    kept: tuple[Tensor, ...] = () if weight is None else (frozen(weight),)
+    scale = inverse * kept[0] if kept else inverse
 
     def pull(grad: Tensor, inverse: Tensor, *kept: Tensor) -> Tensor:
         return grad * _per_channel(inverse * kept[0] if kept else inverse, grad)
