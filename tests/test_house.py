@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "errors": set(),
     "recipes": set(),
     "explain": set(),
-    "convert": {"explain.linearise"},
+    "convert": {"explain.linearise", "explain.transposed"},
     "evaluate": {"convert", "explain"},
     "align": {"convert", "explain", "evaluate.fidelity", "evaluate.report"},
     "publish": {"convert", "explain", "evaluate"},
