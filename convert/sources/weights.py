@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...errors import BcosifyError, SourceError
+from ...errors import SourceError
 from ..plan import class_path
 
 __all__ = [
@@ -76,6 +76,8 @@ def hollow(build: Callable[[], nn.Module]) -> nn.Module:
     try:
         with _parameters_on_meta():
             return build()
+    except SourceError:
+        return build()  # a library that could not build it: so may be one whose constructor reads its weights
     except BcosifyError:
         raise
     except Exception:  # noqa: BLE001 - any refusal only means that the constructor reads its weights
