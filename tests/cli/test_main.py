@@ -18,10 +18,13 @@ import torch
 from bcosify.cli import main as command
 from bcosify.cli.main import VERBS, main
 from bcosify.convert import CodaConfig, load, load_teacher
+from bcosify.convert.layers import ReferenceSized
 from bcosify.errors import BcosifyError
 from safetensors.torch import save_file
 
 TINY = ("timm:test_resnet", "--no-pretrained", "--image-size", "64")
+# What `inspect` says of a student whose biases are not carried.
+NOT_CARRIED = {"carry": "0", "window": "0", "spread": "0"}
 
 
 @pytest.fixture
