@@ -247,8 +247,7 @@ class Ledger:
         constant = torch.as_tensor(constant, device=out.device).detach()
         if not constant.any():
             return
-        share = max(self._carried_shares.get(name, 0.0) for name in self.names(source))
-        if share:
+        if share := self.carried_share(source):
             out.register_hook(self._carrier(out, constant, self.called(source), share))
         else:
             out.register_hook(partial(self._add, self.called(source), constant))
@@ -260,6 +259,10 @@ class Ledger:
         self._carried_shares.update(dict.fromkeys(names, share))
         self.has_carriers = True
         return self.name(constant, names)
+
+    def carried_share(self, source: object) -> float:
+        """The share (0 to 1) of the constant of `source` that is carried by what it is added to."""
+        return max(self._carried_shares.get(name, 0.0) for name in self.names(source))
 
     def carries(self, term: Tensor, source: object) -> Tensor:
         """`term`, which moves and carries the constant of `source`: it counts as carried, under that name."""

@@ -54,7 +54,7 @@ def assert_nothing_left(*models: nn.Module) -> None:
         assert not (layer.records or layer.follows or layer.sized) and layer.sums is None
 
 
-# ------------------------------------------------------------------------------------------------------- while it trains
+# ------------------------------------------------------------------------------------------------------ while it trains
 
 
 @pytest.mark.parametrize("config", [BcosConfig(), BcosConfig(scale="unbounded"), CodaConfig()], ids=str)
@@ -174,7 +174,7 @@ def test_it_runs_in_half_precision(tiny, name):
 
 
 def test_every_part_of_a_batch_has_its_own_teacher(tiny):
-    """Accumulation: inside one context the teacher is run on each part before the student is; energies do not pile up."""
+    """Accumulation: inside one context the teacher is run on each part before the student is; none adds up."""
     student, teacher = pair(tiny)
     set_strength(student, 1.3, 0.5)
     parts = pictures(4).chunk(2)
@@ -270,7 +270,7 @@ def test_the_ledger_balances_while_gains_follow(tiny, name, config):
     assert relative(explanation.outputs, student(batch)) > 1e-3 or config is not None
 
 
-# --------------------------------------------------------------------------------------------------------------- at rest
+# -------------------------------------------------------------------------------------------------------------- at rest
 
 
 CONFIGS = [BcosConfig(), BcosConfig(scale="unbounded"), CodaConfig()]
