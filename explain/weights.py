@@ -8,6 +8,7 @@ graph of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,8 @@ def _convolved(
         value, x, lambda grad, weight: transposed(size, grad, weight, stride, padding, dilation, groups), weight
     )
     if bias is not None:
-        ledger.enter(out, bias.reshape(-1, 1, 1), bias)
+        response = functools.partial(F.conv2d, x.detach(), weight, None, stride, padding, dilation, groups)
+        ledger.enter(out, bias.reshape(-1, 1, 1), bias, response)
     return out
 
 
@@ -121,10 +123,16 @@ class _Weights(Ledger):
         self._held: list[Tensor] = []
         self._cut: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
+    def enter(
+        self,
+        out: Tensor,
+        constant: Tensor | complex,
+        source: object,
+        response: Callable[[], Tensor] | None = None,
+    ) -> None:
         """What is carried of it: a map is made of the input's part alone."""
         if self.carried_share(source):
-            super().enter(out, constant, source)
+            super().enter(out, constant, source, response)
 
     def _enter_share(self, table: dict[str, Tensor], name: str, share: Tensor) -> None:
         """Nothing; it would keep the graph, and the graph this ledger."""

@@ -239,7 +239,8 @@ def test_the_ledger_balances_in_three_parts(students, name, carry):
         assert explanation.direct is None and not explanation.carried and (explanation.carried_part == 0).all()
         return
     assert explanation.direct_residual is not None and (explanation.direct_residual.abs() <= limit).all()
-    assert (explanation.carried_part.abs() > 10 * limit).all() and (explanation.carried_share > 1e-3).all()
+    maps = explanation.carried_contributions.abs().sum((-2, -1)) / explanation.contributions.abs().sum((-2, -1))
+    assert (maps > 1e-3).all()
     # Where biases are removed for all their carrying, no constant is one; tables, tokens and borders stay.
     biases = {key for key in explanation.constants if "bias" in key or "running_mean" in key} - {"bias_table"}
     biases = {key for key in biases if "bias_table" not in key}
@@ -267,7 +268,22 @@ def test_without_constants_carriers_add_up_to_the_carried_part(students, name):
     assert explanation.constant_part.abs().max() < 0.1 * explanation.scores.abs().max()
     borders = explanation.constant_part.abs().max()
     total = sum(explanation.carried.values())
-    assert (total - explanation.carried_part).abs().max() < 1e-4 * explanation.scores.abs().max() + 10 * borders
+    assert explanation.carried_part.abs().max() > 100 * borders
+    assert (total - explanation.carried_part).abs().max() < 1e-4 * explanation.scores.abs().max() + 2 * borders
+
+
+def test_a_response_that_is_small_beside_what_it_carries_is_known_exactly():
+    """As a difference of sums it would be rounding, and the ledger off by as much."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), adopt(nn.Linear(12, 5), BcosLinear), nn.Linear(5, 2, bias=False)).eval()
+    with torch.no_grad():
+        model[1]._parameters["weight"].mul_(1e-6)
+        model[1]._parameters["bias"].fill_(3.0)
+    x = seeded(2, 3, 2, 2)
+    for b in (1.0, 1.5):
+        set_strength(model, b=b, beta=0, carry=1)
+        explanation = explain(model, x, [0, 1])
+        assert explanation.residual.abs().max() < 1e-5 * explanation.scores.abs().min() and not explanation.constants
 
 
 def test_nothing_of_constants_is_left_at_all(teach):
