@@ -240,16 +240,25 @@ class Ledger:
 
     # -------------------------------------------------------------------------------------------------------- constants
 
-    def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
-        """Enters `constant`, which broadcasts to `out` and is a summand of it, under the name of `source`."""
+    def enter(
+        self,
+        out: Tensor,
+        constant: Tensor | complex,
+        source: object,
+        response: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """Enters `constant`, which broadcasts to `out` and is a summand of it, under the name of `source`.
+
+        `response` gives the rest of `out`, where that is known better than by a difference: it carries the constant.
+        """
         if UNKNOWN in self.names(source) or not moves(out):
             return
         constant = torch.as_tensor(constant, device=out.device).detach()
         if not constant.any():
             return
-        share = max(self._carried_shares.get(name, 0.0) for name in self.names(source))
-        if share:
-            out.register_hook(self._carrier(out, constant, self.called(source), share))
+        if share := self.carried_share(source):
+            rest = out.detach() - constant if response is None else response().detach().expand_as(out)
+            out.register_hook(self._carrier(rest, constant, self.called(source), share))
         else:
             out.register_hook(partial(self._add, self.called(source), constant))
 
@@ -260,6 +269,10 @@ class Ledger:
         self._carried_shares.update(dict.fromkeys(names, share))
         self.has_carriers = True
         return self.name(constant, names)
+
+    def carried_share(self, source: object) -> float:
+        """The share (0 to 1) of the constant of `source` that is carried by what it is added to."""
+        return max(self._carried_shares.get(name, 0.0) for name in self.names(source))
 
     def carries(self, term: Tensor, source: object) -> Tensor:
         """`term`, which moves and carries the constant of `source`: it counts as carried, under that name."""
@@ -274,18 +287,17 @@ class Ledger:
         self._enter_share(self._carried, name, gradient * term)
         return torch.zeros_like(gradient)
 
-    def _carrier(self, out: Tensor, constant: Tensor, name: str, share: float) -> Callable[[Tensor], Tensor | None]:
-        """A backward hook on `out` = r + constant, where `share` of the constant is carried by r.
+    def _carrier(self, r: Tensor, constant: Tensor, name: str, share: float) -> Callable[[Tensor], Tensor | None]:
+        """A backward hook on r + constant, where `share` of the constant is carried by r.
 
         At every place the carried part is  share · constant · <r, sg(r)> / |r|²  over the axes that the constant varies
         along: its own value, as a linear function of r. Where r is zero, the constant stays one.
         """
-        response = out.detach() - constant
-        aligned = (1,) * (out.dim() - constant.dim()) + tuple(constant.shape)
-        axes = [axis for axis, size in enumerate(aligned) if size > 1] or [out.dim() - 1]
-        size = response.square().sum(axes, keepdim=True)
+        aligned = (1,) * (r.dim() - constant.dim()) + tuple(constant.shape)
+        axes = [axis for axis, size in enumerate(aligned) if size > 1] or [r.dim() - 1]
+        size = r.square().sum(axes, keepdim=True)
         share_at = torch.where(size > 0, share, 0.0)
-        direction = response.div_(torch.where(size > 0, size, 1))
+        direction = r / torch.where(size > 0, size, 1)
 
         def hook(gradient: Tensor | None) -> Tensor | None:
             if gradient is None:

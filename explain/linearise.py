@@ -161,9 +161,13 @@ class Linearised(TorchFunctionMode):
             given = leaves((args, options))
         if any(map(moves, given)):
             return self._linearised(func, args, options)
+        return self._ledger.inherit(self._of_constants(func, args, options), given)
+
+    def _of_constants(self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """What a call returns of which no argument moves."""
         if func in _OF_CONSTANTS:
             return _OF_CONSTANTS[func](self._ledger, func, *args, **options)
-        return self._ledger.inherit(func(*args, **options), given)
+        return func(*args, **options)
 
     def _linearised(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The affine form of a call with an argument that moves."""

@@ -109,9 +109,10 @@ def combination(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
 
     def rule(ledger: Ledger, run: Run, input: Any, other: Any, *, alpha: Any = 1) -> Tensor:
         out = run(input, other) if alpha == 1 else run(input, other, alpha=alpha)
-        for operand, coefficient in zip((input, other), coefficients(alpha), strict=True):
+        first, second = zip((input, other), coefficients(alpha), strict=True)
+        for (operand, coefficient), (rest, factor) in ((first, second), (second, first)):
             if not moves(operand):
-                ledger.enter(out, operand * coefficient, operand)
+                ledger.enter(out, operand * coefficient, operand, lambda rest=rest, factor=factor: rest * factor)
         return _still_gate(ledger, out, input, other)
 
     return rule
@@ -187,7 +188,7 @@ def projection(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: An
         return weighted(ledger, run, input, weight, bias)
     out = pulled(run(input.detach(), weight, bias), input, _through, weight)
     if bias is not None:
-        ledger.enter(out, bias, bias)
+        ledger.enter(out, bias, bias, lambda: run(input.detach(), weight))
     return out
 
 
@@ -209,7 +210,7 @@ def weighted(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any 
         return graft(run(*frozen((input, weight, bias, *args)), **kwargs), out)
     out = run(input, weight, bias, *args, **kwargs)
     if bias is not None:
-        ledger.enter(out, bias.reshape(shape), bias)
+        ledger.enter(out, bias.reshape(shape), bias, lambda: run(input.detach(), weight, None, *args, **kwargs))
     return out
 
 
@@ -392,7 +393,7 @@ def layer_norm(
 
     out = pulled(value, input, pull, inverse)
     if bias is not None:
-        ledger.enter(out, bias, bias)
+        ledger.enter(out, bias, bias, lambda: torch.native_layer_norm(x, normalized_shape, gain, None, eps)[0])
     return out
 
 
@@ -495,12 +496,13 @@ def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
 def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False) -> Tensor:
     """`value` with the derivative of out · weight + bias, which lie along the last axes or else the channels."""
     align = _per_channel if per_channel else lambda vector, like: vector
+    bare = out
     if weight is None:
         out = graft(value, out.clone())
     else:
         out = pulled(value, out, lambda grad, weight: grad * align(weight, grad), frozen(weight))
     if bias is not None:
-        ledger.enter(out, align(bias, out), bias)
+        ledger.enter(out, align(bias, out), bias, lambda: bare if weight is None else bare * align(weight, bare))
     return out
 
 

@@ -8,6 +8,7 @@ graph of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,8 +36,9 @@ def trained_maps(
 
     Returns the loss (), whose gradient reaches the parameters of `model` with gates held fixed, and the maps, without
     any: `explain`'s of the same scores. Weights get the gradient wherever they multiply what moves with the input,
-    as they are or as what a layer makes of them: in convolutions, linear layers and the scales of norms. Biases, and
-    what only a gate reads, get none. The model must not be compiled, or checkpoint its gradients.
+    as they are or as what a layer makes of them: in convolutions, linear layers, the scales of norms, and the shifts
+    that a BatchNorm carries. All other biases, and what only a gate reads, get none. The model must not be compiled, or
+    checkpoint its gradients.
     """
     with torch.enable_grad(), torch.autocast(images.device.type, enabled=False):
         mode = _Attached(model)
@@ -61,6 +63,7 @@ def trained_maps(
 
 
 def _convolved(
+    ledger: Ledger,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -74,9 +77,13 @@ def _convolved(
         return None
     size, stride, padding, dilation = x.shape, _pair(stride), _pair(padding), _pair(dilation)
     value = F.conv2d(x.detach(), weight, bias, stride, padding, dilation, groups)
-    return pulled(
+    out = pulled(
         value, x, lambda grad, weight: transposed(size, grad, weight, stride, padding, dilation, groups), weight
     )
+    if bias is not None:
+        response = functools.partial(F.conv2d, x.detach(), weight, None, stride, padding, dilation, groups)
+        ledger.enter(out, bias.reshape(-1, 1, 1), bias, response)
+    return out
 
 
 class _Attached(Linearised):
@@ -98,17 +105,17 @@ class _Attached(Linearised):
         args, options = self._ledger.settle((args, options))
         given = leaves((args, options))
         if any(map(moves, given)):
-            convolved = _convolved(*args, **options) if func is F.conv2d else None
+            convolved = _convolved(self._ledger, *args, **options) if func is F.conv2d else None
             return self._linearised(func, args, options) if convolved is None else convolved
-        out = func(*args, **options)
+        out = self._of_constants(func, args, options)
         if not (resolve(func).in_place or "out" in options or options.get("inplace")):
             self._weights.derive(out, func, args, options)
         return self._ledger.inherit(out, given)
 
 
 class _Weights(Ledger):
-    """A ledger that enters no constants, as nobody asks for their shares, and keeps for each that was made of
-    parameters its twin: the same value, with its graph."""
+    """A ledger that enters no constants but for those that are carried, as nobody asks for their shares, and keeps for
+    each that was made of parameters its twin: the same value, with its graph."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -116,8 +123,19 @@ class _Weights(Ledger):
         self._held: list[Tensor] = []
         self._cut: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def enter(self, out: Tensor, constant: Tensor | complex, source: object) -> None:
-        """Nothing: a map is made of the input's part alone."""
+    def enter(
+        self,
+        out: Tensor,
+        constant: Tensor | complex,
+        source: object,
+        response: Callable[[], Tensor] | None = None,
+    ) -> None:
+        """What is carried of it: a map is made of the input's part alone."""
+        if self.carried_share(source):
+            super().enter(out, constant, source, response)
+
+    def _enter_share(self, table: dict[str, Tensor], name: str, share: Tensor) -> None:
+        """Nothing; it would keep the graph, and the graph this ledger."""
 
     def derive(self, out: Any, func: Callable[..., Any], args: Any, options: Any) -> None:
         """Makes the twins of `out`, what func(*args, **options) returned of constants."""

@@ -28,6 +28,8 @@ __all__ = ["ReferenceSized", "estimate_gains", "fold_gains", "recording", "refer
 SMALLEST, LARGEST = 1e-3, 1e3
 # Mean squares below this are those of dead channels.
 DEAD = 1e-30
+# The mean square of what did not run yet. What runs twice has none: one gain cannot keep both sizes.
+UNSEEN = -1.0
 
 
 class ReferenceSized(Rescalable):
@@ -35,7 +37,8 @@ class ReferenceSized(Rescalable):
 
     # (C,) the gain at rest; None is 1.
     resting: Tensor | None = None
-    # (C,) mean square of the response: of the teacher's layer, which records it, and shares it with the student's.
+    # (C,) mean square of the response: of the teacher's layer, which records it, and shares it with the student's; no
+    # number where the layer ran more than once.
     energy: Tensor | None = None
     records: bool = False
     follows: bool = False
@@ -51,7 +54,7 @@ class ReferenceSized(Rescalable):
         """The response o, without its bias and with channels along `dim`, at the size of the reference."""
         if self.records:
             assert self.energy is not None
-            self.energy.copy_(_mean_square(o, dim)[1])
+            self.energy.copy_(torch.where(self.energy == UNSEEN, _mean_square(o, dim)[1], torch.nan))
         if self.follows:
             o, ours = _mean_square(o, dim)
             theirs = self.energy
@@ -75,8 +78,11 @@ def _along(values: Tensor, like: Tensor, dim: int) -> Tensor:
 
 
 def _gain(theirs: Tensor, ours: Tensor) -> Tensor:
-    """(C,) from both mean squares; 1 where the student's channel is dead, next to nothing where the teacher's is."""
-    alive = ours > DEAD
+    """(C,) from both mean squares; 1 where the student's channel is dead, next to nothing where the teacher's is.
+
+    It is 1, too, where the teacher's layer did not run, or more than once.
+    """
+    alive = (ours > DEAD) & (theirs >= 0)
     ratio = theirs.clamp_min(DEAD) / torch.where(alive, ours, 1)
     return torch.where(alive, ratio, 1).sqrt().clamp(SMALLEST, LARGEST)
 
@@ -109,10 +115,10 @@ def _place_for_energy(layer: ReferenceSized) -> Tensor:
 
 @contextlib.contextmanager
 def recording(teacher: nn.Module) -> Iterator[None]:
-    """Inside, every converted layer of `teacher` records the size of its response."""
+    """Inside, where `teacher` is to run once, every converted layer of it records the size of its response."""
     layers = [module for module in teacher.modules() if isinstance(module, ReferenceSized)]
     for layer in layers:
-        _place_for_energy(layer)
+        _place_for_energy(layer).fill_(UNSEEN)
         layer.records = True
     try:
         yield

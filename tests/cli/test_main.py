@@ -18,10 +18,13 @@ import torch
 from bcosify.cli import main as command
 from bcosify.cli.main import VERBS, main
 from bcosify.convert import CodaConfig, load, load_teacher
+from bcosify.convert.layers import ReferenceSized
 from bcosify.errors import BcosifyError
 from safetensors.torch import save_file
 
 TINY = ("timm:test_resnet", "--no-pretrained", "--image-size", "64")
+# What `inspect` says of a student whose biases are not carried.
+NOT_CARRIED = {"carry": "0", "window": "0", "spread": "0"}
 
 
 @pytest.fixture
@@ -173,10 +176,10 @@ def test_bugs_are_not_hidden(monkeypatch):
 
 def test_convert_writes_a_folder_and_says_what_it_did(run, tmp_path):
     code, out, err = run("convert", *TINY, "--out", tmp_path / "a" / "student")
-    assert (code, out) == (0, "") and "identity at B=1, beta=1: relative error" in err and "gains calibrated" in err
+    assert (code, out) == (0, "") and "identity at B=1, beta=1: relative error" in err and "biases carried, reference gains" in err
     assert f"wrote {tmp_path / 'a' / 'student'}" in err
     report = load(tmp_path / "a" / "student").report
-    assert report["identity_error"] < 1e-5 and len(report["lossy_steps"]) == 5
+    assert report["identity_error"] < 1e-5 and len(report["lossy_steps"]) == 7
 
 
 def test_convert_prints_only_json_on_stdout(run, tmp_path):
@@ -190,13 +193,14 @@ def test_convert_prints_only_json_on_stdout(run, tmp_path):
 def test_convert_to_another_method_with_its_own_settings(run, tmp_path):
     words = ("--method", "coda", "--set", "squash=sq", "rank=2", "--keep", "fc")
     code, _, err = run("convert", *TINY, "--out", tmp_path / "student", *words)
-    assert code == 0 and "identity at beta=1: relative error" in err and "biases removed, gains calibrated" in err
+    assert code == 0 and "identity at beta=1: relative error" in err and "biases removed, reference gains" in err
     student = load(tmp_path / "student")
     assert student.config == CodaConfig(keep=("fc",), squash="sq", rank=2)
-    assert [row["beta"] for row in student.report["lossy_steps"]] == [1, 0, 0]
+    steps = [(row["beta"], row.get("carry", 0)) for row in student.report["lossy_steps"]]
+    assert steps == [(1, 0), (0, 1), (0, 0), (0, 0), (0, 1)]
     code, out, _ = run("inspect", tmp_path / "student", "--json")
     facts = json.loads(out)
-    assert (facts["method"], facts["strengths"]) == ("coda", {"beta": "1"})
+    assert (facts["method"], facts["strengths"]) == ("coda", {"beta": "1", **NOT_CARRIED})
 
 
 def test_convert_after_fa_cnn_and_explain_without_gradients(run, pictures, tmp_path):
@@ -302,8 +306,12 @@ def test_convert_calibrates_on_pictures_from_shards(run, tmp_path, shards, count
     words = ("--calibrate", shards, "--calibration-pictures", count, "--b", "1.5", "--keep", "fc")
     code, _, err = run("convert", *TINY, *words, "--out", tmp_path / "student")
     opened = load(tmp_path / "student")
-    assert code == 0 and opened.report["calibration"] == {"pictures": count, "b": 1.5, "beta": 0.0, "layers": 30}
-    assert f"({count} pictures from" in err and opened.model.layer1[0].conv1.strengths() == {"b": 1.5, "beta": 0}
+    ends = {"b": 1.5, "beta": 0.0, "carry": 1.0, "window": 7.0}
+    sized = sum(isinstance(layer, ReferenceSized) for layer in opened.model.modules())
+    assert code == 0 and opened.report["calibration"] == {"pictures": count, **ends, "layers": sized}
+    first, norm = opened.model.layer1[0].conv1.strengths(), opened.model.layer1[0].bn1.strengths()
+    assert f"({count} pictures from" in err and first == {"b": 1.5, "beta": 0, "carry": 1}
+    assert norm == {"beta": 0, "carry": 1, "window": 7, "spread": 0} and sized > 10
 
 
 @pytest.mark.parametrize("count", ["0", "-1"])
@@ -332,7 +340,7 @@ def test_inspect_shows_what_a_converted_folder_is(run, student):
     assert (code, out) == (0, "") and "timm:test_resnet" in err and "not aligned" in err and "64 x 64" in err
     code, out, err = run("inspect", student, "--json")
     facts = json.loads(out)
-    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["strengths"] == {"b": "1", "beta": "1"}
+    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["strengths"] == {"b": "1", "beta": "1", **NOT_CARRIED}
     assert facts["identity_error"] < 1e-5 and facts["layers"]["SixChannelBcosConv2d"] == 1
 
 

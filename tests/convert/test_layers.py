@@ -312,13 +312,20 @@ def test_beta_scales_the_bias_of_any_layer(kind, beta):
 
 def test_strengths_are_validated_and_left_alone_where_not_given():
     model = nn.Sequential(adopt(nn.Linear(3, 3), BcosLinear), adopt(nn.LayerNorm(3), BiasScheduled))
-    for wrong in ({"b": 0.9}, {"b": math.nan}, {"b": math.inf}, {"beta": -0.1}, {"beta": 1.1}, {"beta": math.nan}):
-        with pytest.raises(ValueError, match="^(b|beta) lies between (1 and inf|0 and 1); got"):
+    shares = [{name: wrong} for name in ("beta", "carry", "spread") for wrong in (-0.1, 1.1, math.nan)]
+    for wrong in ({"b": 0.9}, {"b": math.nan}, {"b": math.inf}, {"window": -1}, {"window": math.inf}, *shares):
+        with pytest.raises(ValueError, match="^(b|beta|carry|spread|window) lies between [01] and (inf|1); got"):
             set_strength(model, **wrong)
-    assert [layer.strengths() for _, layer in scheduled_layers(model)] == [{"b": 1, "beta": 1}, {"beta": 1}]
+    for wrong in (2, 4, 1.5, 7.5):
+        with pytest.raises(ValueError, match=f"^window is 0 .*, or an odd number of places; got {wrong}$"):
+            set_strength(model, beta=0.5, window=wrong)
+    start = {"beta": 1, "carry": 0}
+    assert [layer.strengths() for _, layer in scheduled_layers(model)] == [{"b": 1, **start}, start]
     set_strength(model, b=1.7)
     set_strength(model, beta=0.2)
-    assert [layer.strengths() for _, layer in scheduled_layers(model)] == [{"b": 1.7, "beta": 0.2}, {"beta": 0.2}]
+    set_strength(model, carry=0.3, window=3)  # a window is a BatchNorm's alone
+    moved = {"beta": 0.2, "carry": 0.3}
+    assert [layer.strengths() for _, layer in scheduled_layers(model)] == [{"b": 1.7, **moved}, moved]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -327,7 +334,7 @@ def test_strengths_travel_in_the_state_dict_and_survive_a_change_of_precision(dt
     other = adopted(nn.Linear(3, 3)).to(dtype)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(2, 3, dtype=dtype)
-    assert layer.strengths() == other.strengths() == {"b": 1.7, "beta": 0.3}
+    assert layer.strengths() == other.strengths() == {"b": 1.7, "beta": 0.3, "carry": 0}
     assert torch.equal(layer(x), other(x))
     set_strength(other, b=1.9)
     assert other.strengths()["b"] == 1.9
@@ -342,8 +349,8 @@ def test_a_swap_keeps_names_precision_and_what_is_trained(kind):
     layer = adopt(source, mixin)
     assert layer is source and layer.weight is weight and isinstance(layer, mixin)
     assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.bfloat16, False)
-    assert set(layer.state_dict()) == keys | {"b", "beta"}
-    assert "b=1, beta=1" in repr(layer)
+    assert set(layer.state_dict()) == keys | {"b", "beta", "carry"}
+    assert "b=1, beta=1, carry=0" in repr(layer)
 
 
 @kinds
@@ -356,4 +363,4 @@ def test_a_swap_works_without_memory(kind):
     real = adopted(make(), mixin, 2.0, 0.5)
     layer.load_state_dict(real.state_dict(), assign=True)
     x = torch.randn(shape)
-    assert layer.strengths() == {"b": 2.0, "beta": 0.5} and torch.equal(layer(x), real(x))
+    assert layer.strengths() == {"b": 2.0, "beta": 0.5, "carry": 0} and torch.equal(layer(x), real(x))

@@ -176,7 +176,13 @@ def test_lossy_steps_measure_each_step_and_leave_the_student_alone(tiny):
     student = convert(teacher)
     before = copy.deepcopy(student.model.state_dict())
     rows = lossy_steps(student, torch.randn(8, 3, 64, 64), {"b": 1.5})
-    assert [(row["b"], row["beta"]) for row in rows] == [(1, 1), (1, 0), (1.5, 1), (1.5, 0), (1.5, 0)]
+    carried = ("b", "beta", "carry", "window")
+    assert [tuple(row.get(name, 0) for name in carried) for row in rows] == [
+        (1, 1, 0, 0), (1, 0, 1, 7), (1, 0, 0, 0), (1.5, 1, 0, 0), (1.5, 0, 0, 0), (1.5, 0, 0, 0), (1.5, 0, 1, 7)
+    ]  # fmt: skip
+    assert [row["step"] for row in rows[-3:]] == [
+        "B=1.5, biases removed", "B=1.5, biases removed, reference gains", "B=1.5, biases carried, reference gains"
+    ]  # fmt: skip
     assert rows[0]["cosine"] == 1 and all(-1 <= row["cosine"] < 1 for row in rows[1:])
     assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
 
