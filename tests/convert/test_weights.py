@@ -93,6 +93,19 @@ def test_a_refusal_is_not_asked_for_twice():
     assert len(asked) == 1
 
 
+def test_what_a_library_cannot_build_without_memory_is_built_whole():
+    asked = []
+
+    def build() -> nn.Module:
+        layer = nn.Linear(2, 2)
+        asked.append(layer.weight.is_meta)
+        if layer.weight.is_meta:
+            raise SourceError("timm cannot build it: Cannot copy out of meta tensor; no data!")
+        return layer
+
+    assert is_whole(hollow(build)) and asked == [True, False]
+
+
 def test_tied_weights_stay_tied():
     source, model = Tied(), hollow(Tied)
     take_weights(model, {name: tensor for name, tensor in source.state_dict().items() if name != "second.weight"})
