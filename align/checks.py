@@ -115,6 +115,8 @@ def check_strengths(student: Student, recipe: Recipe) -> None:
                 wrong.append(f"{where}.{name}: no layer of a {student.method} student carries biases so; take it out")
         if phase.reference_gains and not sized:
             wrong.append(f"{where}.reference_gains: no layer of a {student.method} student has a gain; take it out")
+        if not 0 <= phase.reference_decay < 1:
+            wrong.append(f"{where}.reference_decay is at least 0 and below 1; got {phase.reference_decay:g}")
         if phase.reference_gains and phase.batch_statistics:
             wrong.append(f"{where}: reference_gains takes the place of batch_statistics; leave one of them out")
     if wrong:

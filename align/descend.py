@@ -38,6 +38,7 @@ def descend(run: AlignRun, number: int, outcome: Outcome) -> Outcome:
         if leaving:
             break
     log.close()
+    stepper.close()
     make_eager(run.teacher, prepared.model)
     return dataclasses.replace(outcome, stopped=stopped, seconds=outcome.seconds + log.seconds)
 
@@ -80,6 +81,7 @@ def _checkpoint(run: AlignRun, stepper: Stepper, progress: state.Progress) -> No
     progress = dataclasses.replace(progress, trust=trust.numbers())
     run.accelerator.wait_for_everyone()
     with prepared.whole():
-        more = {"best": learner.best, "trusted": trust.kept, "main": run.accelerator.is_main_process}
+        sizes = None if stepper.gains is None else stepper.gains.means
+        more = {"sizes": sizes, "best": learner.best, "trusted": trust.kept, "main": run.accelerator.is_main_process}
         state.write(folder, learner.model, prepared.optimizer, progress, learner.average, **more)
     run.accelerator.wait_for_everyone()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..convert.layers import estimate_gains, estimate_statistics
@@ -20,7 +22,7 @@ from .run import AlignRun
 from .state import Progress
 from .trackers import log_picture
 
-__all__ = ["evaluated", "explained", "settle_statistics"]
+__all__ = ["evaluated", "explained", "settle_statistics", "statistics_batches"]
 
 # The student that is measured and saved has statistics of so many pictures, in batches of this size.
 STATISTICS_PICTURES, STATISTICS_BATCH = 256, 32
@@ -54,6 +56,11 @@ def explained(run: AlignRun, progress: Progress) -> None:
         log_picture(run.accelerator, EXPLANATIONS, sheet, progress.step)
 
 
+def statistics_batches(run: AlignRun) -> Sequence[Tensor]:
+    """The pictures that statistics and gains at rest come from, each (B, 3, H, W); the same in every process."""
+    return run.pictures.calibration(STATISTICS_PICTURES).split(STATISTICS_BATCH)
+
+
 def settle_statistics(run: AlignRun, phase: Phase, everything: bool = False) -> None:
     """Statistics and gains of the student as it is now, alike in every process.
 
@@ -61,7 +68,7 @@ def settle_statistics(run: AlignRun, phase: Phase, everything: bool = False) -> 
     """
     if not (phase.batch_statistics or phase.reference_gains):
         return
-    batches = run.pictures.calibration(STATISTICS_PICTURES).split(STATISTICS_BATCH)
+    batches = statistics_batches(run)
     models = (run.learner.model, run.learner.result) if everything else (run.learner.result,)
     for model in dict.fromkeys(models):
         if phase.batch_statistics:

@@ -46,7 +46,9 @@ class Phase:
         window: where the proportion of carried biases is taken: 0 for the whole map, below 1 a share of its side, or an
             odd number of places.
         reference_gains: every converted layer keeps, per channel, the size that the teacher's layer has on the same
-            pictures (see `layers.reference`), in the place of batch statistics and calibrated gains.
+            pictures (see `layers.reference`), in the place of batch statistics and calibrated gains. reference_decay:
+            what is left after a step of the mean over batches that the gains come from, in [0, 1); 0 takes each batch's
+            own, which tells the student about the pictures that it sees.
         calibrate: gains are estimated from this many pictures before the first step; 0 leaves the weights.
         recalibrate_every: again every so many steps while B and beta move; 0 never.
         gain: `least-squares` or `rms`.
@@ -86,6 +88,7 @@ class Phase:
     ramp: float = 0.6
     ramps: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
     reference_gains: bool = False
+    reference_decay: float = 0.95
     relative: bool = True
     calibrate: int = 0
     recalibrate_every: int = 0

@@ -31,6 +31,7 @@ __all__ = [
     "latest",
     "restore",
     "restore_optimizer",
+    "sizes_of",
     "snapshot",
     "trusted_of",
     "write",
@@ -39,6 +40,7 @@ __all__ = [
 CHECKPOINTS = "checkpoints"  # folder inside a run's
 STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.safetensors"
 PROGRESS, MARK = "state.json", "COMPLETE"
+SIZES = "sizes.safetensors"  # running means that reference gains come from
 TRUSTED = "trusted.safetensors"  # weights and optimizer to go back to, in a warm-up by trust
 BEST = "best.safetensors"  # the student at the phase's best evaluation, where the phase has patience
 
@@ -111,9 +113,10 @@ def write(
     keep: int = 2,
     best: dict[str, Tensor] | None = None,
     trusted: dict[str, Any] | None = None,
+    sizes: dict[str, Tensor] | None = None,
     main: bool = True,
 ) -> Path:
-    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best` and `trusted` go with it.
+    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best`, `trusted`, `sizes` go with it.
 
     All processes call it, as an optimizer in shards is gathered from all; the `main` one writes.
 
@@ -132,6 +135,8 @@ def write(
         save_file(tensors, scratch / OPTIMIZER, metadata={"plain": json.dumps(plain)})
         if trusted:
             _save_values(trusted, scratch / TRUSTED)
+        if sizes:
+            _save_values(sizes, scratch / SIZES)
         (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
         (scratch / MARK).touch()
     for old in _complete(folder)[:-keep]:
@@ -182,6 +187,11 @@ def _placed_like(place: Tensor, value: Tensor) -> Tensor:
     if isinstance(place, DTensor):
         return sharded_like(place, value)
     return torch.empty_like(place, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def sizes_of(checkpoint: Path, device: torch.device) -> dict[str, Tensor]:
+    """What was written as `sizes` with `checkpoint`."""
+    return {name: mean.to(device) for name, mean in load_file(checkpoint / SIZES).items()}
 
 
 def trusted_of(checkpoint: Path, device: torch.device) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
 from ..convert import calibrate, set_strength
-from ..convert.layers import batch_statistics, recording, reference_gains
+from ..convert.layers import RunningGains, batch_statistics, mean_sizes, recording, reference_gains
 from ..convert.taps import Call
 from . import state
 from .compiling import compile_blocks, eager
@@ -20,6 +20,7 @@ from .distributed import prepare, whole
 from .floor import Walk, interval, strengths_of
 from .loader import Batch
 from .maps import Aim, decided, own_directions, teacher_maps
+from .measure import statistics_batches
 from .objectives import OBJECTIVES, EndToEnd, observe
 from .optimizers import make_optimizer, scales
 from .paths import Draw, blended, with_own_inputs
@@ -50,6 +51,7 @@ class Stepper:
             progress = self._begun(number, progress)
         else:
             self.objective.go_on(progress.begun)
+        sizes = self._sizes(checkpoint)
         self.progress = progress
         self.step = progress.step - progress.first
         self.prepared = prepare(
@@ -60,9 +62,24 @@ class Stepper:
         if checkpoint is not None:
             state.restore_optimizer(checkpoint, self.prepared.optimizer)
         self.trust = self._trust(checkpoint)
+        self.gains = RunningGains(self.prepared.model, self.phase.reference_decay, sizes) if sizes else None
         if run.recipe.compile:
             compile_blocks(run.teacher, self.objective.taps, moving=False)
             compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
+
+    def _sizes(self, checkpoint: Path | None) -> dict[str, Tensor]:
+        """The mean sizes that reference gains start from, or go on from `checkpoint` with; empty where there are none."""
+        run = self.run
+        if not (self.phase.reference_gains and self.phase.reference_decay):
+            return {}
+        if checkpoint is not None:
+            return state.sizes_of(checkpoint, run.accelerator.device)
+        return mean_sizes(run.learner.model, run.teacher, statistics_batches(run))
+
+    def close(self) -> None:
+        """At the end of the phase."""
+        if self.gains is not None:
+            self.gains.stop()
 
     def _trust(self, checkpoint: Path | None) -> Trust:
         """The phase's trust, as it was where the run goes on from `checkpoint`."""
@@ -113,6 +130,8 @@ class Stepper:
         losses = self._backward(pictures)
         if self.trust.refuses(k, losses["total"], lambda: self._backward(pictures, learn=False)["total"]):
             return losses, None
+        if self.gains is not None:
+            self.gains.advance()
         norm = run.accelerator.clip_grad_norm_(model.parameters(), phase.clip)
         if phase.adaptive_clip:
             adaptive_clip_grad(model.parameters(), phase.adaptive_clip)
@@ -188,6 +207,8 @@ class Stepper:
                         losses = module(part, calls, output, *self._aims(part, output, sum(map(len, parts[:i]))))
                     if learn:
                         accelerator.backward(losses["total"] * share)
+                    if learn and self.gains is not None:
+                        self.gains.collect(share)
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss.detach() * share
         return sums

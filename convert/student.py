@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -250,7 +250,7 @@ def carrying(model: nn.Module) -> dict[str, float]:
     return {name: value for name, value in wanted.items() if name in found} if "carry" in found else {}
 
 
-def with_reference_gains(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+def with_reference_gains(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     """Gives the layers of `student` the sizes of `teacher`'s on `batches`, each (B, 3, H, W), in their weights.
 
     Returns the mean gain of every layer that has one; none of a method without such layers.

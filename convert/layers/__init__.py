@@ -9,7 +9,15 @@ from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, aligned
 from .convolution import DynamicConv2d
 from .dampening import DampenedSkip, Dampening
 from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
-from .reference import ReferenceSized, estimate_gains, fold_gains, recording, reference_gains
+from .reference import (
+    ReferenceSized,
+    RunningGains,
+    estimate_gains,
+    fold_gains,
+    mean_sizes,
+    recording,
+    reference_gains,
+)
 from .scale import bcos_scale
 from .scheduled import (
     STRENGTHS,
@@ -61,6 +69,7 @@ __all__ = [
     "PrototypeMaps",
     "ReferenceSized",
     "Rescalable",
+    "RunningGains",
     "Scheduled",
     "SeparateAttention",
     "SeparateAttentionPool2d",
@@ -84,6 +93,7 @@ __all__ = [
     "fold_gains",
     "from_six_channels",
     "join",
+    "mean_sizes",
     "recording",
     "reference_gains",
     "scheduled_layers",

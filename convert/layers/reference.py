@@ -4,16 +4,19 @@
 
     gain = sqrt(E[teacher^2] / E[student^2]),    y = gain * response,
 
-for every output channel, over the places of a batch and over all processes; both responses are without their bias. The
-teacher runs on the same pictures anyway, so the ratio has hardly any noise, and at B = 1 it is 1: the student is its
-teacher while it trains, too. The gradient goes through E[student^2], as it does in BatchNorm. At rest the gain is the
-ratio of means over many batches; it folds into the weights, because a cosine does not see it. (Ours.)
+for every output channel, over the places of many batches and over all processes; both responses are without their bias.
+The teacher runs on the same pictures anyway. At B = 1 the gain is 1: the student is its teacher while it trains, too. At
+rest the gains fold into the weights, because a cosine does not see them.
+
+Gains of one batch alone would tell the student about the very pictures that it sees: a student of EfficientNet-Lite0
+that was trained so agreed with its teacher on 88 % of pictures with gains of four pictures at a time, 70 % with sixteen,
+and 44 % with the gains that it kept. So while it trains, the gains are those of a running mean over batches. (Ours.)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.distributed
@@ -23,7 +26,15 @@ from torch.distributed.nn.functional import all_reduce
 from .convolution import with_squares
 from .scheduled import Rescalable
 
-__all__ = ["ReferenceSized", "estimate_gains", "fold_gains", "recording", "reference_gains"]
+__all__ = [
+    "ReferenceSized",
+    "RunningGains",
+    "estimate_gains",
+    "fold_gains",
+    "mean_sizes",
+    "recording",
+    "reference_gains",
+]
 
 SMALLEST, LARGEST = 1e-3, 1e3
 # Mean squares below this are those of dead channels.
@@ -44,6 +55,9 @@ class ReferenceSized(Rescalable):
     follows: bool = False
     # (2, C) sums of both mean squares over the batches of an estimate.
     sums: Tensor | None = None
+    # (2, C) the running mean of both, by which a layer follows where it has one; and what it saw in the last pass.
+    running: Tensor | None = None
+    seen: Tensor | None = None
 
     @property
     def sized(self) -> bool:
@@ -56,9 +70,13 @@ class ReferenceSized(Rescalable):
             assert self.energy is not None
             self.energy.copy_(torch.where(self.energy == UNSEEN, _mean_square(o, dim)[1], torch.nan))
         if self.follows:
-            o, ours = _mean_square(o, dim)
             theirs = self.energy
             assert theirs is not None
+            if self.running is not None and self.sums is None:
+                assert self.seen is not None
+                self.seen.copy_(torch.stack([theirs, _mean_square(o.detach(), dim)[1]]))
+                return o * _along(_gain(*self.running).to(o.dtype), o, dim)
+            o, ours = _mean_square(o, dim)
             theirs, ours = _over_processes(torch.stack([theirs, ours]))
             if self.sums is not None:
                 self.sums += torch.stack([theirs, ours.detach()])
@@ -152,11 +170,66 @@ def _recorded(pairs: Iterable[tuple[ReferenceSized, ReferenceSized]]) -> Iterato
 
 
 @torch.no_grad()
-def estimate_gains(student: nn.Module, teacher: nn.Module, batches: Iterable[Tensor]) -> dict[str, float]:
+def estimate_gains(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> dict[str, float]:
     """Sets the gains at rest of every layer of `student`, from means over `batches`, each (B, 3, H, W).
 
     Returns the mean gain of each layer by name.
     """
+    gains = {name: _gain(*sizes) for name, sizes in mean_sizes(student, teacher, batches).items()}
+    for name, gain in gains.items():
+        layer = student.get_submodule(name)
+        assert isinstance(layer, ReferenceSized)
+        layer.resting = gain
+    return {name: float(gain.mean()) for name, gain in gains.items()}
+
+
+class RunningGains:
+    """Running means of both sizes, by which the layers of a student follow its teacher while it trains.
+
+    Attributes:
+        decay: what is left of the mean after a step. means: name -> (2, C), the teacher's and the student's mean squares.
+    """
+
+    def __init__(self, student: nn.Module, decay: float, means: dict[str, Tensor]) -> None:
+        self.decay = decay
+        named = dict(student.named_modules())
+        self.layers = {name: named[name] for name in means}
+        for name, mean in means.items():
+            layer = named[name]
+            assert isinstance(layer, ReferenceSized)
+            layer.running, layer.seen = mean, torch.zeros_like(mean)
+        self._sums: dict[str, Tensor] = {}
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        return {name: layer.running for name, layer in self.layers.items()}  # type: ignore[misc]
+
+    @torch.no_grad()
+    def collect(self, share: float) -> None:
+        """After the passes of a part of a batch, which is `share` of it."""
+        for name, layer in self.layers.items():
+            part = layer.seen * share  # type: ignore[operator]
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """After a step: moves the means towards what all processes saw in it."""
+        sizes = [mean.numel() for mean in self._sums.values()]
+        together = _over_processes(torch.cat([mean.flatten() for mean in self._sums.values()]))
+        for name, seen in zip(self._sums, together.split(sizes), strict=True):
+            running = self.layers[name].running
+            running.lerp_(seen.view_as(running), 1 - self.decay)  # type: ignore[union-attr, arg-type]
+        self._sums = {}
+
+    def stop(self) -> None:
+        """At the end of a phase: layers follow no more."""
+        for layer in self.layers.values():
+            layer.running = layer.seen = None  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def mean_sizes(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Layer -> (2, C): the mean squares of the teacher's and the student's responses over `batches`, by name."""
     pairs = _pairs(student, teacher)
     for layer, _ in pairs:
         weight = layer.weight
@@ -168,14 +241,11 @@ def estimate_gains(student: nn.Module, teacher: nn.Module, batches: Iterable[Ten
                 teacher(batch)
             with _recorded(pairs):
                 student(batch)
-        for layer, _ in pairs:
-            assert layer.sums is not None
-            layer.resting = _gain(*layer.sums)
+        named = [(name, module) for name, module in student.named_modules() if isinstance(module, ReferenceSized)]
+        return {name: layer.sums / len(batches) for name, layer in named if layer.sums is not None}
     finally:
         for layer, _ in pairs:
             layer.sums = None
-    named = ((name, module) for name, module in student.named_modules() if isinstance(module, ReferenceSized))
-    return {name: float(layer.resting.mean()) for name, layer in named if layer.resting is not None}
 
 
 @torch.no_grad()

@@ -176,7 +176,11 @@ def test_bugs_are_not_hidden(monkeypatch):
 
 def test_convert_writes_a_folder_and_says_what_it_did(run, tmp_path):
     code, out, err = run("convert", *TINY, "--out", tmp_path / "a" / "student")
-    assert (code, out) == (0, "") and "identity at B=1, beta=1: relative error" in err and "biases carried, reference gains" in err
+    assert (
+        (code, out) == (0, "")
+        and "identity at B=1, beta=1: relative error" in err
+        and "biases carried, reference gains" in err
+    )
     assert f"wrote {tmp_path / 'a' / 'student'}" in err
     report = load(tmp_path / "a" / "student").report
     assert report["identity_error"] < 1e-5 and len(report["lossy_steps"]) == 7
@@ -340,7 +344,11 @@ def test_inspect_shows_what_a_converted_folder_is(run, student):
     assert (code, out) == (0, "") and "timm:test_resnet" in err and "not aligned" in err and "64 x 64" in err
     code, out, err = run("inspect", student, "--json")
     facts = json.loads(out)
-    assert (code, err) == (0, "") and facts["method"] == "bcos" and facts["strengths"] == {"b": "1", "beta": "1", **NOT_CARRIED}
+    assert (
+        (code, err) == (0, "")
+        and facts["method"] == "bcos"
+        and facts["strengths"] == {"b": "1", "beta": "1", **NOT_CARRIED}
+    )
     assert facts["identity_error"] < 1e-5 and facts["layers"]["SixChannelBcosConv2d"] == 1
 
 
