@@ -116,7 +116,9 @@ def write(
     sizes: dict[str, Tensor] | None = None,
     main: bool = True,
 ) -> Path:
-    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`; `best`, `trusted`, `sizes` go with it.
+    """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`.
+
+    `best`, `trusted` and `sizes` go with it.
 
     All processes call it, as an optimizer in shards is gathered from all; the `main` one writes.
 

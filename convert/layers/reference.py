@@ -4,13 +4,13 @@
 
     gain = sqrt(E[teacher^2] / E[student^2]),    y = gain * response,
 
-for every output channel, over the places of many batches and over all processes; both responses are without their bias.
-The teacher runs on the same pictures anyway. At B = 1 the gain is 1: the student is its teacher while it trains, too. At
+for every output channel, over the places of many batches and all processes; both responses are without their bias. The
+teacher runs on the same pictures anyway. At B = 1 the gain is 1: the student is its teacher while it trains, too. At
 rest the gains fold into the weights, because a cosine does not see them.
 
-Gains of one batch alone would tell the student about the very pictures that it sees: a student of EfficientNet-Lite0
-that was trained so agreed with its teacher on 88 % of pictures with gains of four pictures at a time, 70 % with sixteen,
-and 44 % with the gains that it kept. So while it trains, the gains are those of a running mean over batches. (Ours.)
+Gains of one batch alone would tell the student about the very pictures that it sees. A student of EfficientNet-Lite0
+that was trained so agreed with its teacher on 88 % of pictures by gains of four pictures at a time, on 70 % by sixteen,
+and on 44 % by the gains that it kept. So while it trains, gains come from a running mean over batches. (Ours.)
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ class RunningGains:
     """Running means of both sizes, by which the layers of a student follow its teacher while it trains.
 
     Attributes:
-        decay: what is left of the mean after a step. means: name -> (2, C), the teacher's and the student's mean squares.
+        decay: what is left of the mean after a step.
+        means: name -> (2, C), the mean squares of the teacher's and of the student's responses.
     """
 
     def __init__(self, student: nn.Module, decay: float, means: dict[str, Tensor]) -> None:
