@@ -68,7 +68,7 @@ class Stepper:
             compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
 
     def _sizes(self, checkpoint: Path | None) -> dict[str, Tensor]:
-        """The mean sizes that reference gains start from, or go on from `checkpoint` with; none where they need none."""
+        """The mean sizes that reference gains start from, or go on with from `checkpoint`; none otherwise."""
         run = self.run
         if not (self.phase.reference_gains and self.phase.reference_decay):
             return {}

@@ -72,11 +72,12 @@ class ReferenceSized(Rescalable):
         if self.follows:
             theirs = self.energy
             assert theirs is not None
+            o, ours = _mean_square(o, dim)
             if self.running is not None and self.sums is None:
                 assert self.seen is not None
-                self.seen.copy_(torch.stack([theirs, _mean_square(o.detach(), dim)[1]]))
-                return o * _along(_gain(*self.running).to(o.dtype), o, dim)
-            o, ours = _mean_square(o, dim)
+                self.seen.copy_(torch.stack([theirs, ours.detach()]))
+                gain = _gain(*self.running) * _one(ours)
+                return o * _along(gain.to(o.dtype), o, dim)
             theirs, ours = _over_processes(torch.stack([theirs, ours]))
             if self.sums is not None:
                 self.sums += torch.stack([theirs, ours.detach()])
@@ -103,6 +104,16 @@ def _gain(theirs: Tensor, ours: Tensor) -> Tensor:
     alive = (ours > DEAD) & (theirs >= 0)
     ratio = theirs.clamp_min(DEAD) / torch.where(alive, ours, 1)
     return torch.where(alive, ratio, 1).sqrt().clamp(SMALLEST, LARGEST)
+
+
+def _one(ours: Tensor) -> Tensor:
+    """(C,) ones, whose gradient is that of 1 / sqrt(ours): a step must not change a channel's size.
+
+    (As in batch renormalisation, Ioffe, NeurIPS 2017: the value of a mean over batches, the gradient of the batch's.)
+    """
+    alive = ours > DEAD
+    safe = torch.where(alive, ours, 1)
+    return (safe.detach() / safe).sqrt()
 
 
 def _over_processes(energies: Tensor) -> Tensor:
