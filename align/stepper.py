@@ -51,6 +51,8 @@ class Stepper:
         else:
             self.objective.go_on(progress.begun)
         self.progress = progress
+        # A walk moves strengths that the phase itself leaves where they are.
+        self.moving = self.phase.moving or progress.walk is not None
         self.step = progress.step - progress.first
         self.prepared = prepare(
             run.accelerator,
@@ -62,7 +64,7 @@ class Stepper:
         self.trust = self._trust(checkpoint)
         if run.recipe.compile:
             compile_blocks(run.teacher, self.objective.taps, moving=False)
-            compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
+            compile_blocks(self.prepared.model, self.objective.taps, moving=self.moving)
 
     def _trust(self, checkpoint: Path | None) -> Trust:
         """The phase's trust, as it was where the run goes on from `checkpoint`."""
@@ -99,9 +101,10 @@ class Stepper:
         """Takes the next step; returns losses, and the norm of the gradient before it was clipped."""
         run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
         k = self.step = progress.step - progress.first
-        if phase.moving:
+        if self.moving:
             self._move(strengths_of(phase, progress, self.steps))
-        if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * self.steps:
+        ramps = progress.walk is not None or k <= phase.ramp * self.steps
+        if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and ramps:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
         run.pictures.bad.add(batch.bad)
