@@ -133,6 +133,11 @@ def check_floor(recipe: Recipe, student: Student, held_out: int) -> None:
         raise RecipeError(f"keep: {held_out} held-out pictures measure no agreement. Pass --val, or held_out.")
     if recipe.min_agreement:
         raise RecipeError("keep and min_agreement are two floors; take one of them out.")
+    if patient := [number for number, phase in enumerate(recipe.phases) if phase.patience]:
+        raise RecipeError(
+            f"keep hands on the furthest student above the floor, phases.{patient[0]}.patience the one of the best "
+            "cosine; take one of them out."
+        )
     if recipe.phases[0].objective in FITS or not strength_spans(student.model):
         raise RecipeError(f"keep: a student of --method {student.method} has no strengths that could move slower.")
     picture = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), student.model)

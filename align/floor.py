@@ -89,15 +89,16 @@ class Walk:
         return Walk(end=stretch, since=step, until=step + interval, stretch=stretch, step=step)
 
     def judged(self, step: int, interval: int, agreement: float, floor: float) -> Walk:
-        """After an evaluation at `step` that found this `agreement`."""
-        here = self.at(step)
-        walk = dataclasses.replace(self, start=here, since=step, until=step + interval)
-        if agreement < floor:
+        """After an evaluation at `step` that found this `agreement`; one that is no number is below every floor."""
+        # The student that was measured took its last step one place before the next.
+        here, following = self.at(step - 1), self.at(step)
+        walk = dataclasses.replace(self, start=following, since=step, until=step + interval)
+        if not agreement >= floor:
             return dataclasses.replace(walk, end=(here + self.furthest) / 2, stretch=self.stretch * SLOWER)
         if self._further(here, agreement):
             walk = dataclasses.replace(walk, furthest=here, agreement=agreement, step=step)
         stretch = min(1.0, self.stretch * FASTER)
-        return dataclasses.replace(walk, end=min(1.0, here + stretch), stretch=stretch)
+        return dataclasses.replace(walk, end=min(1.0, following + stretch), stretch=stretch)
 
     def _further(self, here: float, agreement: float) -> bool:
         """Whether a student above the floor is the one to hand on; at the same place, the one that agrees more."""

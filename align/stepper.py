@@ -53,6 +53,8 @@ class Stepper:
             self.objective.go_on(progress.begun)
         sizes = self._sizes(checkpoint)
         self.progress = progress
+        # A walk moves strengths that the phase itself leaves where they are.
+        self.moving = self.phase.moving or progress.walk is not None
         self.step = progress.step - progress.first
         self.prepared = prepare(
             run.accelerator,
@@ -65,7 +67,7 @@ class Stepper:
         self.gains = RunningGains(self.prepared.model, self.phase.reference_decay, sizes) if sizes else None
         if run.recipe.compile:
             compile_blocks(run.teacher, self.objective.taps, moving=False)
-            compile_blocks(self.prepared.model, self.objective.taps, moving=self.phase.moving)
+            compile_blocks(self.prepared.model, self.objective.taps, moving=self.moving)
 
     def _sizes(self, checkpoint: Path | None) -> dict[str, Tensor]:
         """The mean sizes that reference gains start from, or go on with from `checkpoint`; none otherwise."""
@@ -116,9 +118,10 @@ class Stepper:
         """Takes the next step; returns losses, and the norm of the gradient before it was clipped."""
         run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
         k = self.step = progress.step - progress.first
-        if phase.moving:
+        if self.moving:
             self._move(strengths_of(phase, progress, self.steps))
-        if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and k <= phase.ramp * self.steps:
+        ramps = progress.walk is not None or k <= phase.ramp * self.steps
+        if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and ramps:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
         run.pictures.bad.add(batch.bad)

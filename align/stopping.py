@@ -16,7 +16,7 @@ from .measure import evaluated, settle_statistics
 from .run import AlignRun
 from .state import Progress
 
-__all__ = ["asked_to_stop", "handed_on", "held_to_floor", "judged", "signals_noted", "walked"]
+__all__ = ["agreement_of", "asked_to_stop", "handed_on", "held_to_floor", "judged", "signals_noted", "walked"]
 
 STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
@@ -34,7 +34,7 @@ def held_to_floor(run: AlignRun, progress: Progress) -> tuple[Progress, bool]:
 
     Keeps the weights where they still agree enough.
     """
-    if _newest(run, progress, "top1_agreement", "centred_cosine") < run.recipe.min_agreement:
+    if not agreement_of(run, progress) >= run.recipe.min_agreement:
         return progress, True
     run.learner.keep()
     return dataclasses.replace(progress, best_step=progress.step), False
@@ -43,7 +43,7 @@ def held_to_floor(run: AlignRun, progress: Progress) -> tuple[Progress, bool]:
 def walked(run: AlignRun, progress: Progress, steps: int) -> Progress:
     """`progress` after an evaluation under a floor, the next one `steps` later; keeps the furthest good weights."""
     assert progress.walk is not None
-    agreement = _newest(run, progress, "top1_agreement", "centred_cosine")
+    agreement = agreement_of(run, progress)
     walk = progress.walk.judged(progress.step, steps, agreement, run.recipe.keep)
     if walk.step == progress.step:
         run.learner.keep()
@@ -59,6 +59,11 @@ def handed_on(run: AlignRun, progress: Progress) -> Progress:
         progress = evaluated(run, progress, weights_of=progress.best_step * run.recipe.batch_size)
     run.learner.best = None
     return progress.ended()
+
+
+def agreement_of(run: AlignRun, progress: Progress) -> float:
+    """Held-out agreement at the newest evaluation: top-1, or the centred cosine where there are no classes."""
+    return _newest(run, progress, "top1_agreement", "centred_cosine")
 
 
 def _newest(run: AlignRun, progress: Progress, *names: str) -> float:

@@ -32,7 +32,7 @@ from .pictures import Pictures
 from .prepare import checkpoint_gradients, find_data, prepare_folder, start_from, teacher_of
 from .prototype_sheet import write_prototypes
 from .run import AlignConfig, AlignRun, Outcome
-from .stopping import signals_noted
+from .stopping import agreement_of, signals_noted
 from .trackers import TRACKED, check_trackers, start_trackers
 
 __all__ = ["AlignConfig", "align"]
@@ -127,11 +127,11 @@ def _summary(run: AlignRun, outcome: Outcome) -> dict[str, Any]:
 
 
 def _kept(run: AlignRun, progress: state.Progress) -> dict[str, Any] | None:
-    """Where a run with a floor ended: the furthest point above it, and how much the student agreed there."""
+    """Where a run with a floor ended: the furthest point above it, or the start, and how much the student agrees."""
     if progress.walk is None:
         return None
     walk = progress.walk
-    where = {"floor": run.recipe.keep, "agreement": walk.agreement, "share_of_path": walk.furthest}
+    where = {"floor": run.recipe.keep, "agreement": agreement_of(run, progress), "share_of_path": walk.furthest}
     return {**where, "pictures": walk.step * run.recipe.batch_size, **strengths(run.learner.result)}
 
 

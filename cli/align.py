@@ -103,10 +103,13 @@ def align(
     if result["kept"] and not result["stopped"]:
         kept = result["kept"]
         place = described({name: kept[name] for name in ("b", "beta", "carry", "window", "spread") if name in kept})
+        below = kept["agreement"] < kept["floor"]
+        found = (
+            "no student stayed above it, so the start is handed on," if below else "the furthest student above it is"
+        )
         console.print(
-            f"floor {kept['floor']:g}: the furthest student above it is at {place}, "
-            f"after {kept['pictures']} pictures; it "
-            f"agrees on {kept['agreement']:.3f} ({kept['share_of_path']:.0%} of the way)"
+            f"floor {kept['floor']:g}: {found} at {place}, after {kept['pictures']} pictures; it agrees on "
+            f"{kept['agreement']:.3f} ({kept['share_of_path']:.0%} of the way)"
         )
     if result["stopped"]:
         console.print(f"stopped by a signal at {result['pictures']} pictures; go on with the same command and --resume")

@@ -11,7 +11,7 @@ from bcosify.align.compiling import compile_blocks, eager, make_eager
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.recipe import Phase, Recipe
 from bcosify.convert import Student, convert, load_teacher, set_strength
-from bcosify.convert.layers import batch_statistics
+from bcosify.convert.layers import batch_statistics, recording, reference_gains
 from bcosify.explain import TopTarget, explain
 from torch import nn
 from torch._dynamo.utils import counters
@@ -71,6 +71,37 @@ def test_a_ramp_of_b_and_beta_needs_one_program_a_kind_of_block(name, objective,
     assert not counters["graph_break"]
     for key, tensor in plain.state_dict().items():
         assert torch.allclose(compiled.state_dict()[key], tensor, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_reference_gains_and_carriers_follow_in_compiled_blocks(name):
+    """The teacher records in its compiled blocks, the student reads there; a ramp makes no new program."""
+    plain, compiled, teacher, reference = (converted(name).model for _ in range(4))
+    ours, theirs = (OBJECTIVES["end-to-end"](model, RECIPE) for model in (compiled, plain))
+    compile_blocks(compiled, ours.taps, moving=True)
+    compile_blocks(teacher, ours.taps, moving=False)
+    torch.manual_seed(1)
+    programs = []
+    for k in range(1, 5):
+        pictures = torch.randn(2, 3, 64, 64)
+        found = []
+        for objective, model, guide in ((ours, compiled, teacher), (theirs, plain, reference)):
+            set_strength(model, 1 + k / 8, 1 - k / 8, carry=k / 8, window=3)
+            model.zero_grad()
+            with reference_gains(model, guide):
+                with recording(guide):
+                    calls, output = observe(guide, pictures, objective.taps)
+                losses = objective(pictures, calls, output)
+                losses["total"].backward()
+            found.append((losses, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+        (losses, grads), (wanted, expected) = found
+        for key, loss in wanted.items():
+            assert float(losses[key]) == pytest.approx(float(loss), rel=1e-4, abs=1e-6)
+        size = max(float(gradient.abs().max()) for gradient in expected.values())
+        assert all(float((grads[key] - expected[key]).abs().max()) < 1e-4 * size for key in expected)
+        programs.append(counters["stats"]["unique_graphs"])
+    assert len(set(programs)) == 1 and programs[0] > 0
+    assert not counters["graph_break"]
 
 
 def test_taps_see_each_steps_own_tensors_and_blocks_with_taps_inside_stay():

@@ -207,6 +207,32 @@ def test_a_convolutional_network_trains_in_shards(folder, tmp_path):
 
 
 @pytest.mark.timeout(4 * LIMIT)
+def test_reference_gains_and_a_floor_are_those_of_one_process(folder, tmp_path):
+    """Sizes of the whole batch, in copies and in shards; everyone walks as the main process has measured."""
+    torch.manual_seed(0)
+    save(convert(load_teacher("timm:test_resnet", pretrained=False, image_size=64)), tmp_path / "run")
+    phase = Phase(
+        "end-to-end", 16, 2e-3, b=(1.3, 2.0), beta=(1.0, 0.0), carry=(0.0, 1.0), window=3.0, reference_gains=True
+    )  # fmt: skip
+    # Not in parts: a part has gains of its own, and two processes make other parts.
+    recipe = dataclasses.replace(RECIPE, phases=(phase,), accumulate=1, centre=False, keep=0.01)
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    for name in ("shards", "faulty.py"):
+        (tmp_path / name).symlink_to(folder / name)
+    for out, config in (("one", None), ("two", "cpu.yaml"), ("fsdp", "fsdp.yaml")):
+        done = launched(tmp_path, out, config)
+        assert done.returncode == 0, done.stderr
+    one, *others = ([row for row in rows(tmp_path, out) if "loss" in row] for out in ("one", "two", "fsdp"))
+    assert len(one) == 4 and one[0]["b"] == pytest.approx(1.3)
+    for other, out in zip(others, ("two", "fsdp"), strict=True):
+        assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+        assert [row["b"] for row in other] == [row["b"] for row in one]
+        assert far(*(load_file(tmp_path / f"{name}.gradients/1.safetensors") for name in ("one", out))) <= 1e-4
+        weights = [load_file(tmp_path / f"{name}/model.safetensors") for name in ("one", out)]
+        assert weights[0].keys() == weights[1].keys() and far(*weights) < 1e-2
+
+
+@pytest.mark.timeout(4 * LIMIT)
 def test_through_death_and_preemption_under_slurm_bit_for_bit(folder, two, tmp_path):
     """Two processes: one is killed; Slurm's script goes on, is signalled, requeues; and goes on to the end."""
     done = launched(folder, "slurm", "cpu.yaml", fault=(1, 5, "SIGKILL"))
