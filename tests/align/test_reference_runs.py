@@ -1,4 +1,4 @@
-"""Whole runs with reference gains and carried biases: exact at resume, folded at the end, compiled as they are plain."""
+"""Whole runs with reference gains and carried biases: exact at resume, folded at the end, and compiled as plain."""
 
 from __future__ import annotations
 

@@ -331,7 +331,7 @@ def test_the_direct_map_is_that_of_detached_carriers():
     for direct, found in ((True, explanation.direct), (False, explanation.contributions)):
         leaf = x.clone().requires_grad_()
         (gradient,) = torch.autograd.grad(score(leaf, direct), leaf)
-        wanted = (leaf * gradient).sum(1)
+        wanted = (x * gradient).sum(1)
         assert found is not None and torch.allclose(found[:, 0], wanted, atol=1e-5 * float(wanted.abs().max()))
     assert not torch.allclose(explanation.direct, explanation.contributions, rtol=1e-2)
 
