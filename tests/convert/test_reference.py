@@ -9,9 +9,11 @@ import torch
 from bcosify.convert import BcosConfig, CodaConfig, convert, set_strength
 from bcosify.convert.layers import (
     ReferenceSized,
+    RunningGains,
     batch_statistics,
     estimate_gains,
     fold_gains,
+    mean_sizes,
     recording,
     reference_gains,
 )
@@ -355,3 +357,67 @@ def test_a_student_with_reference_gains_is_nearer(tiny):
     cosine = torch.nn.functional.cosine_similarity
     wanted = teacher(batch)
     assert cosine(followed(student, teacher, batch), wanted).mean() > cosine(student(batch), wanted).mean()
+
+
+# -------------------------------------------------------------------------------------------------------- running means
+
+
+def a_pair_of_layers() -> tuple[nn.Sequential, nn.Sequential]:
+    torch.manual_seed(0)
+    source = nn.Sequential(nn.Linear(5, 4))
+    teacher, student = copy.deepcopy(source), copy.deepcopy(source)
+    for model in (teacher, student):
+        adopt(model[0], BcosLinear)
+    set_strength(student, 1.6, 0.3)
+    return student, teacher.requires_grad_(False)
+
+
+def test_running_gains_move_towards_every_step_and_no_further():
+    student, teacher = a_pair_of_layers()
+    batches = [torch.randn(8, 5) for _ in range(3)]
+    gains = RunningGains(student, 0.75, mean_sizes(student, teacher, [batches[0]]))
+    expected = gains.means["0"].clone()
+    for batch in batches:
+        sizes = mean_sizes(student, teacher, [batch])["0"]
+        followed(student, teacher, batch[:2])  # two parts of one batch, of a quarter and the rest
+        gains.collect(0.25)
+        followed(student, teacher, batch[2:])
+        gains.collect(0.75)
+        gains.advance()
+        expected = 0.75 * expected + 0.25 * sizes
+        assert torch.allclose(gains.means["0"], expected, rtol=1e-5)
+    gains.stop()
+    assert student[0].running is None and student[0].seen is None and gains.decay == 0.75
+
+
+def test_a_running_gain_does_not_see_the_batch_but_its_gradient_does():
+    student, teacher = a_pair_of_layers()
+    gains = RunningGains(student, 0.9, {"0": torch.tensor([[4.0] * 4, [1.0] * 4])})
+    plain = copy.deepcopy(student)
+    batch, pull = torch.randn(8, 5), torch.randn(8, 4)
+    found = followed(student, teacher, batch)
+    raw = plain(batch) - plain[0].bias
+    assert torch.allclose(found - student[0].bias, 2 * raw, atol=1e-6)  # sqrt(4 / 1), whatever the batch
+    size = raw.square().mean(0)
+    wanted = 2 * raw * (size.detach() / size).sqrt()
+    for y, layer in ((found, student[0]), (wanted, plain[0])):
+        (y * pull).sum().backward()
+        assert layer.weight.grad is not None
+    assert torch.allclose(student[0].weight.grad, plain[0].weight.grad, atol=1e-5)
+    # A step along a filter itself would change nothing but its size.
+    along = (student[0].weight.grad * student[0].weight).sum(1)
+    assert along.abs().max() < 1e-4
+    gains.stop()
+
+
+def test_running_gains_are_one_at_the_start(tiny):
+    student, teacher = pair(tiny)
+    batches = [pictures(seed=seed) for seed in (1, 2)]
+    gains = RunningGains(student, 0.9, mean_sizes(student, teacher, batches))
+    other = pictures(seed=3)
+    assert relative(followed(student, teacher, other), teacher(other)) < 1e-5
+    gains.collect(1.0)
+    gains.advance()
+    assert relative(followed(student, teacher, batches[0]), teacher(batches[0])) < 1e-5
+    gains.stop()
+    assert_nothing_left(student, teacher)
