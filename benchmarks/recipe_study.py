@@ -7,7 +7,7 @@ masks). Every YAML file below benchmarks/recipes is one experiment, named by its
 
     why: what is asked
     teacher: dinov2_small            # a model of the `bundled:` scheme
-    recipe: bcos/vit                 # what is changed
+    recipe: bcos/vit                 # what is changed: a recipe that ships, or a file of bases/
     pictures: 1600                   # the whole length, over all phases; several: [1200, 4800]
     set: {phases.0.calibrate: 0}     # changes to the recipe
     sweep: {phases.0.learning_rate: [1e-4, 3e-4, 1e-3]}   # each value with the first seed, the best with all
@@ -88,6 +88,11 @@ class Experiment:
             yield {**self.set, **dict(zip(self.sweep, values, strict=True))}
 
 
+def base(recipe: str) -> str:
+    """The recipe that is changed: one that ships by its name, or a file beside this one."""
+    return str(HERE / recipe) if recipe.endswith(".yaml") else recipe
+
+
 def read_experiments(pattern: str) -> list[Experiment]:
     """The experiments whose name (such as `vit/published`) matches, in the order of their names."""
     found = []
@@ -128,7 +133,7 @@ class Bench:
     def run(self, experiment: Experiment, settings: dict[str, Any], seed: int, pictures: int) -> dict[str, Any]:
         """One run: converted, aligned, measured."""
         overrides = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
-        recipe = scaled(load_recipe(experiment.recipe, [*overrides, f"seed={seed}"]), pictures)
+        recipe = scaled(load_recipe(base(experiment.recipe), [*overrides, f"seed={seed}"]), pictures)
         folder = self.out / experiment.name / f"{pictures}" / f"seed-{seed}"
         shutil.rmtree(folder, ignore_errors=True)
         config = find_method("bcos" if recipe.method == "any" else recipe.method).config_class()
