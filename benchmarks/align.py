@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -23,9 +24,10 @@ import measure
 import torch
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.recipe import Phase, Recipe, load_recipe
+from bcosify.align.schedule import strengths_at
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import convert, load_teacher, save, set_strength
-from bcosify.convert.layers import batch_statistics
+from bcosify.convert.layers import batch_statistics, recording, reference_gains
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 WARM_UP = 2  # steps of a phase that are not counted
@@ -43,7 +45,7 @@ class Bare:
         student = convert(reference).model.to(device)
         # As a run has it: the student, before it moves.
         self.theirs = copy.deepcopy(student).requires_grad_(False)
-        set_strength(student, b=phase.b[1], beta=phase.beta[1])
+        set_strength(student, **strengths_at(phase, 1, 1))
         self.student, self.phase, self.device, self.dtype = student, phase, device, dtype
         self.objective = OBJECTIVES[phase.objective](student, recipe)
         self.pictures = torch.randn(recipe.batch_size, 3, recipe.image_size, recipe.image_size, device=device)
@@ -52,7 +54,12 @@ class Bare:
 
     def seconds(self) -> dict[str, float]:
         """Of each part of one step, and of the plain model's forward pass."""
-        statistics = batch_statistics(self.student) if self.phase.batch_statistics else contextlib.nullcontext()
+        statistics, watched = contextlib.ExitStack(), contextlib.nullcontext
+        if self.phase.batch_statistics:
+            statistics.enter_context(batch_statistics(self.student))
+        if self.phase.reference_gains:
+            statistics.enter_context(reference_gains(self.student, self.theirs))
+            watched = functools.partial(recording, self.theirs)
         seen: list[Any] = []
         losses: list[Any] = []
 
@@ -60,13 +67,17 @@ class Bare:
             with torch.inference_mode():
                 self.teacher(self.pictures)
 
+        def observed() -> None:
+            with watched():
+                seen.extend(observe(self.theirs, self.pictures, self.objective.taps))
+
         def both() -> None:
             self.plain(self.pictures).square().mean().backward()
 
         with statistics, torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             found = {PLAIN: measure.seconds(forward, self.device), PLAIN_STEP: measure.seconds(both, self.device)}
             parts = {
-                "teacher": lambda: seen.extend(observe(self.theirs, self.pictures, self.objective.taps)),
+                "teacher": observed,
                 "student and loss": lambda: losses.append(self.objective(self.pictures, *seen)["total"]),
                 "backward": lambda: losses[0].backward(),
             }

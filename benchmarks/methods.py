@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from bcosify.align.recipe import load_recipe
+from bcosify.align.schedule import strengths_at
 from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.methods import METHODS, find_method
@@ -90,7 +91,8 @@ def unaligned(bench: Bench, method: str, state: str, size: int) -> dict[str, Any
     if state == "end":
         last = load_recipe(RECIPES[method]).phases[-1]
         moved = {name for _, layer in scheduled_layers(model) for name in layer.strengths()}
-        set_strength(model, **{name: getattr(last, name)[1] for name in moved})
+        ends = strengths_at(last, 1, 1)
+        set_strength(model, **{name: ends[name] for name in moved})
     kept = agreement(reference.subject(model), reference)["top1_agreement"]
     begin = time.process_time()
     answer = explained(model, reference)

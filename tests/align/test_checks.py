@@ -9,10 +9,11 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from bcosify.align.checks import NEEDS, check_recipe
-from bcosify.align.recipe import load_recipe
+from bcosify.align.checks import AUTO, NEEDS, check_recipe, choose_recipe
+from bcosify.align.recipe import list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import check_teacher, convert, load, load_teacher, save
+from bcosify.convert.methods import METHODS
 from bcosify.errors import BcosifyError, DataError, RecipeError, SourceError
 from torch import nn
 
@@ -38,6 +39,22 @@ def test_a_recipe_for_another_family_names_the_right_one(model, name, said, shar
     refused(request.getfixturevalue(model), shards, tmp_path / "x", RecipeError, said, recipe)
     student = load(request.getfixturevalue(model))
     check_recipe(load_recipe(name, ["image_size=64", "needs=[]"]), student, student.model)  # at one's own risk
+
+
+@pytest.mark.parametrize(("model", "name"), [("run", "bcos/vit"), ("cnn", "bcos/cnn")])
+def test_the_recipe_of_a_family_is_chosen(model, name, request):
+    assert choose_recipe(load(request.getfixturevalue(model))) == name
+
+
+def test_a_student_that_no_recipe_is_made_for_is_named(run):
+    student = dataclasses.replace(load(run), method="fa-cnn", model=nn.Linear(2, 2))
+    with pytest.raises(RecipeError, match=r"--recipe auto: none of fa-cnn/cnn is made for .*Name one, or give"):
+        choose_recipe(student)
+
+
+def test_every_recipe_that_auto_may_choose_ships():
+    assert {name for names in AUTO.values() for name in names} <= set(list_recipes())
+    assert set(AUTO) == set(METHODS)
 
 
 def test_a_recipe_for_another_method_is_refused(run, shards, tmp_path):
