@@ -64,6 +64,7 @@ COLUMNS = {
     "gridpg_native": "GridPG native",
     "gridpg_native_pooled": "GridPG native, pooled",
     "in_mask": "inside mask",
+    "carried_share": "carried",
     "constant_share": "constants",
 }
 
