@@ -132,6 +132,8 @@ class Stepper:
         pictures = run.pictures.normalised(batch.pictures)
         losses = self._backward(pictures)
         if self.trust.refuses(k, losses["total"], lambda: self._backward(pictures, learn=False)["total"]):
+            if self.gains is not None:
+                self.gains.forget()
             return losses, None
         if self.gains is not None:
             self.gains.advance()

@@ -16,7 +16,7 @@ and on 44 % by the gains that it kept. So while it trains, gains come from a run
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed
@@ -80,7 +80,7 @@ class ReferenceSized(Rescalable):
                 return o * _along(gain.to(o.dtype), o, dim)
             theirs, ours = _over_processes(torch.stack([theirs, ours]))
             if self.sums is not None:
-                self.sums += torch.stack([theirs, ours.detach()])
+                self.sums.add_(torch.stack([theirs, ours.detach()]))
             return o * _along(_gain(theirs, ours).to(o.dtype), o, dim)
         return o if self.resting is None else o * _along(self.resting.to(o.dtype), o, dim)
 
@@ -122,30 +122,30 @@ def _over_processes(energies: Tensor) -> Tensor:
     return energies
 
 
-def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[ReferenceSized, ReferenceSized]]:
-    """The layers of `student` with their counterparts, by name, in a `teacher` that is converted in the same way."""
-    pairs = []
-    for name, layer in student.named_modules():
-        if isinstance(layer, ReferenceSized):
-            counterpart = teacher.get_submodule(name)
-            assert isinstance(counterpart, ReferenceSized), f"{name}: the teacher must be converted too"
-            pairs.append((layer, counterpart))
-    return pairs
+def _sized_layers(model: nn.Module) -> dict[str, ReferenceSized]:
+    """Name -> layer that can keep a size."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ReferenceSized)}
 
 
 def _place_for_energy(layer: ReferenceSized) -> Tensor:
     """Where `layer` records the size of its response; made once."""
+    fresh = _zeros(layer)
+    if layer.energy is None or layer.energy.device != fresh.device:
+        layer.energy = fresh
+    return layer.energy
+
+
+def _zeros(layer: ReferenceSized, *more: int) -> Tensor:
+    """(..., C) in float32, where the layer's weight is."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    if layer.energy is None or layer.energy.device != weight.device:
-        layer.energy = weight.new_zeros(len(weight), dtype=torch.float32)
-    return layer.energy
+    return weight.new_zeros(*more, len(weight), dtype=torch.float32)
 
 
 @contextlib.contextmanager
 def recording(teacher: nn.Module) -> Iterator[None]:
     """Inside, where `teacher` is to run once, every converted layer of it records the size of its response."""
-    layers = [module for module in teacher.modules() if isinstance(module, ReferenceSized)]
+    layers = _sized_layers(teacher).values()
     for layer in layers:
         _place_for_energy(layer).fill_(UNSEEN)
         layer.records = True
@@ -163,20 +163,15 @@ def reference_gains(student: nn.Module, teacher: nn.Module) -> Iterator[None]:
     Args:
         teacher: a copy of the student's own conversion at B = 1, beta = 1, which is the source's function.
     """
-    pairs = _pairs(student, teacher)
-    with _recorded(pairs):
-        yield
-
-
-@contextlib.contextmanager
-def _recorded(pairs: Iterable[tuple[ReferenceSized, ReferenceSized]]) -> Iterator[None]:
-    pairs = list(pairs)
-    for layer, counterpart in pairs:
-        layer.energy, layer.follows = _place_for_energy(counterpart), True
+    layers, counterparts = _sized_layers(student), _sized_layers(teacher)
+    missing = [name for name in layers if name not in counterparts]
+    assert not missing, f"{missing[0]}: the teacher must be converted too"
+    for name, layer in layers.items():
+        layer.energy, layer.follows = _place_for_energy(counterparts[name]), True
     try:
         yield
     finally:
-        for layer, _ in pairs:
+        for layer in layers.values():
             layer.energy, layer.follows = None, False
 
 
@@ -187,10 +182,8 @@ def estimate_gains(student: nn.Module, teacher: nn.Module, batches: Sequence[Ten
     Returns the mean gain of each layer by name.
     """
     gains = {name: _gain(*sizes) for name, sizes in mean_sizes(student, teacher, batches).items()}
-    for name, gain in gains.items():
-        layer = student.get_submodule(name)
-        assert isinstance(layer, ReferenceSized)
-        layer.resting = gain
+    for name, layer in _sized_layers(student).items():
+        layer.resting = gains[name]
     return {name: float(gain.mean()) for name, gain in gains.items()}
 
 
@@ -203,61 +196,56 @@ class RunningGains:
     """
 
     def __init__(self, student: nn.Module, decay: float, means: dict[str, Tensor]) -> None:
-        self.decay = decay
-        named = dict(student.named_modules())
-        self.layers = {name: named[name] for name in means}
-        for name, mean in means.items():
-            layer = named[name]
-            assert isinstance(layer, ReferenceSized)
-            layer.running, layer.seen = mean, torch.zeros_like(mean)
-        self._sums: dict[str, Tensor] = {}
-
-    @property
-    def means(self) -> dict[str, Tensor]:
-        return {name: layer.running for name, layer in self.layers.items()}  # type: ignore[misc]
+        self.decay, self.means = decay, means
+        self._layers = _sized_layers(student)
+        self._seen = {name: torch.zeros_like(mean) for name, mean in means.items()}
+        self._sums = {name: torch.zeros_like(mean) for name, mean in means.items()}
+        for name, layer in self._layers.items():
+            layer.running, layer.seen = means[name], self._seen[name]
 
     @torch.no_grad()
     def collect(self, share: float) -> None:
         """After the passes of a part of a batch, which is `share` of it."""
-        for name, layer in self.layers.items():
-            part = layer.seen * share  # type: ignore[operator]
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
+        for name, seen in self._seen.items():
+            self._sums[name].add_(seen, alpha=share)
 
     @torch.no_grad()
     def advance(self) -> None:
         """After a step: moves the means towards what all processes saw in it."""
-        sizes = [mean.numel() for mean in self._sums.values()]
-        together = _over_processes(torch.cat([mean.flatten() for mean in self._sums.values()]))
-        for name, seen in zip(self._sums, together.split(sizes), strict=True):
-            running = self.layers[name].running
-            running.lerp_(seen.view_as(running), 1 - self.decay)  # type: ignore[union-attr, arg-type]
-        self._sums = {}
+        together = _over_processes(torch.cat([seen.flatten() for seen in self._sums.values()]))
+        parts = together.split([mean.numel() for mean in self.means.values()])
+        for mean, part in zip(self.means.values(), parts, strict=True):
+            mean.lerp_(part.view_as(mean), 1 - self.decay)
+        self.forget()
+
+    def forget(self) -> None:
+        """After a step that is not kept."""
+        for seen in self._sums.values():
+            seen.zero_()
 
     def stop(self) -> None:
         """At the end of a phase: layers follow no more."""
-        for layer in self.layers.values():
-            layer.running = layer.seen = None  # type: ignore[assignment]
+        for layer in self._layers.values():
+            layer.running = layer.seen = None
 
 
 @torch.no_grad()
 def mean_sizes(student: nn.Module, teacher: nn.Module, batches: Sequence[Tensor]) -> dict[str, Tensor]:
     """Layer -> (2, C): the mean squares of the teacher's and the student's responses over `batches`, by name."""
-    pairs = _pairs(student, teacher)
-    for layer, _ in pairs:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        layer.sums = weight.new_zeros(2, len(weight), dtype=torch.float32)
+    layers = _sized_layers(student)
+    sums = {name: _zeros(layer, 2) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.sums = sums[name]
     try:
         for batch in batches:
             with recording(teacher):
                 teacher(batch)
-            with _recorded(pairs):
+            with reference_gains(student, teacher):
                 student(batch)
-        named = [(name, module) for name, module in student.named_modules() if isinstance(module, ReferenceSized)]
-        return {name: layer.sums / len(batches) for name, layer in named if layer.sums is not None}
     finally:
-        for layer, _ in pairs:
+        for layer in layers.values():
             layer.sums = None
+    return {name: sizes / len(batches) for name, sizes in sums.items()}
 
 
 @torch.no_grad()
