@@ -48,7 +48,7 @@ HERE = Path(__file__).parent
 EXPERIMENTS, RESULTS, PAGE = HERE / "recipes", HERE / "recipes" / "results.jsonl", HERE.parent / "docs" / "recipes.md"
 PICTURE = PAGE.with_name("recipes-tradeoff.png")
 # What the best value of a sweep is chosen by, and the columns of the table.
-CRITERION, CONTRAST = "centred_cosine", "in_mask_contrast"
+CRITERION, CONTRAST = "centred_cosine", "signed_share_contrast"
 COLUMNS = {
     "centred_cosine": "centred cosine",
     "raw_cosine": "raw cosine",
@@ -56,8 +56,8 @@ COLUMNS = {
     "cka": "CKA",
     "top1_agreement": "top-1",
     "top1_confident": "top-1, teacher sure",
-    CONTRAST: "class contrast",
-    "signed_share_contrast": "signed contrast",
+    "in_mask_contrast": "class contrast",
+    CONTRAST: "signed contrast",
     "pointing": "pointing",
     "other_pointing": "pointing, other class",
     "gridpg_windowed": "GridPG windowed",
@@ -343,7 +343,7 @@ def draw(groups: Summaries, path: Path) -> bool:
         axis.axhline(0, color="grey", linewidth=0.8)
         kept = "top-1 agreement" if "top1_agreement" in points[0][2] else "centred cosine"
         axis.set_xlabel(f"decisions kept: {kept} with the teacher, held-out pictures")
-        axis.set_ylabel("class contrast: share inside the mask, decision minus another")
+        axis.set_ylabel("signed contrast: sum inside the mask over the sum of sizes, decision minus another class")
         axis.set_title(f"{teacher}, {size} px")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
