@@ -15,23 +15,40 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from .recipe import Phase
+from .recipe import Phase, Recipe
 from .schedule import strengths_at
 
 if TYPE_CHECKING:
     from .state import Progress
 
-__all__ = ["Walk", "interval", "path", "strengths_of"]
+__all__ = ["Walk", "floored", "interval", "path", "strengths_of"]
 
 # The share of the path after which the phase's own strengths are at their ends, and carried biases fade.
 FADING = 0.8
 # So many evaluations a phase at least, as the walk can only turn where one is made.
 EVALUATIONS = 24
 
+# The most that is left of mean sizes after a step, so that reference gains follow strengths that move.
+FOLLOWING = 0.9
 # How much longer the next stretch is after one that stayed above the floor, and how much shorter after another.
 FASTER, SLOWER = 1.5, 0.5
 # A walk that never falls below the floor is over after this share of the phase; the rest is for the end of the path.
 SHARE = 0.6
+
+
+def floored(recipe: Recipe) -> Recipe:
+    """A recipe with a floor in one phase, the last one over the whole length: where to hold is not known before.
+
+    Its strengths go from where the first phase starts to where the last one ends. One without a floor is as it was.
+    """
+    if not recipe.keep or len(recipe.phases) == 1:
+        return recipe
+    first, last = recipe.phases[0], recipe.phases[-1]
+    ends = {name: (start, last.strengths[name][1]) for name, (start, _) in first.strengths.items()}
+    pictures = sum(phase.pictures for phase in recipe.phases)
+    decay = min(last.reference_decay, FOLLOWING)
+    phase = dataclasses.replace(last, pictures=pictures, ramp=1.0, ramps={}, reference_decay=decay, **ends)
+    return dataclasses.replace(recipe, phases=(phase,))
 
 
 def path(phase: Phase, share: float) -> dict[str, float]:

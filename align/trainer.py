@@ -23,6 +23,7 @@ from .checks import check_floor, check_recipe
 from .descend import descend
 from .distributed import check_sharded, described, make_accelerator
 from .fit import fit
+from .floor import floored
 from .learner import Learner
 from .loader import BadSamples, check_batch
 from .log import strengths, write_row
@@ -50,7 +51,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
         RecipeError, DataError, CheckpointError, SourceError: before the first step.
         DataError: too many pictures are broken. BcosifyError: the loss is no number any more.
     """
-    recipe = config.recipe
+    recipe = floored(config.recipe)
+    config = dataclasses.replace(config, recipe=recipe)
     check_trackers(config.trackers)
     accelerator = make_accelerator(
         recipe.precision,

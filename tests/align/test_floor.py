@@ -10,6 +10,7 @@ import torch
 from bcosify.align import log
 from bcosify.align.checks import check_floor, check_recipe, check_strengths
 from bcosify.align.floor import EVALUATIONS, Walk, interval, path
+from bcosify.align.floor import floored as in_one_phase
 from bcosify.align.loader import held_out_batches, to_model_input
 from bcosify.align.recipe import Phase, Recipe, dump, load_recipe
 from bcosify.align.schedule import strengths_at
@@ -220,7 +221,7 @@ def test_a_floor_that_nothing_reaches_hands_back_the_start(cnn, shards, tmp_path
     kept = result["kept"]
     assert (kept["share_of_path"], kept["pictures"], kept["b"], kept["beta"], kept["carry"]) == (0, 0, 1, 1, 0)
     assert kept["agreement"] == 1 == result["final"]["top1_agreement"]  # of the start, not of what was tried
-    assert result["pictures"] == 4  # the next phase has nothing to begin from
+    assert result["pictures"] == 8  # the whole length, in one phase
     before, after = (load_file(folder / "model.safetensors") for folder in (cnn, tmp_path / "out"))
     weights = [name for name in before if not name.endswith((".window", ".spread"))]
     assert all(torch.equal(before[name], after[name]) for name in weights)
@@ -319,12 +320,13 @@ def test_carriers_are_refused_for_methods_without_any(teacher, changes):
         check_strengths(student, dataclasses.replace(RECIPE, phases=(phase,)))
 
 
-def test_a_vit_has_carriers_but_no_windows():
+def test_a_window_where_no_norm_has_one_is_harmless():
     torch.manual_seed(0)
     student = convert(load_teacher("timm:test_vit", pretrained=False, image_size=64))
-    check_strengths(student, dataclasses.replace(RECIPE, phases=(dataclasses.replace(WALKING, window=0.0),)))
-    with pytest.raises(RecipeError, match=r"phases\.0\.window: no layer of a bcos student"):
-        check_strengths(student, dataclasses.replace(RECIPE, phases=(WALKING,)))
+    assert "carry" in strength_spans(student.model) and "window" not in strength_spans(student.model)
+    check_strengths(student, dataclasses.replace(RECIPE, phases=(WALKING,)))
+    with pytest.raises(RecipeError, match=r"phases\.0\.window is 0 .*odd number; got 4"):
+        check_strengths(student, dataclasses.replace(RECIPE, phases=(dataclasses.replace(WALKING, window=4.0),)))
 
 
 def test_a_recipe_file_with_a_slip_in_its_ramps_is_told(tmp_path):
@@ -333,3 +335,13 @@ def test_a_recipe_file_with_a_slip_in_its_ramps_is_told(tmp_path):
     for slip in ("phases.0.ramps={b: [0.0]}", "phases.0.ramps={b: 1}", "phases.0.ramps=[b]", "phases.0.keep=0.9"):
         with pytest.raises(RecipeError, match=r"1 fault\(s\)"):
             load_recipe(tmp_path / "recipe.yaml", [slip])
+
+
+def test_a_floor_makes_one_phase_of_a_ramp_and_a_hold():
+    recipe = load_recipe("bcos/cnn", ["keep=0.9"])
+    (phase,) = in_one_phase(recipe).phases
+    assert phase.pictures == sum(each.pictures for each in recipe.phases)
+    assert (phase.b, phase.beta, phase.carry) == ((1.0, 1.5), (1.0, 0.0), (0.0, 1.0))
+    assert phase.reference_gains and phase.reference_decay <= 0.9 and phase.window == 7
+    assert in_one_phase(in_one_phase(recipe)) == in_one_phase(recipe)
+    assert in_one_phase(load_recipe("bcos/cnn")) == load_recipe("bcos/cnn")
