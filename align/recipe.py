@@ -155,8 +155,8 @@ class Recipe:
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
             0 guards nothing.
         keep: a floor for held-out agreement (as above), instead of a schedule: strengths move along their path only as
-            fast as the student stays above it, in one phase, and the furthest student above it is handed on (see `floor`); 0
-            follows the schedule.
+            fast as the student stays above it, in one phase, and the furthest student above it is handed on (see
+            `floor`); 0 follows the schedule.
         average: decay of the exponential moving average of the weights that is measured and saved; 0 takes the last.
         crop_scale: smallest and largest share of a picture's area in a view. flip: chance of a mirror image.
         turn: largest angle, in degrees of 0 to 180, that a view is turned by, either way; the corners are grey. 0 turns
