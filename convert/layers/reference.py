@@ -73,14 +73,15 @@ class ReferenceSized(Rescalable):
             theirs = self.energy
             assert theirs is not None
             o, ours = _mean_square(o, dim)
+            both = _over_processes(torch.stack([theirs, ours]))
+            theirs, ours = both
             if self.running is not None and self.sums is None:
                 assert self.seen is not None
-                self.seen.copy_(torch.stack([theirs, ours.detach()]))
+                self.seen.copy_(both.detach())
                 gain = _gain(*self.running) * _one(ours)
                 return o * _along(gain.to(o.dtype), o, dim)
-            theirs, ours = _over_processes(torch.stack([theirs, ours]))
             if self.sums is not None:
-                self.sums.add_(torch.stack([theirs, ours.detach()]))
+                self.sums.add_(both.detach())
             return o * _along(_gain(theirs, ours).to(o.dtype), o, dim)
         return o if self.resting is None else o * _along(self.resting.to(o.dtype), o, dim)
 
@@ -211,11 +212,9 @@ class RunningGains:
 
     @torch.no_grad()
     def advance(self) -> None:
-        """After a step: moves the means towards what all processes saw in it."""
-        together = _over_processes(torch.cat([seen.flatten() for seen in self._sums.values()]))
-        parts = together.split([mean.numel() for mean in self.means.values()])
-        for mean, part in zip(self.means.values(), parts, strict=True):
-            mean.lerp_(part.view_as(mean), 1 - self.decay)
+        """After a step: moves the means towards what was seen in it, by all processes."""
+        for name, mean in self.means.items():
+            mean.lerp_(self._sums[name], 1 - self.decay)
         self.forget()
 
     def forget(self) -> None:

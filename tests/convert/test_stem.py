@@ -82,7 +82,7 @@ def test_bias_lives_in_the_weights_so_beta_does_not_touch_it(beta):
     source, x = nn.Conv2d(3, 4, 3).double(), torch.randn(1, 3, 6, 6, dtype=torch.float64)
     layer = encoded(source)
     set_strength(layer, beta=beta)
-    assert set(layer.state_dict()) == {"weight", "b", "beta"} and layer.weight.shape == (4, 6, 3, 3)
+    assert set(layer.state_dict()) == {"weight", "b", "beta", "carry"} and layer.weight.shape == (4, 6, 3, 3)
     torch.testing.assert_close(layer(x), source(x), rtol=1e-12, atol=1e-12)
 
 

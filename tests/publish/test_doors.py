@@ -180,7 +180,7 @@ def test_timm_shows_the_stages_that_it_shows_of_the_source(timm_students, kind):
 def test_a_new_timm_head_is_a_layer_of_the_method(timm_students):
     model: Any = timm.create_model(f"local-dir:{timm_students['bcos vit']}", pretrained=True, num_classes=3)
     assert model(pictures(SIZE)).shape == (2, 3) and model.num_classes == 3
-    assert isinstance(model.head, BcosLinear) and model.head.strengths() == {"b": 1.5, "beta": 0.5}
+    assert isinstance(model.head, BcosLinear) and model.head.strengths() == {"b": 1.5, "beta": 0.5, "carry": 0}
 
 
 def test_timm_scripts_pass_arguments_that_ask_for_nothing(timm_students):
@@ -250,7 +250,7 @@ def test_precision_and_device_are_asked_for_as_usual(timm_students):
     folder = timm_students["bcos vit"]
     model = transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16, device_map="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert model.network.head.strengths() == {"b": 1.5, "beta": 0.5}
+    assert model.network.head.strengths() == {"b": 1.5, "beta": 0.5, "carry": 0}
     assert next(transformers.AutoModel.from_pretrained(folder, dtype="auto").parameters()).dtype == torch.float32
     with pytest.raises(CheckpointError, match="not opened with quantization_config"):
         transformers.AutoModel.from_pretrained(folder, quantization_config={"load_in_8bit": True})
