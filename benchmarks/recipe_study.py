@@ -343,7 +343,7 @@ def draw(groups: Summaries, path: Path) -> bool:
         axis.axhline(0, color="grey", linewidth=0.8)
         kept = "top-1 agreement" if "top1_agreement" in points[0][2] else "centred cosine"
         axis.set_xlabel(f"decisions kept: {kept} with the teacher, held-out pictures")
-        axis.set_ylabel("signed contrast: sum inside the mask over the sum of sizes, decision minus another class")
+        axis.set_ylabel("signed contrast in the mask, decision minus another")
         axis.set_title(f"{teacher}, {size} px")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
