@@ -15,7 +15,7 @@ from ..convert.blocks import blocks_of
 from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
 from ..convert.taps import first_tensor
 from ..convert.trace import fitted, noise_pictures, trace_forward
-from ..errors import PlanError, RecipeError, near_miss
+from ..core.errors import PlanError, RecipeError, near_miss
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .paths import check_paths

@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..convert.layers import scheduled_layers, set_strength
 from ..convert.taps import find_blocks
-from ..errors import RecipeError
+from ..core.errors import RecipeError
 from .compiling import eager
 from .objectives import Objective
 from .recipe import Recipe

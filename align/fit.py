@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data.shards import ShardIndex
 from .measure import evaluated
 from .objectives import FITS
 from .run import AlignRun, Outcome
-from .shards import ShardIndex
 from .stopping import asked_to_stop
 
 __all__ = ["fit"]

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..convert.layers import scheduled_layers
-from ..errors import BcosifyError
+from ..core.errors import BcosifyError
 from . import state
 from .distributed import Prepared
 from .run import AlignRun

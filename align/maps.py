@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ..convert.blocks import blocks_of
 from ..convert.taps import first_tensor, is_channels_last
 from ..convert.trace import fitted, noise_pictures
-from ..errors import LedgerError, RecipeError
+from ..core.errors import LedgerError, RecipeError
 from ..explain.attribution import SelfExplaining
 from ..explain.linearise import Linearised
 from ..explain.weights import trained_maps

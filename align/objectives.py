@@ -26,7 +26,7 @@ from ..convert import Student
 from ..convert.layers import scheduled_layers
 from ..convert.methods import find_method
 from ..convert.taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
-from ..errors import RecipeError
+from ..core.errors import RecipeError
 from .losses import (
     class_divergence,
     cosine_distance,

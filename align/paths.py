@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..convert.blocks import blocks_of
 from ..convert.taps import Call, is_channels_last
-from ..errors import RecipeError
+from ..core.errors import RecipeError
 from .recipe import Phase, Recipe
 
 __all__ = ["BLENDED", "LOCAL", "Draw", "blended", "check_paths", "with_own_inputs"]

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..convert import Preprocess
-from .loader import Augment, BadSamples, Batch, Mixing, held_out_batches, to_model_input, training_batches
+from ..data.loader import Augment, BadSamples, Batch, Mixing, held_out_batches, to_model_input, training_batches
+from ..data.shards import ShardIndex
+from ..data.stream import Stream
 from .recipe import Recipe
-from .shards import ShardIndex
-from .stream import Stream
 
 __all__ = ["Pictures"]
 

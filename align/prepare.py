@@ -14,18 +14,18 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..convert import Student, check_teacher, load, reload_teacher
-from ..convert.files import new_file
 from ..convert.layers import at_start
 from ..convert.student import apply_plan
-from ..errors import CheckpointError, DataError, RecipeError
+from ..core.errors import CheckpointError, DataError, RecipeError
+from ..core.files import new_file
+from ..data.remote import shown
+from ..data.shards import ShardIndex, expand, index_shards, overlap, split
+from ..data.stream import Stream, fingerprints
 from . import state
 from .log import METRICS
 from .probe import EXPLANATIONS
 from .recipe import difference, dump, load_recipe
-from .remote import shown
 from .run import AlignConfig
-from .shards import ShardIndex, expand, index_shards, overlap, split
-from .stream import Stream, fingerprints
 from .trackers import TRACKED
 
 __all__ = [

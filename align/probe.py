@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from ..convert.files import new_file
 from ..convert.taps import first_tensor
-from ..errors import BcosifyError
+from ..core.errors import BcosifyError
+from ..core.files import new_file
+from ..data.loader import held_out_batches
 from ..explain import ClassTarget, DirectionTarget, Target, explain, panel
-from .loader import held_out_batches
 from .pictures import Pictures
 
 __all__ = ["EXPLANATIONS", "Probe", "make_probe"]

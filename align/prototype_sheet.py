@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..convert.files import new_file
-from .shards import ShardIndex, decode
+from ..core.files import new_file
+from ..data.shards import ShardIndex, decode
 
 __all__ = ["write_prototypes"]
 

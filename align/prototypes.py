@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..convert.layers import PrototypeLinear, PrototypeMaps
 from ..convert.layers.prototypes import joined_stages
-from ..errors import DataError, RecipeError
+from ..core.errors import DataError, RecipeError
 from .kmeans import kmeans
 from .losses import class_divergence
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import yaml
 
-from ..convert.settings import faults, parse
-from ..errors import RecipeError, near_miss
+from ..core.errors import RecipeError, near_miss
+from ..core.settings import faults, parse
 
 __all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
 

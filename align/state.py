@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..convert.files import new_folder
+from ..core.files import new_folder
 from .distributed import sharded_like, whole
 from .floor import Walk
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..convert import calibrate, set_strength
 from ..convert.layers import RunningGains, batch_statistics, mean_sizes, recording, reference_gains
 from ..convert.taps import Call
+from ..data.loader import Batch
 from . import state
 from .compiling import compile_blocks, eager
 from .distributed import prepare, whole
 from .floor import Walk, interval, strengths_of
-from .loader import Batch
 from .maps import Aim, decided, own_directions, teacher_maps
 from .measure import statistics_batches
 from .objectives import OBJECTIVES, EndToEnd, observe

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from PIL import Image
 
-from ..errors import BcosifyError, near_miss
+from ..core.errors import BcosifyError, near_miss
 from .recipe import Recipe
 from .state import Progress
 

@@ -16,8 +16,9 @@ from accelerate.utils import ProjectConfiguration
 
 from ..convert import load, save
 from ..convert.checkpoint import versions
-from ..convert.files import check_free
 from ..convert.memory import laid_out, memory_format_of
+from ..core.files import check_free
+from ..data.loader import BadSamples, check_batch
 from . import state
 from .checks import check_floor, check_recipe
 from .descend import descend
@@ -25,7 +26,6 @@ from .distributed import check_sharded, described, make_accelerator
 from .fit import fit
 from .floor import floored
 from .learner import Learner
-from .loader import BadSamples, check_batch
 from .log import strengths, write_row
 from .measure import evaluated, explained
 from .objectives import FITS

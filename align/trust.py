@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RecipeError
+from ..core.errors import RecipeError
 from .recipe import Recipe
 
 __all__ = ["Trust", "check_trust"]

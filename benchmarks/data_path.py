@@ -25,9 +25,9 @@ import measure
 import psutil
 import torch
 import webdataset
-from bcosify.align.loader import Augment, CentreCrop, held_out_batches, training_batches
-from bcosify.align.shards import decode, expand, index_shards
-from bcosify.align.stream import Stream
+from bcosify.data.loader import Augment, CentreCrop, held_out_batches, training_batches
+from bcosify.data.shards import decode, expand, index_shards
+from bcosify.data.stream import Stream
 
 SIDES = ("webdataset", "indexed", "stream")
 BATCH = 64

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bcosify.align.loader import held_out_batches, to_model_input
-from bcosify.align.shards import expand, index_shards
 from bcosify.convert import Student, load, reload_teacher, set_strength
 from bcosify.convert.layers import DampenedSkip
+from bcosify.data.loader import held_out_batches, to_model_input
+from bcosify.data.shards import expand, index_shards
 from bcosify.explain import TopTarget, explain, overlay
 from columns import whole_objects
 from PIL import Image, ImageDraw

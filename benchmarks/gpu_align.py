@@ -32,7 +32,6 @@ from bcosify.align.checks import check_recipe
 from bcosify.align.descend import descend
 from bcosify.align.distributed import make_accelerator
 from bcosify.align.learner import Learner
-from bcosify.align.loader import Augment, BadSamples, Batch, CentreCrop, size_at
 from bcosify.align.measure import evaluated
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.pictures import Pictures
@@ -40,10 +39,11 @@ from bcosify.align.prepare import teacher_of
 from bcosify.align.recipe import Recipe, load_recipe, scaled
 from bcosify.align.run import AlignConfig, AlignRun, Outcome
 from bcosify.align.schedule import strengths_at
-from bcosify.align.shards import ShardIndex, batch_indices, decode, expand, index_shards
 from bcosify.convert import convert, load, load_teacher, save, set_strength
 from bcosify.convert.layers import batch_statistics
 from bcosify.convert.methods import find_method
+from bcosify.data.loader import Augment, BadSamples, Batch, CentreCrop, size_at
+from bcosify.data.shards import ShardIndex, batch_indices, decode, expand, index_shards
 from columns import columns, map_columns, refer
 from measure import DTYPES, seconds
 from torch import Tensor

@@ -23,9 +23,9 @@ from typing import Any
 import measure
 import numpy as np
 import torch
-from bcosify.align.shards import ShardIndex, expand, index_shards, write_shards
 from bcosify.convert import convert, save, set_strength
 from bcosify.convert.sources import timm as timm_source
+from bcosify.data.shards import ShardIndex, expand, index_shards, write_shards
 from bcosify.explain import ClassTarget, explain
 from PIL import Image
 from torch import nn

@@ -63,7 +63,7 @@ def align(
     from ..convert import load
     from ..convert.hub import student_folder
     from ..convert.layers import described
-    from ..errors import CheckpointError
+    from ..core.errors import CheckpointError
 
     folder = student_folder(run)
     if out is None and not Path(run).expanduser().is_dir():

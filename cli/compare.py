@@ -21,8 +21,8 @@ def compare(
         overwrite: replace the page if it exists.
         json: print the rows as JSON on stdout.
     """
-    from ..convert.files import check_free, new_file
-    from ..errors import DataError
+    from ..core.errors import DataError
+    from ..core.files import check_free, new_file
     from ..evaluate.record import read_evaluation
     from ..evaluate.report import render_page
     from ..evaluate.report.tables import comparison

@@ -52,13 +52,13 @@ def convert(
     """
     from ..convert import convert as convert_model
     from ..convert import load_teacher, lossy_steps, plan_for, save
-    from ..convert.files import check_free
     from ..convert.layers import ReferenceSized
     from ..convert.memory import laid_out
     from ..convert.methods import find_method
-    from ..convert.settings import from_assignments
     from ..convert.trace import noise_pictures
-    from ..errors import CheckpointError, PlanError
+    from ..core.errors import CheckpointError, PlanError
+    from ..core.files import check_free
+    from ..core.settings import from_assignments
 
     family = find_method(method)
     config = from_assignments(family.config_class, set or (), keep=keep or [])
@@ -126,8 +126,8 @@ def _pictures(shards: str, count: int, student: Any) -> Any:
     """The first `count` pictures of `shards`, as the model takes them."""
     import torch
 
-    from ..align.loader import held_out_batches, to_model_input
-    from ..align.shards import expand, index_shards
+    from ..data.loader import held_out_batches, to_model_input
+    from ..data.shards import expand, index_shards
 
     preprocess = student.preprocess
     batches = held_out_batches(

@@ -40,8 +40,8 @@ def demo(
     from ..align.recipe import load_recipe
     from ..align.trainer import AlignConfig, align
     from ..convert import convert, load, load_teacher, save
-    from ..convert.files import check_free, new_file
     from ..convert.methods.bcos import BcosConfig
+    from ..core.files import check_free, new_file
     from ..evaluate.report import render_page
 
     started = time.monotonic()
@@ -102,7 +102,7 @@ def _photographs() -> dict[str, Any]:
     """Name -> picture, from scikit-image's own files (no download)."""
     from PIL import Image
 
-    from ..errors import DataError
+    from ..core.errors import DataError
 
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
@@ -122,7 +122,7 @@ def _shards(photographs: dict[str, Any], out: Path) -> None:
 
     import numpy as np
 
-    from ..align.shards import write_shards
+    from ..data.shards import write_shards
 
     random = np.random.default_rng(0)
     for part, names in (("train", TRAINED), ("val", list(EXPLAINED))):

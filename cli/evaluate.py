@@ -69,8 +69,8 @@ def evaluate(
     from ..align.prepare import teacher_of
     from ..convert import embed_texts, load, token_grid
     from ..convert.checkpoint import versions
-    from ..convert.files import check_free, new_folder
     from ..convert.memory import laid_out
+    from ..core.files import check_free, new_folder
     from ..evaluate import suite
     from ..evaluate.report import gallery_of, report_page
     from ..evaluate.subject import Subject, weights_digest
@@ -143,7 +143,7 @@ def evaluate(
 
 def _methods(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """(model, method) pairs of --against; raises TargetError for what is none."""
-    from ..errors import TargetError
+    from ..core.errors import TargetError
     from ..evaluate.baselines import METHODS, find_method
 
     if list(words) == ["none"]:
@@ -160,7 +160,7 @@ def _methods(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
 
 def _removals(words: Sequence[str]) -> tuple[tuple[int | None, str], ...]:
     """(unit, fill) pairs of --removals."""
-    from ..errors import TargetError
+    from ..core.errors import TargetError
 
     pairs: list[tuple[int | None, str]] = []
     for word in words:

@@ -54,7 +54,7 @@ def explain(
         overwrite: replace the folder if it exists.
         json: print one row per picture and target as JSON on stdout.
     """
-    from ..convert.files import check_free, new_folder
+    from ..core.files import check_free, new_folder
 
     check_free(out, overwrite)
     opened = _open(model, head, image_size)
@@ -120,7 +120,7 @@ def _open(model: str, head: str, image_size: int | None) -> Any:
     from ..convert.hub import is_student
     from ..convert.memory import laid_out
     from ..convert.trace import trace_forward
-    from ..errors import SourceError
+    from ..core.errors import SourceError
 
     opened: Any
     if is_student(model):
@@ -141,7 +141,7 @@ def _open(model: str, head: str, image_size: int | None) -> Any:
 def _files(pictures: list[Path]) -> Iterator[Path]:
     from PIL import Image
 
-    from ..errors import DataError
+    from ..core.errors import DataError
 
     Image.init()
     for path in pictures:
@@ -175,7 +175,7 @@ def _read(file: Path) -> Any:
 def _readable(file: Path) -> Iterator[None]:
     from PIL import Image
 
-    from ..errors import DataError
+    from ..core.errors import DataError
 
     try:
         yield

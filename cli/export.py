@@ -37,8 +37,8 @@ def export(
     import dataclasses
 
     from ..convert import load
-    from ..convert.files import check_free
-    from ..errors import CheckpointError, near_miss
+    from ..core.errors import CheckpointError, near_miss
+    from ..core.files import check_free
     from ..publish.export import FORMATS
     from ..publish.export import export as export_student
 

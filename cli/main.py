@@ -18,7 +18,7 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ..errors import BcosifyError, near_miss
+from ..core.errors import BcosifyError, near_miss
 
 __all__ = ["VERBS", "main"]
 

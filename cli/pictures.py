@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import DataError
+from ..core.errors import DataError
 
 __all__ = ["class_indices", "find_pictures", "read_pictures"]
 
@@ -37,7 +37,7 @@ class Decoded:
 
 def find_pictures(data: str) -> Any:
     """The index of shards; raises DataError where there are none."""
-    from ..align.shards import expand, index_shards
+    from ..data.shards import expand, index_shards
 
     return index_shards(expand(data))
 
@@ -63,7 +63,7 @@ def read_pictures(
     """
     import torch
 
-    from ..align.shards import order
+    from ..data.shards import order
     from ..evaluate.suite import Pictures
 
     positions = list(range(len(index)))
@@ -96,7 +96,7 @@ def class_indices(pictures: Any, labels: Sequence[str] | None) -> Any:
 
 
 def _picture(index: Any, i: int) -> Any:
-    from ..align.shards import decode, reason
+    from ..data.shards import decode, reason
 
     try:
         return decode(index.read(i))

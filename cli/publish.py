@@ -53,7 +53,7 @@ def publish(
         overwrite: replace that folder if it exists.
         json: print the result as JSON on stdout.
     """
-    from ..convert.files import check_free, new_folder
+    from ..core.files import check_free, new_folder
     from ..publish.hub import Target
     from ..publish.hub import publish as upload
     from ..publish.staging import Request, stage

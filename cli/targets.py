@@ -48,7 +48,7 @@ def ask(
         TargetError: options that exclude each other, or that this model cannot answer.
         DataError: a file that cannot be read.
     """
-    from ..errors import TargetError
+    from ..core.errors import TargetError
 
     given = {"--target": target, "--text": text, "--like": like, "--direction": direction, "--zero-shot": zero_shot}
     chosen = [option for option, value in given.items() if value]
@@ -148,7 +148,7 @@ def _patch(opened: Any, place: str, direction: Path | None) -> Question:
     from functools import partial
 
     from ..convert import token_grid
-    from ..errors import TargetError
+    from ..core.errors import TargetError
     from ..explain.targets import PatchFeature, SelfTarget
 
     row, _, column = place.partition(",")
@@ -170,7 +170,7 @@ def _fixed(network: Any, target: Any, names: Sequence[str]) -> Question:
 
 def _choice(words: list[str] | None, labels: Sequence[str] | None, default: str) -> Any:
     """The target that `--target` words name among classes."""
-    from ..errors import TargetError
+    from ..core.errors import TargetError
     from ..explain.targets import ClassTarget, SelfTarget, TopTarget, find_class
 
     words = words or ([default] if labels else ["self"])
@@ -206,7 +206,7 @@ def _named(target: Any, outputs: Any, labels: Sequence[str] | None) -> list[list
 def _embedded(opened: Any, texts: list[str], templates: str | None, option: str) -> Any:
     """(T, D) unit text embeddings by the model's own text tower."""
     from ..convert import embed_texts
-    from ..errors import TargetError
+    from ..core.errors import TargetError
 
     if opened.text is None:
         raise TargetError(
@@ -220,7 +220,7 @@ def _embedded(opened: Any, texts: list[str], templates: str | None, option: str)
 
 def _templates(name: str | None) -> Sequence[str]:
     """Prompts with a `{}`: none, CLIP's eighty of ImageNet, or the lines of a file."""
-    from ..errors import TargetError
+    from ..core.errors import TargetError
 
     if name is None:
         return ("{}",)
@@ -237,7 +237,7 @@ def _templates(name: str | None) -> Sequence[str]:
 
 def _lines(file: Path, option: str) -> list[str]:
     """The lines of a text file that hold something."""
-    from ..errors import DataError
+    from ..core.errors import DataError
 
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -259,7 +259,7 @@ def _read_directions(file: Path) -> Any:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from ..errors import DataError
+    from ..core.errors import DataError
 
     try:
         if file.suffix == ".npy":

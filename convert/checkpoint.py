@@ -27,15 +27,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import CheckpointError, PlanError, near_miss
-from .files import file_digest, new_folder
+from ..core.errors import CheckpointError, PlanError, near_miss
+from ..core.files import file_digest, new_folder
+from ..core.settings import faults, parse
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
 from .layers import scheduled_layers, watching
 from .library_files import config_of, open_clip_config
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
 from .plan import Method, plan_conversion
-from .settings import faults, parse
 from .sources import Preprocess, SavedText, Source, build
 from .sources.weights import hollow, take_weights
 from .student import Student, apply_plan, output_of

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 
 __all__ = ["CONFIG", "OPEN_CLIP", "PROBE", "RECORD", "TEXT", "WEIGHTS", "is_student", "student_folder"]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as registration
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import BcosifyError, CheckpointError
+from ..core.errors import BcosifyError, CheckpointError
 
 __all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import PlanError, near_miss
+from ..core.errors import PlanError, near_miss
 from .layers import STRENGTHS
 from .trace import trace_forward
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import LedgerError, SourceError
+from ..core.errors import LedgerError, SourceError
 from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
 from .methods import find_method
 from .methods.bcos import BcosConfig

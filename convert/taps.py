@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import RecipeError, near_miss
+from ..core.errors import RecipeError, near_miss
 from .blocks import WEIGHT_LAYERS, blocks_of
 from .layers import BiasScheduled
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import PlanError
+from ..core.errors import PlanError
 from ..explain.linearise import Linearised
 
 __all__ = ["Trace", "fitted", "noise_pictures", "trace_forward", "with_memory"]

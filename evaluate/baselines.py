@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..convert.taps import find_blocks
 from ..convert.trace import fitted
-from ..errors import NotApplicable, TargetError, near_miss
+from ..core.errors import NotApplicable, TargetError, near_miss
 from ..explain import explain
 from ..explain.attribution import main_output
 from .decisions import Decisions

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..errors import DataError
+from ..core.errors import DataError
 from ..explain.targets import Target
 from .decisions import ClassDecisions, Decisions
 from .localisation import pointing_game, positive_shares, signed_shares

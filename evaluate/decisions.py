@@ -16,7 +16,7 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DataError
+from ..core.errors import DataError
 from ..explain.targets import ClassTarget, DirectionTarget, Target
 
 __all__ = ["ClassDecisions", "Decisions", "DirectionDecisions", "decide"]

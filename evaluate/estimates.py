@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import NotApplicable
+from ..core.errors import NotApplicable
 
 __all__ = ["Estimate", "bootstrap", "jackknife"]
 

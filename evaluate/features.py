@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..convert.files import cache_root, new_file
 from ..convert.taps import channels_last, depth_taps, find_blocks, record
 from ..convert.trace import fitted
-from ..errors import BcosifyError
+from ..core.errors import BcosifyError
+from ..core.files import cache_root, new_file
 from ..explain.attribution import main_output
 from .subject import Subject, weights_digest
 

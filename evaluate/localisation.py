@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NotApplicable
+from ..core.errors import NotApplicable
 from .decisions import Decisions
 
 __all__ = [

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import NotApplicable
+from ..core.errors import NotApplicable
 
 __all__ = ["Scored", "Split", "knn", "linear_probe", "split_labelled", "zero_shot"]
 

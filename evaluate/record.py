@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..convert.files import new_file
-from ..errors import DataError
+from ..core.errors import DataError
+from ..core.files import new_file
 from .estimates import Estimate
 
 __all__ = ["BETTER", "FILE", "SCHEMA", "Curve", "Evaluation", "Measurement", "Seconds", "read_evaluation"]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from ..errors import LedgerError, TargetError
+from ..core.errors import LedgerError, TargetError
 from .linearise import Linearised
 from .targets import ClassTarget, Target
 

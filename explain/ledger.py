@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..errors import LedgerError
+from ..core.errors import LedgerError
 
 __all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors", "write"]
 

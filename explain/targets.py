@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..errors import TargetError, near_miss
+from ..core.errors import TargetError, near_miss
 
 __all__ = [
     "ClassTarget",

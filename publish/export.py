@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from ..convert import Student, fold
 from ..convert.checkpoint import versions
-from ..convert.files import check_free, new_file
 from ..convert.library_files import class_count
-from ..convert.quiet import quiet
 from ..convert.trace import fitted, noise_pictures
-from ..errors import CheckpointError, near_miss
+from ..core.errors import CheckpointError, near_miss
+from ..core.files import check_free, new_file
+from ..core.quiet import quiet
 from ..explain.attribution import MapsOf, SelfExplaining
 
 __all__ = ["FORMATS", "Exported", "Format", "export"]

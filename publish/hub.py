@@ -19,8 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 from huggingface_hub.utils.sha import git_hash
 
 from ..convert.checkpoint import versions
-from ..convert.files import file_digest
-from ..errors import BcosifyError, PublishError
+from ..core.errors import BcosifyError, PublishError
+from ..core.files import file_digest
 from .staging import Release
 
 __all__ = ["Published", "Target", "publish"]

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..convert import Source
 from ..convert.sources.bundled import BUNDLED
-from ..errors import PublishError
+from ..core.errors import PublishError
 
 __all__ = ["PERMISSIVE", "Base", "Licence", "base_of", "choose_licence"]
 

@@ -20,7 +20,7 @@ from ..convert import Student, load
 from ..convert.hub import OPEN_CLIP, is_student
 from ..convert.library_files import ARCHITECTURE, open_clip_preprocessing
 from ..convert.sources import SavedText
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 
 __all__ = ["register"]
 

@@ -23,7 +23,7 @@ from ..convert.checkpoint import PICKLES, read_record
 from ..convert.hub import CONFIG, RECORD, TEXT
 from ..convert.library_files import class_count, config_of
 from ..convert.trace import fitted, noise_pictures
-from ..errors import DataError, PublishError
+from ..core.errors import DataError, PublishError
 from ..evaluate.record import Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
 from ..explain import Explanation, SelfTarget, TopTarget, explain, panel

@@ -15,7 +15,7 @@ from torch import nn
 from ..convert import Student, load, skeleton
 from ..convert.library_files import ARCHITECTURE
 from ..convert.methods import find_method
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 
 __all__ = ["register"]
 

@@ -27,7 +27,7 @@ from ..convert import Preprocess, Student, load, save
 from ..convert.hub import CONFIG, student_folder
 from ..convert.layers.ca_stream import CaStream
 from ..convert.library_files import ARCHITECTURE, class_count
-from ..errors import CheckpointError
+from ..core.errors import CheckpointError
 
 __all__ = [
     "BcosifyConfig",

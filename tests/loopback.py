@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
-from bcosify.align.remote import Patience
+from bcosify.data.remote import Patience
 
 QUICK = Patience(silence=0.4, tries=3, pause=0.01)
 Handler = http.server.BaseHTTPRequestHandler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...errors import PlanError, near_miss
+from ...core.errors import PlanError, near_miss
 from ..plan import Method
 from . import bcos, ca_stream, coda, fa_cnn, kmeans
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ...errors import PlanError
+from ...core.errors import PlanError
 from ..blocks import blocks_of
 from ..plan import class_path
 from ..randomise import randomise

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from ...errors import PlanError, near_miss
+from ...core.errors import PlanError, near_miss
 from ..layers import BcosConv2d, BcosConv2dSame, BcosLinear, SixChannelBcosConv2d, SixChannelBcosConv2dSame
 from ..plan import Decision, Method
 from ..trace import Trace

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ...errors import PlanError, near_miss
+from ...core.errors import PlanError, near_miss
 from ..layers import CaStream, CaStreamForToken, adopt, join
 from ..plan import Decision, Method
 from ..sources import Preprocess

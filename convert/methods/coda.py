@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ...errors import PlanError, near_miss
+from ...core.errors import PlanError, near_miss
 from ..layers import (
     CodaConv2d,
     CodaConv2dSame,

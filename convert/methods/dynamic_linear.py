@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from ...errors import PlanError
+from ...core.errors import PlanError
 from ..layers import (
     BiasScheduled,
     DynamicConv2d,

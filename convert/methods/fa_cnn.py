@@ -13,7 +13,7 @@ from typing import get_args
 
 from torch import nn
 
-from ...errors import PlanError, near_miss
+from ...core.errors import PlanError, near_miss
 from ..layers import (
     ClassMaps,
     DampenedSkip,

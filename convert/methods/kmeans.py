@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import PlanError
+from ...core.errors import PlanError
 from ..layers import PrototypeLinear, PrototypeMaps, join
 from ..layers.stages import places
 from ..plan import Decision, Method, class_path

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ...errors import PlanError
+from ...core.errors import PlanError
 from ..layers.stages import at_one_place, features_of, is_column, places, stage_count
 
 __all__ = ["check_timm", "head_reads", "last_stages", "seen_stages"]

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...errors import SourceError, near_miss
-from ..files import file_digest
+from ...core.errors import SourceError, near_miss
+from ...core.files import file_digest
 from . import bundled, hf
 from . import open_clip as open_clip_source
 from . import timm as timm_source

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import SourceError, near_miss
-from ..files import file_digest
+from ...core.errors import SourceError, near_miss
+from ...core.files import file_digest
 from . import timm as timm_source
 from .teacher import Teacher
 

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, SourceError, near_miss
+from ...core.errors import CheckpointError, SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
 from .text import TextTower
 from .weights import misfit, read_weights

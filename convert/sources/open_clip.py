@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, SourceError, near_miss
-from ..quiet import quiet
+from ...core.errors import CheckpointError, SourceError, near_miss
+from ...core.quiet import quiet
 from .teacher import Preprocess, Source, Teacher
 from .text import TextTower
 from .timm import check_buildable

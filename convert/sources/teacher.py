@@ -11,7 +11,7 @@ from typing import Any, cast
 from PIL import Image
 from torch import Tensor, nn
 
-from ...errors import SourceError
+from ...core.errors import SourceError
 from .text import Text
 
 __all__ = ["Preprocess", "Source", "Teacher"]

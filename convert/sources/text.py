@@ -21,8 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, SourceError
-from ..files import file_digest
+from ...core.errors import CheckpointError, SourceError
+from ...core.files import file_digest
 from ..limits import read_header, within
 
 __all__ = ["SavedText", "Text", "TextTower", "embed_texts", "probabilities"]

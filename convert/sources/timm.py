@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...errors import SourceError, near_miss
+from ...core.errors import SourceError, near_miss
 from .teacher import Preprocess, Source, Teacher
 from .weights import with_weights
 

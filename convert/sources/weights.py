@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ...errors import BcosifyError, SourceError
+from ...core.errors import BcosifyError, SourceError
 from ..plan import class_path
 
 __all__ = [

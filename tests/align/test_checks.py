@@ -14,7 +14,7 @@ from bcosify.align.recipe import list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import check_teacher, convert, load, load_teacher, save
 from bcosify.convert.methods import METHODS
-from bcosify.errors import BcosifyError, DataError, RecipeError, SourceError
+from bcosify.core.errors import BcosifyError, DataError, RecipeError, SourceError
 from torch import nn
 
 from runs import PHASES, RECIPE

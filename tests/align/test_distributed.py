@@ -20,9 +20,9 @@ from bcosify.align import state
 from bcosify.align.distributed import check_sharded, make_accelerator
 from bcosify.align.log import METRICS
 from bcosify.align.recipe import Phase, Recipe, dump
-from bcosify.align.shards import write_shards
 from bcosify.convert import convert, load_teacher, save
-from bcosify.errors import RecipeError
+from bcosify.core.errors import RecipeError
+from bcosify.data.shards import write_shards
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -11,14 +11,14 @@ from bcosify.align import log
 from bcosify.align.checks import check_floor, check_recipe, check_strengths
 from bcosify.align.floor import EVALUATIONS, Walk, interval, path
 from bcosify.align.floor import floored as in_one_phase
-from bcosify.align.loader import held_out_batches, to_model_input
 from bcosify.align.recipe import Phase, Recipe, dump, load_recipe
 from bcosify.align.schedule import strengths_at
-from bcosify.align.shards import expand, index_shards, split
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import FaCnnConfig, KMeansConfig, Teacher, convert, load, load_teacher
 from bcosify.convert.layers import scheduled_layers, strength_spans
-from bcosify.errors import DataError, RecipeError
+from bcosify.core.errors import DataError, RecipeError
+from bcosify.data.loader import held_out_batches, to_model_input
+from bcosify.data.shards import expand, index_shards, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

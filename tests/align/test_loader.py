@@ -16,8 +16,9 @@ import pytest
 import skimage.data
 import timm.data
 import torch
-from bcosify.align import shards
-from bcosify.align.loader import (
+from bcosify.core.errors import DataError
+from bcosify.data import shards
+from bcosify.data.loader import (
     SUBSTITUTES,
     Augment,
     BadSample,
@@ -32,7 +33,7 @@ from bcosify.align.loader import (
     to_model_input,
     training_batches,
 )
-from bcosify.align.shards import (
+from bcosify.data.shards import (
     Indexed,
     ShardFile,
     ShardIndex,
@@ -43,7 +44,6 @@ from bcosify.align.shards import (
     order,
     write_shards,
 )
-from bcosify.errors import DataError
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

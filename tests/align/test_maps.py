@@ -17,7 +17,7 @@ from bcosify.convert.blocks import blocks_of
 from bcosify.convert.layers.bcos import BcosLinear
 from bcosify.convert.layers.scheduled import adopt
 from bcosify.convert.taps import record
-from bcosify.errors import RecipeError
+from bcosify.core.errors import RecipeError
 from bcosify.explain import explain
 from bcosify.explain.transposed import transposed
 from bcosify.explain.weights import trained_maps

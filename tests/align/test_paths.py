@@ -19,7 +19,7 @@ from bcosify.align.schedule import arrived, share_at
 from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.blocks import blocks_of
 from bcosify.convert.taps import Call, find_blocks
-from bcosify.errors import RecipeError
+from bcosify.core.errors import RecipeError
 from torch import nn
 
 from runs import CNN_PHASES, PHASES, RECIPE, aligned, converted, rows

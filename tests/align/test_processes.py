@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bcosify.align.loader import training_batches
-from bcosify.align.shards import expand, index_shards
-from bcosify.align.stream import Stream
+from bcosify.data.loader import training_batches
+from bcosify.data.shards import expand, index_shards
+from bcosify.data.stream import Stream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image

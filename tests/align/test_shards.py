@@ -16,19 +16,10 @@ import numpy as np
 import pytest
 import skimage.data
 import webdataset
-from bcosify.align import shards
-from bcosify.align.shards import (
-    batch_indices,
-    decode,
-    expand,
-    index_shards,
-    order,
-    overlap,
-    split,
-    write_shards,
-)
 from bcosify.cli.shards import shards as shards_verb
-from bcosify.errors import CheckpointError, DataError
+from bcosify.core.errors import CheckpointError, DataError
+from bcosify.data import shards
+from bcosify.data.shards import batch_indices, decode, expand, index_shards, order, overlap, split, write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from bcosify.align.loader import SUBSTITUTES, BadSamples, Mixing, training_batches
-from bcosify.align.shards import index_shards, order
-from bcosify.align.stream import SURE, Stream, fingerprints
-from bcosify.errors import DataError
+from bcosify.core.errors import DataError
+from bcosify.data.loader import SUBSTITUTES, BadSamples, Mixing, training_batches
+from bcosify.data.shards import index_shards, order
+from bcosify.data.stream import SURE, Stream, fingerprints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -112,7 +112,7 @@ class Numbers(Stream):
         self.sizes = sizes
 
     def _shard(self, source):
-        from bcosify.align.stream import Streamed
+        from bcosify.data.stream import Streamed
 
         yield from (Streamed(-1, f"{source}-{k}", source, b"") for k in range(self.sizes[int(source)]))
 

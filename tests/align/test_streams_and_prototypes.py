@@ -14,12 +14,12 @@ from bcosify.align.losses import decision_error
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.prototypes import PrototypeFit, calibrated, divergence
 from bcosify.align.recipe import Phase, Recipe, load_recipe
-from bcosify.align.shards import write_shards
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, load_teacher, save, set_strength
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import DataError, RecipeError
+from bcosify.core.errors import DataError, RecipeError
+from bcosify.data.shards import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

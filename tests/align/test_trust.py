@@ -12,7 +12,7 @@ from bcosify.align.checks import check_recipe
 from bcosify.align.recipe import Phase
 from bcosify.align.trust import Trust
 from bcosify.convert import load
-from bcosify.errors import RecipeError
+from bcosify.core.errors import RecipeError
 from torch import nn
 
 from runs import CNN_PHASES, RECIPE, aligned

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 import torch
 from bcosify.align import log, trackers
-from bcosify.align.loader import BadSamples, held_out_batches, size_at, to_model_input
 from bcosify.align.pictures import Pictures
 from bcosify.align.probe import make_probe
 from bcosify.align.recipe import Phase
 from bcosify.align.schedule import arrived
-from bcosify.align.shards import expand, index_shards
 from bcosify.align.state import Progress
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load
-from bcosify.errors import BcosifyError
+from bcosify.core.errors import BcosifyError
+from bcosify.data.loader import BadSamples, held_out_batches, size_at, to_model_input
+from bcosify.data.shards import expand, index_shards
 from bcosify.explain import explain
 from PIL import Image
 from safetensors.torch import load_file

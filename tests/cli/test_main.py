@@ -19,7 +19,7 @@ from bcosify.cli import main as command
 from bcosify.cli.main import VERBS, main
 from bcosify.convert import CodaConfig, load, load_teacher
 from bcosify.convert.layers import ReferenceSized
-from bcosify.errors import BcosifyError
+from bcosify.core.errors import BcosifyError
 from safetensors.torch import save_file
 
 TINY = ("timm:test_resnet", "--no-pretrained", "--image-size", "64")

@@ -10,7 +10,7 @@ from bcosify.convert import BcosConfig, convert, plan_for, set_strength
 from bcosify.convert.layers import BcosLinear, BiasScheduled, SeparateAttention, adopt
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import PlanError
+from bcosify.core.errors import PlanError
 from bcosify.explain import explain
 from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn

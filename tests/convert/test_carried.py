@@ -17,7 +17,7 @@ from bcosify.convert.layers.bcos import BcosLinear
 from bcosify.convert.layers.scheduled import BiasScheduled
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import CheckpointError
+from bcosify.core.errors import CheckpointError
 from bcosify.explain import Explanation, TopTarget, explain
 from bcosify.explain.weights import trained_maps
 from safetensors.torch import load_file, save_file

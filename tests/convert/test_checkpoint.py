@@ -12,7 +12,7 @@ import pytest
 import torch
 from bcosify.convert import BcosConfig, Source, checkpoint, convert, load, save, set_strength, sources
 from bcosify.convert.layers import BcosLinear, scheduled_layers
-from bcosify.errors import CheckpointError
+from bcosify.core.errors import CheckpointError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn

@@ -20,7 +20,7 @@ from bcosify.convert.layers import (
 )
 from bcosify.convert.layers import aligned as response
 from bcosify.convert.layers.coda import Layout
-from bcosify.errors import PlanError
+from bcosify.core.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -403,7 +403,7 @@ def test_a_layer_that_runs_twice_is_converted_once(teach):
 
 
 def test_dropout_left_on_is_found(teach):
-    from bcosify.errors import LedgerError
+    from bcosify.core.errors import LedgerError
 
     teacher = teach(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)))
     teacher.model.train()

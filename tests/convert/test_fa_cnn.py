@@ -14,7 +14,7 @@ from bcosify.convert.layers import ClassMaps, DampenedSkip, LastMap, PlaceClassi
 from bcosify.convert.layers.dampening import FORMS, skipping
 from bcosify.convert.methods.anatomy import look
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import PlanError
+from bcosify.core.errors import PlanError
 from bcosify.explain import DirectionTarget, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -30,7 +30,7 @@ from bcosify.convert.layers import BcosConv2d, batch_statistics, scheduled_layer
 from bcosify.convert.methods import find_method
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import PlanError
+from bcosify.core.errors import PlanError
 from bcosify.explain import explain
 from torch import nn
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from bcosify.convert.hub import is_student, student_folder
-from bcosify.errors import CheckpointError
+from bcosify.core.errors import CheckpointError
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from bcosify.convert import BcosConfig, convert, plan_for
 from bcosify.convert.methods import find_method
 from bcosify.convert.trace import noise_pictures, trace_forward
-from bcosify.errors import PlanError
+from bcosify.core.errors import PlanError
 from bcosify.explain import explain
 from torch import nn
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from bcosify.convert import Preprocess
 from bcosify.convert.sources import hf
-from bcosify.errors import SourceError
+from bcosify.core.errors import SourceError
 from PIL import Image
 
 PROCESSORS = {

@@ -16,7 +16,7 @@ import timm
 import torch
 from bcosify.convert import Preprocess, Source, convert, load, load_teacher, save
 from bcosify.convert.sources import build, bundled, reload_teacher
-from bcosify.errors import SourceError
+from bcosify.core.errors import SourceError
 from PIL import Image
 from safetensors.torch import save_file
 from timm.models import save_for_hf

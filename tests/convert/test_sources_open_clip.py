@@ -13,7 +13,7 @@ import torch
 from bcosify.convert import convert, load, load_teacher, save, token_grid
 from bcosify.convert.sources import build
 from bcosify.convert.sources import open_clip as source
-from bcosify.errors import PlanError, SourceError
+from bcosify.core.errors import PlanError, SourceError
 from safetensors.torch import load_file, save_file
 
 VIT = {"image_size": 32, "layers": 2, "width": 32, "patch_size": 8, "head_width": 16}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from bcosify.convert import BcosConfig, convert, identity_error, lossy_steps, set_strength
 from bcosify.convert.layers import BcosConv2d, BcosLinear, scheduled_layers
-from bcosify.errors import LedgerError
+from bcosify.core.errors import LedgerError
 from bcosify.explain import SelfTarget, TopTarget, explain
 from torch import nn
 

@@ -12,7 +12,7 @@ import torch
 import transformers
 from bcosify.convert import convert, embed_texts, load, load_teacher, probabilities, save
 from bcosify.convert.sources import SavedText
-from bcosify.errors import CheckpointError, SourceError
+from bcosify.core.errors import CheckpointError, SourceError
 from bcosify.explain import SimilarityTarget, explain
 from safetensors.torch import load_file
 

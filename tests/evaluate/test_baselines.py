@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from bcosify.convert.randomise import randomise
-from bcosify.errors import NotApplicable, TargetError
+from bcosify.core.errors import NotApplicable, TargetError
 from bcosify.evaluate.baselines import METHODS, AttentionWeights, find_method, maps_of, rollout
 from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions
 from torch import nn

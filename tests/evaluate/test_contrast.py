@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bcosify.errors import DataError
+from bcosify.core.errors import DataError
 from bcosify.evaluate.contrast import SideBySide, contrast, other_decisions
 from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions, decide
 from bcosify.explain import ClassTarget, DirectionTarget, explain

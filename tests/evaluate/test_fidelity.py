@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from bcosify.errors import DataError, NotApplicable
+from bcosify.core.errors import DataError, NotApplicable
 from bcosify.evaluate.estimates import bootstrap, jackknife
 from bcosify.evaluate.features import DENSE, OUTPUT, cache_key, features_of
 from bcosify.evaluate.fidelity import (

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from bcosify.convert import load_teacher
-from bcosify.errors import NotApplicable
+from bcosify.core.errors import NotApplicable
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import ClassDecisions, decide
 from bcosify.evaluate.localisation import (

@@ -8,7 +8,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as F
-from bcosify.errors import LedgerError, TargetError
+from bcosify.core.errors import LedgerError, TargetError
 from bcosify.explain import (
     ClassTarget,
     DirectionTarget,

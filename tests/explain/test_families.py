@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bcosify.errors import LedgerError
+from bcosify.core.errors import LedgerError
 from bcosify.explain import explain
 
 # name: (picture size, whether the model must be told of it)

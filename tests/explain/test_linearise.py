@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from bcosify.errors import LedgerError
+from bcosify.core.errors import LedgerError
 from bcosify.explain import Linearised, gated, input_colours, input_encoding
 from bcosify.explain.linearise import _modes
 from bcosify.explain.rules import OPERATIONS, Operation, linear

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bcosify.errors import LedgerError
+from bcosify.core.errors import LedgerError
 from bcosify.explain import (
     ClassTarget,
     DirectionTarget,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bcosify.errors import TargetError
+from bcosify.core.errors import TargetError
 from bcosify.explain import (
     ClassTarget,
     DirectionTarget,

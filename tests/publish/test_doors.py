@@ -33,7 +33,7 @@ from bcosify.convert import (
 from bcosify.convert.layers import BcosLinear, scheduled_layers
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import CheckpointError
+from bcosify.core.errors import CheckpointError
 from PIL import Image
 from torch import Tensor
 

@@ -24,7 +24,7 @@ from bcosify.convert import (
 )
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
-from bcosify.errors import CheckpointError
+from bcosify.core.errors import CheckpointError
 from bcosify.explain import ClassTarget, explain
 from bcosify.publish import export as module
 from bcosify.publish.export import FORMATS, export

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from bcosify.convert import Source
-from bcosify.errors import PublishError
+from bcosify.core.errors import PublishError
 from bcosify.publish.licences import KNOWN, PERMISSIVE, Base, Licence, base_of, choose_licence
 
 LINK = "https://example.org/terms"

@@ -102,7 +102,7 @@ print("all the same")
 def test_what_is_not_in_the_cache_is_said_with_what_to_do(place):
     code = """
 from bcosify.convert import load
-from bcosify.errors import CheckpointError
+from bcosify.core.errors import CheckpointError
 for name in ("my-org/other", "my-org/bcos-vit@v2", "hf-hub:runs/vit", "no such name", "../x"):
     try:
         load(name)
@@ -117,7 +117,7 @@ for name in ("my-org/other", "my-org/bcos-vit@v2", "hf-hub:runs/vit", "no such n
 
 def test_every_variable_that_the_page_names_is_read_by_someone():
     import huggingface_hub.constants as hub
-    from bcosify.convert import files
+    from bcosify.core import files
 
     page = (ROOT / "docs" / "loading.md").read_text()
     named = set(re.findall(r"\| `((?:HF|BCOSIFY)_[A-Z_]+)", page))

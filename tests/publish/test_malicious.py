@@ -18,7 +18,7 @@ import torch
 import transformers
 from bcosify.convert import KMeansConfig, convert, load_teacher, save
 from bcosify.convert.checkpoint import RECORD_LIMIT
-from bcosify.errors import BcosifyError, CheckpointError
+from bcosify.core.errors import BcosifyError, CheckpointError
 from safetensors.torch import load_file, save_file
 
 from configs import VISION

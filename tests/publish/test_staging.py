@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bcosify.errors import BcosifyError, CheckpointError, LedgerError, PublishError
+from bcosify.core.errors import BcosifyError, CheckpointError, LedgerError, PublishError
 from bcosify.publish.staging import Request, _check_paths, stage
 
 
@@ -173,7 +173,7 @@ def test_a_source_in_a_folder_is_told_by_its_name_only(student, out, tmp_path, e
 
 def test_a_folder_of_an_older_version_is_saved_once_more(copy, out):
     from bcosify.convert import checkpoint, load
-    from bcosify.convert.files import file_digest
+    from bcosify.core.files import file_digest
 
     record = json.loads((copy / "bcosify.json").read_text())
     (copy / "config.json").write_text(json.dumps({"architecture": "test_vit", "num_classes": 1000}))

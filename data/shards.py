@@ -41,8 +41,8 @@ from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, Trans
 from webdataset.shardlists import expand_urls
 from webdataset.writer import ShardWriter
 
-from ..convert.files import cache_root, check_free, new_file, new_folder
-from ..errors import BcosifyError, DataError, near_miss
+from ..core.errors import BcosifyError, DataError, near_miss
+from ..core.files import cache_root, check_free, new_file, new_folder
 from . import tar
 from .remote import fetch, is_remote, refuse_scheme, shown
 from .tar import PICTURES

@@ -36,8 +36,8 @@ from urllib.parse import unquote, urlsplit
 
 from huggingface_hub.utils import WeakFileLock
 
-from ..convert.files import cache_root, file_digest, new_folder
-from ..errors import CheckpointError, DataError, near_miss
+from ..core.errors import CheckpointError, DataError, near_miss
+from ..core.files import cache_root, file_digest, new_folder
 from . import tar
 
 __all__ = ["Patience", "chunks", "fetch", "is_remote", "reader", "refuse_scheme", "shown"]

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from ..errors import PlanError, near_miss
+from .errors import PlanError, near_miss
 
 __all__ = ["faults", "from_assignments", "parse"]
 

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import InterpolationMode, v2
 
-from ..errors import DataError
+from ..core.errors import DataError
 from .shards import ShardIndex, batch_indices, decode, order, reason
 from .stream import Stream
 

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from ..errors import DataError
+from ..core.errors import DataError
 
 __all__ = ["PICTURES", "Member", "members", "picture", "samples", "streamed"]
 

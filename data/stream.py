@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from webdataset.filters import shuffle
 
-from ..errors import DataError
+from ..core.errors import DataError
 from . import tar
 from .remote import PATIENCE, Patience, chunks, reader, shown
 from .shards import ShardIndex, order

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError
+from .errors import CheckpointError
 
 __all__ = ["cache_root", "check_free", "file_digest", "new_file", "new_folder"]
 
