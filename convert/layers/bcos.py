@@ -8,7 +8,6 @@ float32, so half precision neither overflows nor vanishes.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import ClassVar
 
 import torch
@@ -19,12 +18,12 @@ from .convolution import DynamicConv2d, SamePadding, with_squares
 from .depthwise import depthwise_bcos
 from .scale import Norm, bcos_scale, filters_with_norms
 from .scheduled import biased, is_exactly
-from .watch import InputShared, OutputKept
+from .watch import OutputKept
 
 __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear"]
 
 
-class _Bcos(InputShared, OutputKept):
+class _Bcos(OutputKept):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
     moves: ClassVar[tuple[str, ...]] = ("b", *OutputKept.moves)
@@ -66,17 +65,13 @@ class _Bcos(InputShared, OutputKept):
 class BcosLinear(_Bcos):
     """B-cos over `nn.Linear`: (..., C_in) -> (..., C_out)."""
 
-    @property
-    def statistic(self) -> Hashable:
-        return "last dimension"
-
     def forward(self, x: Tensor) -> Tensor:
         b = self._strength("b")
         if is_exactly(b, 1):
             if not self.sized:
                 return F.linear(x, self.weight, self.bias)
             return biased(self._at_reference(F.linear(x, self.weight), -1), self.bias)
-        (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1, self.share), self._with_norms()
+        (x, patch_norm_sq), (weight, weight_norm_sq) = with_squares(x, -1), self._with_norms()
         y = self._given(bcos_scale(F.linear(x, weight), patch_norm_sq, weight_norm_sq, b))
         return biased(self._at_reference(y, -1), self.bias)
 
@@ -86,10 +81,6 @@ class BcosConv2d(_Bcos, DynamicConv2d):
 
     The patch norm comes from one pooled map of the channels' sum of squares per group, not from a second convolution.
     """
-
-    @property
-    def statistic(self) -> Hashable:
-        return None if self._is_depthwise else self.groups
 
     @property
     def _is_depthwise(self) -> bool:
@@ -109,7 +100,7 @@ class BcosConv2d(_Bcos, DynamicConv2d):
         return depthwise_bcos(x, self._filters(b), b, self.window(padding))
 
     def _scaled(self, x: Tensor, padding: tuple[int, int], b: float | Tensor) -> Tensor:
-        (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding, self.share), self._with_norms()
+        (x, patch_norm_sq), (weight, weight_norm_sq) = self.with_patch_norms(x, padding), self._with_norms()
         (o,) = self.products(x, padding, weight)
         if self.groups in (1, self.out_channels):  # no view, which would make every write to it a copy
             return bcos_scale(o, patch_norm_sq.flatten(1, 2), _shaped(weight_norm_sq, (-1, 1, 1)), b)

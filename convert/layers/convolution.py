@@ -15,7 +15,6 @@ from torch.autograd import forward_ad
 from ...explain.linearise import with_energy, with_statistics
 from ...explain.transposed import transposed
 from .scheduled import BiasScheduled, without_autocast
-from .shared import Share
 
 __all__ = [
     "DynamicConv2d",
@@ -86,13 +85,13 @@ def sum_of_squares(x: Tensor, dim: int | tuple[int, ...]) -> Tensor:
 
 
 class _WithSquares(torch.autograd.Function):
-    """x beside its sum of squares, which may be known, so that the gradients of both meet in one pass over x."""
+    """x beside its sum of squares, so that the gradients of both meet in one pass over x."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, dim: int | tuple[int, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), sum_of_squares(x, dim) if known is None else known.view_as(known)
+    def forward(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        return x.view_as(x), sum_of_squares(x, dim)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG004 - torch's own signature
@@ -102,42 +101,35 @@ class _WithSquares(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None, grad_squares: Tensor | None):  # noqa: ANN001, ANN205 - torch's own signature
         if grad_squares is None:
-            return grad, None, None
+            return grad, None
         (x,) = ctx.saved_tensors
         of_squares = grad_squares.to(x.dtype)
         if grad is None:
-            return 2 * x * of_squares, None, None
+            return 2 * x * of_squares, None
         # Nobody else has this gradient: only the layer's own product reads x behind this function.
         add = grad.addcmul_ if unobserved(grad, x, of_squares) else grad.addcmul
-        return add(x, of_squares, value=2), None, None
+        return add(x, of_squares, value=2), None
 
 
 @with_energy
 def with_moving_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """As `with_squares`; in explanation mode the sum is <x, sg(x)>, linear in x."""
-    return _with_squares(x, dim, None)
+    return _with_squares(x, dim)
 
 
 @with_statistics
-def with_squares(x: Tensor, dim: int | tuple[int, ...], share: Share | None = None) -> tuple[Tensor, Tensor]:
+def with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """x, to be read on, and its sum of squares over `dim`, which stays; in float32 at least.
 
-    In explanation mode the sum is a constant. `share` is for what other layers need too.
+    In explanation mode the sum is a constant.
     """
-    # A compiler sees by itself what is the same; subclasses may have no memory of their own.
-    if share is None or type(x) is not Tensor or _transformed(x):
-        return _with_squares(x, dim, None)
-    known = share.known(x)
-    read, squares = _with_squares(x, dim, known)
-    if known is None:
-        share.keep(x, squares)
-    return read, squares
+    return _with_squares(x, dim)
 
 
-def _with_squares(x: Tensor, dim: int | tuple[int, ...], known: Tensor | None) -> tuple[Tensor, Tensor]:
+def _with_squares(x: Tensor, dim: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and x.requires_grad:
-        return applied(_WithSquares, x, dim, known)
-    return x, sum_of_squares(x, dim) if known is None else known
+        return applied(_WithSquares, x, dim)
+    return x, sum_of_squares(x, dim)
 
 
 def zero_padded(x: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -180,11 +172,9 @@ class DynamicConv2d(BiasScheduled):
         """(B, K, H', W') of each of `kernels` (K, C/G, k, l), on x with zeros (rows, columns) still to be padded."""
         return [F.conv2d(x, kernel, bias, self.stride, padding, self.dilation, self.groups) for kernel in kernels]
 
-    def with_patch_norms(
-        self, x: Tensor, padding: tuple[int, int], share: Share | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """x, to be read on, and the squared norm (B, G, 1, H', W') of every patch, in float32 at least."""
-        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding), share)
+        return _with_patch_norms(x, self.groups, self.kernel_size, self.window(padding))
 
     def window(self, padding: Pair) -> Window:
         """Where the kernel is put, with zeros (rows, columns) still to be padded."""
@@ -207,11 +197,9 @@ class Window(NamedTuple):
 
 
 @with_statistics
-def _with_patch_norms(
-    x: Tensor, groups: int, kernel: Pair, window: Window, share: Share | None
-) -> tuple[Tensor, Tensor]:
+def _with_patch_norms(x: Tensor, groups: int, kernel: Pair, window: Window) -> tuple[Tensor, Tensor]:
     """One call, and not a dozen that explanation mode would have to look at."""
-    grouped, squares = with_squares(x.unflatten(1, (groups, -1)), 2, share)
+    grouped, squares = with_squares(x.unflatten(1, (groups, -1)), 2)
     return grouped.flatten(1, 2), _under_patches(squares, kernel, window)
 
 

@@ -38,7 +38,6 @@ from ...explain.linearise import input_colours, input_encoding, linear_in, with_
 from .bcos import BcosConv2d, BcosConv2dSame
 from .coda import CodaConv2d, CodaConv2dSame
 from .convolution import DynamicConv2d, Window, input_gradient, sum_of_squares, zero_padded
-from .shared import Share
 
 __all__ = [
     "SixChannel",
@@ -168,14 +167,7 @@ class SixChannel(DynamicConv2d):
             return list(together.split([*map(len, kernels)], dim=1))
         return [six_channel_products(*self._encoding(x), kernel, self.stride, self.dilation)]
 
-    @property
-    def statistic(self) -> None:
-        """None: the squares are of six channels, of which there is no map."""
-
-    def with_patch_norms(
-        self, x: Tensor, padding: tuple[int, int], share: Share | None = None
-    ) -> tuple[Tensor, Tensor]:
-        assert share is None
+    def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
         x, squares = with_six_channel_squares(*self._encoding(x))
         return x, self.under_patches(squares, padding)
 
