@@ -29,7 +29,7 @@ from ..core.errors import DataError
 __all__ = ["PictureWarning", "check_picture", "decode", "read_picture", "reason"]
 
 # 32-bit values have no agreed range: white is the first of these that no value exceeds.
-WHITES = {"integers": (255.0, 65535.0, 2.0**31 - 1), "floats": (1.0, 255.0, 65535.0)}
+WHITES = {"integers": (255, 65535, 2**31 - 1), "floats": (1, 255, 65535)}
 OVERSHOOT = 0.1  # of white: how far values may lie outside, as resampling leaves them; they are clipped
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -144,14 +144,14 @@ def _greys(image: Image.Image, name: str) -> np.ndarray:
     return 255 - greys if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else greys
 
 
-def _white(values: np.ndarray, kind: str, name: str) -> float:
+def _white(values: np.ndarray, kind: str, name: str) -> int:
     """The value of white. Raises ValueError where none of WHITES fits."""
     low, high = float(values.min()), float(values.max())  # NaN, where there is one
-    for white in WHITES[kind]:
-        if -OVERSHOOT * white <= low and high <= (1 + OVERSHOOT) * white:
-            _warn(f"{name}its pixels are 32-bit {kind} without a stated range; 0 is read as black, {white:g} as white")
-            return white
-    known = ", ".join(f"{white:g}" for white in WHITES[kind])
+    white = next((white for white in WHITES[kind] if high <= (1 + OVERSHOOT) * white), None)
+    if white is not None and low >= -OVERSHOOT * white:
+        _warn(f"{name}its pixels are 32-bit {kind} without a stated range; 0 is read as black, {white} as white")
+        return white
+    known = ", ".join(map(str, WHITES[kind]))
     raise ValueError(
         f"its pixels are 32-bit {kind} from {low:g} to {high:g}; they must lie between 0 (black) and one of {known} "
         "(white). Save it with 8 or 16 bits"

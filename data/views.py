@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torchvision.transforms import InterpolationMode, v2
 
+from ..core.pictures import normalise, without_ends
+
 __all__ = ["MIXES", "Augment", "CentreCrop", "Mix", "Mixing", "mixed", "size_at", "to_model_input"]
 
 GREY = 127  # of 255: the corners of turned pictures
@@ -52,7 +54,7 @@ class CentreCrop:
 
     def view(self, size: int) -> torch.nn.Module:
         resize = v2.Resize(int(size / self.crop_pct), InterpolationMode.BICUBIC, antialias=True)
-        return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
+        return v2.Compose([v2.Lambda(without_ends), resize, v2.CenterCrop(size), v2.PILToTensor()])
 
 
 class Mix(NamedTuple):
@@ -111,6 +113,5 @@ def to_model_input(
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """uint8 (B, 3, S, S) to what models take, (x / 255 - mean) / std, computed on the device."""
-    pictures = pictures.to(device, non_blocking=True).to(torch.float32) / 255
-    mean_, std_ = (torch.tensor(value, device=pictures.device).view(-1, 1, 1) for value in (mean, std))
-    return ((pictures - mean_) / std_).to(dtype)
+    colours = pictures.to(device, non_blocking=True).to(torch.float32) / 255
+    return normalise(colours, mean, std).to(dtype)
