@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data.shards import ShardIndex
+from ..data.index import ShardIndex
 from .measure import evaluated
 from .objectives import FITS
 from .run import AlignRun, Outcome

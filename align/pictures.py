@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..convert import Preprocess
-from ..data.loader import Augment, BadSamples, Batch, Mixing, held_out_batches, to_model_input, training_batches
-from ..data.shards import ShardIndex
+from ..data.bad import BadSamples
+from ..data.index import ShardIndex
+from ..data.loader import Batch, held_out_batches, training_batches
 from ..data.stream import Stream
+from ..data.views import Augment, Mixing, to_model_input
 from .recipe import Recipe
 
 __all__ = ["Pictures"]

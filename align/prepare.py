@@ -18,8 +18,10 @@ from ..convert.layers import at_start
 from ..convert.student import apply_plan
 from ..core.errors import CheckpointError, DataError, RecipeError
 from ..core.files import new_file
+from ..data.index import ShardIndex, index_shards
+from ..data.names import expand
+from ..data.order import overlap, split
 from ..data.remote import shown
-from ..data.shards import ShardIndex, expand, index_shards, overlap, split
 from ..data.stream import Stream, fingerprints
 from . import state
 from .log import METRICS

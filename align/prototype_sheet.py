@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import new_file
-from ..data.shards import ShardIndex, decode
+from ..data.index import ShardIndex
+from ..data.pictures import decode
 
 __all__ = ["write_prototypes"]
 

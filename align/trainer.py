@@ -18,7 +18,8 @@ from ..convert import load, save
 from ..convert.checkpoint import versions
 from ..convert.memory import laid_out, memory_format_of
 from ..core.files import check_free
-from ..data.loader import BadSamples, check_batch
+from ..data.bad import BadSamples
+from ..data.loader import check_batch
 from . import state
 from .checks import check_floor, check_recipe
 from .descend import descend

@@ -16,8 +16,10 @@ from bcosify.cli.pictures import find_pictures, read_pictures
 from bcosify.convert import Preprocess, load_teacher
 from bcosify.convert.trace import fitted
 from bcosify.core.errors import NotApplicable
-from bcosify.data.loader import held_out_batches, to_model_input
-from bcosify.data.shards import expand, index_shards
+from bcosify.data.index import index_shards
+from bcosify.data.loader import held_out_batches
+from bcosify.data.names import expand
+from bcosify.data.views import to_model_input
 from bcosify.evaluate.contrast import MEASURES, SideBySide, contrast, other_decisions
 from bcosify.evaluate.decisions import Decisions, decide
 from bcosify.evaluate.estimates import bootstrap

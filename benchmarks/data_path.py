@@ -25,9 +25,12 @@ import measure
 import psutil
 import torch
 import webdataset
-from bcosify.data.loader import Augment, CentreCrop, held_out_batches, training_batches
-from bcosify.data.shards import decode, expand, index_shards
+from bcosify.data.index import index_shards
+from bcosify.data.loader import held_out_batches, training_batches
+from bcosify.data.names import expand
+from bcosify.data.pictures import decode
 from bcosify.data.stream import Stream
+from bcosify.data.views import Augment, CentreCrop
 
 SIDES = ("webdataset", "indexed", "stream")
 BATCH = 64

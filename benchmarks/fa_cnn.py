@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from bcosify.convert import Student, load, reload_teacher, set_strength
 from bcosify.convert.layers import DampenedSkip
-from bcosify.data.loader import held_out_batches, to_model_input
-from bcosify.data.shards import expand, index_shards
+from bcosify.data.index import index_shards
+from bcosify.data.loader import held_out_batches
+from bcosify.data.names import expand
+from bcosify.data.views import to_model_input
 from bcosify.explain import TopTarget, explain, overlay
 from columns import whole_objects
 from PIL import Image, ImageDraw

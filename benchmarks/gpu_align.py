@@ -42,8 +42,13 @@ from bcosify.align.schedule import strengths_at
 from bcosify.convert import convert, load, load_teacher, save, set_strength
 from bcosify.convert.layers import batch_statistics
 from bcosify.convert.methods import find_method
-from bcosify.data.loader import Augment, BadSamples, Batch, CentreCrop, size_at
-from bcosify.data.shards import ShardIndex, batch_indices, decode, expand, index_shards
+from bcosify.data.bad import BadSamples
+from bcosify.data.index import ShardIndex, index_shards
+from bcosify.data.loader import Batch
+from bcosify.data.names import expand
+from bcosify.data.order import batch_indices
+from bcosify.data.pictures import decode
+from bcosify.data.views import Augment, CentreCrop, size_at
 from columns import columns, map_columns, refer
 from measure import DTYPES, seconds
 from torch import Tensor

@@ -25,7 +25,9 @@ import numpy as np
 import torch
 from bcosify.convert import convert, save, set_strength
 from bcosify.convert.sources import timm as timm_source
-from bcosify.data.shards import ShardIndex, expand, index_shards, write_shards
+from bcosify.data.index import ShardIndex, index_shards
+from bcosify.data.names import expand
+from bcosify.data.pack import write_shards
 from bcosify.explain import ClassTarget, explain
 from PIL import Image
 from torch import nn

@@ -30,7 +30,7 @@ import torch
 from bcosify.align import state
 from bcosify.align.log import METRICS
 from bcosify.convert import convert, load_teacher, save
-from bcosify.data.shards import write_shards
+from bcosify.data.pack import write_shards
 from PIL import Image
 from safetensors.torch import load_file
 from tqdm import tqdm

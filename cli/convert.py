@@ -126,8 +126,10 @@ def _pictures(shards: str, count: int, student: Any) -> Any:
     """The first `count` pictures of `shards`, as the model takes them."""
     import torch
 
-    from ..data.loader import held_out_batches, to_model_input
-    from ..data.shards import expand, index_shards
+    from ..data.index import index_shards
+    from ..data.loader import held_out_batches
+    from ..data.names import expand
+    from ..data.views import to_model_input
 
     preprocess = student.preprocess
     batches = held_out_batches(

@@ -122,7 +122,7 @@ def _shards(photographs: dict[str, Any], out: Path) -> None:
 
     import numpy as np
 
-    from ..data.shards import write_shards
+    from ..data.pack import write_shards
 
     random = np.random.default_rng(0)
     for part, names in (("train", TRAINED), ("val", list(EXPLAINED))):

@@ -37,7 +37,8 @@ class Decoded:
 
 def find_pictures(data: str) -> Any:
     """The index of shards; raises DataError where there are none."""
-    from ..data.shards import expand, index_shards
+    from ..data.index import index_shards
+    from ..data.names import expand
 
     return index_shards(expand(data))
 
@@ -63,7 +64,7 @@ def read_pictures(
     """
     import torch
 
-    from ..data.shards import order
+    from ..data.order import order
     from ..evaluate.suite import Pictures
 
     positions = list(range(len(index)))
@@ -96,7 +97,7 @@ def class_indices(pictures: Any, labels: Sequence[str] | None) -> Any:
 
 
 def _picture(index: Any, i: int) -> Any:
-    from ..data.shards import decode, reason
+    from ..data.pictures import decode, reason
 
     try:
         return decode(index.read(i))

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..data.shards import write_shards
+from ..data.pack import write_shards
 
 __all__ = ["shards"]
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import PlanError
+from ..core.pictures import fitted, noise_pictures
 from ..explain.linearise import Linearised
 
-__all__ = ["Trace", "fitted", "noise_pictures", "trace_forward", "with_memory"]
+__all__ = ["Trace", "trace_forward", "with_memory"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,20 +33,6 @@ class Trace:
     readers: frozenset[str]
     elsewhere: bool
     size: tuple[int, int]
-
-
-def noise_pictures(count: int, size: tuple[int, int], seed: int = 0) -> Tensor:
-    """Normalised pictures of smooth noise (count, 3, H, W), the same for the same arguments on every machine."""
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.randn(count, 3, max(size[0] // 16, 2), max(size[1] // 16, 2), generator=generator)
-    smooth = nn.functional.interpolate(coarse, size=size, mode="bilinear")
-    return smooth + 0.2 * torch.randn(count, 3, *size, generator=generator)
-
-
-def fitted(pictures: Tensor, model: nn.Module) -> Tensor:
-    """`pictures` with the precision and on the device of `model`."""
-    parameter = next(model.parameters(), None)
-    return pictures if parameter is None else pictures.to(parameter)
 
 
 def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:

@@ -1,6 +1,6 @@
 """Batches of unlabelled pictures that are a pure function of (data, seed, step).
 
-Three things make a batch, and each is arithmetic: which pictures (`shards.batch_indices`), how each is cropped (a
+Three things make a batch, and each is arithmetic: which pictures (`order.batch_indices`), how each is cropped (a
 random state made from seed, epoch and picture), and what stands in for a broken one (the next picture in the epoch's
 order that decodes). Where batches are mixed, each view is mixed with the one before it in the global batch, in a way
 drawn from seed and step; so a process makes one view more than its slice has. So the same seed gives the same batches
@@ -14,75 +14,33 @@ random state. As with any such process, a script that asks for workers needs the
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import multiprocessing as mp
-import os
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from multiprocessing.context import BaseContext
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
-from torchvision.transforms import InterpolationMode, v2
 
 from ..core.errors import DataError
-from .shards import ShardIndex, batch_indices, decode, order, reason
+from .bad import BadSample
+from .index import ShardIndex
+from .order import batch_indices
+from .pictures import decode, reason
+from .runs import HeldOutRuns, Picture, Run, Runs, StreamedRuns, TrainingRuns
 from .stream import Stream
+from .views import Augment, CentreCrop, Mixing, mixed
 
 __all__ = [
-    "Augment",
-    "BadSample",
-    "BadSamples",
     "Batch",
     "Batches",
-    "CentreCrop",
-    "Mix",
-    "Mixing",
-    "Picture",
     "PictureSet",
-    "Run",
     "check_batch",
     "held_out_batches",
-    "size_at",
-    "to_model_input",
     "training_batches",
 ]
-
-SUBSTITUTES = 16  # how many pictures in a row may be broken
-GREY = 127  # of 255: the corners of turned pictures
-
-
-# ----------------------------------------------------------------------------------------------------------- contracts
-
-
-class Picture(Protocol):
-    """A picture that can be read, wherever it is. `id`: its position in the index, or in the sequence of a stream."""
-
-    @property
-    def id(self) -> int: ...
-
-    @property
-    def key(self) -> str: ...
-
-    @property
-    def shard(self) -> str: ...
-
-    def read(self) -> bytes: ...
-
-
-class BadSample(NamedTuple):
-    """A picture that could not be decoded, and why."""
-
-    id: int
-    key: str
-    shard: str
-    reason: str
 
 
 class Batch(NamedTuple):
@@ -91,98 +49,6 @@ class Batch(NamedTuple):
     pictures: torch.Tensor  # (B, 3, S, S) uint8
     ids: torch.Tensor  # (B,) int64
     bad: tuple[BadSample, ...]
-
-
-@dataclass(frozen=True)
-class Augment:
-    """A random crop of `scale` (share of the area) and `ratio` (width to height), flipped with probability `flip`.
-
-    It is turned by at most `turn` degrees (0 to 180) either way, with grey corners, and its colours are changed with
-    strength `colour` (0 to 1; SimCLR's, arXiv 2002.05709 appendix A). Neither changes which crops are drawn. On
-    tensors: torchvision then resizes in half the time that Pillow takes.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
-    turn: float = 0.0
-    colour: float = 0.0
-
-    def view(self, size: int) -> torch.nn.Module:
-        crop = v2.RandomResizedCrop(size, self.scale, self.ratio, InterpolationMode.BICUBIC, antialias=True)
-        steps = [v2.PILToTensor(), crop, v2.RandomHorizontalFlip(self.flip)]
-        if self.turn:
-            steps.append(v2.RandomRotation((-self.turn, self.turn), InterpolationMode.BILINEAR, fill=GREY))
-        if self.colour:
-            strong, weak = 0.8 * self.colour, 0.2 * self.colour
-            steps.append(v2.ColorJitter(strong, strong, strong, hue=weak))
-        return v2.Compose(steps)
-
-
-@dataclass(frozen=True)
-class CentreCrop:
-    """The shorter side resized to size / crop_pct, then the centre; on Pillow's pictures, exactly as timm evaluates."""
-
-    crop_pct: float = 1.0
-
-    def view(self, size: int) -> torch.nn.Module:
-        resize = v2.Resize(int(size / self.crop_pct), InterpolationMode.BICUBIC, antialias=True)
-        return v2.Compose([resize, v2.CenterCrop(size), v2.PILToTensor()])
-
-
-class Mix(NamedTuple):
-    """How the pictures of one step are mixed: a key of MIXES, and the seed of its share and its box."""
-
-    how: str
-    seed: int
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """With which chance the pictures of a batch are mixed, and how; `mixup` + `cutmix` is at most 1."""
-
-    mixup: float = 0.0
-    cutmix: float = 0.0
-
-    def at(self, seed: int, step: int) -> Mix | None:
-        """How step `step` of a run with this seed is mixed, if it is."""
-        if not self.mixup + self.cutmix:
-            return None
-        drawn = np.random.default_rng([seed, step, 1])  # two numbers are those of `size_at`
-        chance, own = float(drawn.random()), int(drawn.integers(2**63))
-        if chance < self.mixup:
-            return Mix("mixup", own)
-        return Mix("cutmix", own) if chance < self.mixup + self.cutmix else None
-
-
-# Of torchvision's classes the parts that need no labels.
-MIXES: dict[str, v2.MixUp | v2.CutMix] = {"mixup": v2.MixUp(), "cutmix": v2.CutMix()}
-
-
-def mixed(views: torch.Tensor, before: torch.Tensor, mix: Mix) -> torch.Tensor:
-    """`views` (B, 3, S, S) uint8, each mixed with the one before it; before the first comes `before` (3, S, S).
-
-    Draws from the global generator, which it seeds.
-    """
-    torch.default_generator.manual_seed(mix.seed)
-    transform, batch = MIXES[mix.how], torch.cat([before[None], views])
-    params = {"labels": None, "batch_size": len(batch), **transform.make_params([batch])}
-    # It mixes each row with the one before, the first with the last: of no use here, so the first is left out.
-    return transform.transform(batch.float(), params)[1:].round().to(torch.uint8)
-
-
-# ------------------------------------------------------------------------------------------------------------ pictures
-
-
-class Run(NamedTuple):
-    """A piece of an order: the first `count` pictures are asked for, those after them are their substitutes."""
-
-    epoch: int
-    size: int  # side of the views in pixels
-    count: int
-    pictures: Sequence[Picture]  # count + SUBSTITUTES
-    mix: Mix | None = None
-    before: Sequence[Picture] = ()  # where it is mixed: the one that comes before in the global batch + SUBSTITUTES
 
 
 class PictureSet(Dataset):
@@ -241,129 +107,9 @@ def _none_decodes(bad: BadSample, substitutes: int) -> DataError:
     )
 
 
-def size_at(sizes: Sequence[int], seed: int, step: int) -> int:
-    """The one of `sizes` that step `step` of a run with this seed trains at; all are drawn alike often."""
-    if len(sizes) == 1:
-        return sizes[0]
-    return sizes[int(np.random.default_rng([seed, step]).integers(len(sizes)))]
-
-
 def _crop_seed(seed: int, epoch: int, id: int) -> int:
     """The same on every machine, and far cheaper than numpy's seed sequences, which cost a tenth of a crop."""
     return int.from_bytes(hashlib.blake2b(b"%d %d %d" % (seed, epoch, id), digest_size=8).digest(), "little")
-
-
-def to_model_input(
-    pictures: torch.Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """uint8 (B, 3, S, S) to what models take, (x / 255 - mean) / std, computed on the device."""
-    pictures = pictures.to(device, non_blocking=True).to(torch.float32) / 255
-    mean_, std_ = (torch.tensor(value, device=pictures.device).view(-1, 1, 1) for value in (mean, std))
-    return ((pictures - mean_) / std_).to(dtype)
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-class Runs(Protocol):
-    """Which runs one process goes through, in order."""
-
-    def __iter__(self) -> Iterator[Run]: ...
-
-    def __len__(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class TrainingRuns:
-    """One rank's contiguous slice of the global batches of some steps."""
-
-    index: ShardIndex
-    seed: int
-    global_batch: int
-    steps: range
-    rank: int
-    world_size: int
-    sizes: tuple[int, ...] = (224,)
-    mixing: Mixing = Mixing()
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[Run]:
-        share = self.global_batch // self.world_size
-        for step in self.steps:
-            epoch, batch, _ = batch_indices(len(self.index), self.seed, self.global_batch, step)
-            begin, ids = batch * self.global_batch, order(len(self.index), self.seed, epoch)
-            size = size_at(self.sizes, self.seed, step)
-            run = _run(self.index, ids, epoch, size, begin + self.rank * share, share)
-            if mix := self.mixing.at(self.seed, step):
-                place = begin + _before(self.rank * share, self.global_batch)
-                run = run._replace(mix=mix, before=_run(self.index, ids, epoch, size, place, 1).pictures)
-            yield run
-
-
-@dataclass(frozen=True)
-class StreamedRuns:
-    """The same of a stream, whose epochs have no length: its sequence goes on over their ends."""
-
-    stream: Stream
-    seed: int
-    global_batch: int
-    steps: range
-    rank: int
-    world_size: int
-    sizes: tuple[int, ...]
-    mixing: Mixing = Mixing()
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[Run]:
-        share = self.global_batch // self.world_size
-        for step in self.steps:
-            begin, first = step * self.global_batch, self.rank * share
-            size, mix = size_at(self.sizes, self.seed, step), self.mixing.at(self.seed, step)
-            if mix is None:
-                yield Run(0, size, share, self.stream.take(self.seed, begin + first, share + SUBSTITUTES))
-                continue
-            # A stream does not go back: of the whole batch, what this process needs.
-            batch = self.stream.take(self.seed, begin, self.global_batch + SUBSTITUTES)
-            place = _before(first, self.global_batch)
-            own, before = (batch[a : a + n + SUBSTITUTES] for a, n in ((first, share), (place, 1)))
-            yield Run(0, size, share, own, mix, before)
-
-
-@dataclass(frozen=True)
-class HeldOutRuns:
-    """The first `count` pictures as they lie in the shards."""
-
-    index: ShardIndex
-    count: int
-    batch_size: int
-    size: int
-
-    def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
-
-    def __iter__(self) -> Iterator[Run]:
-        ids = np.arange(self.count)
-        for first in range(0, self.count, self.batch_size):
-            yield _run(self.index, ids, 0, self.size, first, min(self.batch_size, self.count - first))
-
-
-def _before(place: int, global_batch: int) -> int:
-    """The place before `place` in a global batch; before the first is the last."""
-    return (place - 1) % global_batch
-
-
-def _run(index: ShardIndex, ids: np.ndarray, epoch: int, size: int, first: int, count: int) -> Run:
-    """`count` pictures of `ids` from `first` on, and the substitutes behind them (from the front again at the end)."""
-    picked = ids.take(range(first, first + count + min(SUBSTITUTES, len(ids) - 1)), mode="wrap")
-    return Run(epoch, size, count, index.pictures(picked))
 
 
 class Batches:
@@ -433,7 +179,7 @@ def training_batches(
     world_size: int = 1,
     size: int | Sequence[int] = 224,
     augment: Augment | CentreCrop | None = None,
-    mixing: Mixing = Mixing(),
+    mixing: Mixing | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Batches:
@@ -448,7 +194,7 @@ def training_batches(
     if not 0 <= rank < world_size or first_step < 0 or steps < 0:
         raise ValueError(f"rank {rank} of {world_size}, first step {first_step}, {steps} steps")
     sizes = (size,) if isinstance(size, int) else tuple(size)
-    these = (seed, global_batch, range(first_step, first_step + steps), rank, world_size, sizes, mixing)
+    these = (seed, global_batch, range(first_step, first_step + steps), rank, world_size, sizes, mixing or Mixing())
     runs = StreamedRuns(source, *these) if isinstance(source, Stream) else TrainingRuns(source, *these)
     return Batches(PictureSet(sizes, augment or Augment(), seed), runs, workers, pin_memory)
 
@@ -506,59 +252,3 @@ def _fork_server() -> BaseContext:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
-
-
-# --------------------------------------------------------------------------------------------------------- bad samples
-
-
-class BadSamples:
-    """Counts the broken pictures of `source`, lists each once in a JSON Lines file, and stops when they are too many.
-
-    The limit is a share of all pictures (of a stream: of those that came), so that one early broken picture stops no
-    run. A line of the list is {"key", "shard", "reason"}; lines from before a resume count. Processes may share the
-    list: a line is one write.
-    """
-
-    def __init__(self, source: Sized, path: str | os.PathLike[str], limit: float = 0.01):
-        self.source = source
-        self.path = Path(path)
-        self.limit = limit
-        self.known = _listed(self.path)
-
-    def __len__(self) -> int:
-        return len(self.known)
-
-    @property
-    def share(self) -> float:
-        return len(self.known) / len(self.source)
-
-    def add(self, bad: Sequence[BadSample]) -> None:
-        """Takes a batch's `bad`. Raises DataError when the share of broken pictures is above the limit."""
-        for _, key, shard, why in bad:
-            if (key, shard) not in self.known:
-                self.known.add((key, shard))
-                _append(self.path, json.dumps({"key": key, "shard": shard, "reason": why}) + "\n")
-        if self.share > self.limit:
-            raise DataError(
-                f"{len(self.known)} of {len(self.source)} pictures ({self.share:.2%}) cannot be decoded; the limit is "
-                f"{self.limit:.2%}. They are listed in {self.path}. Write the shards without them, or raise the limit."
-            )
-
-
-def _listed(path: Path) -> set[tuple[str, str]]:
-    """Key and shard of each line. A line that a crash cut is left out: its picture is listed again when it comes."""
-    known = set()
-    for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            found = json.loads(line)
-            known.add((found["key"], found["shard"]))
-    return known
-
-
-def _append(path: Path, line: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)

@@ -27,8 +27,9 @@ from webdataset.filters import shuffle
 
 from ..core.errors import DataError
 from . import tar
+from .index import ShardIndex
+from .order import order
 from .remote import PATIENCE, Patience, chunks, reader, shown
-from .shards import ShardIndex, order
 
 __all__ = ["Stream", "Streamed", "fingerprints"]
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ..convert.trace import fitted
+from ..core.pictures import denormalise, fitted, normalise
 from ..explain.attribution import main_output
 
 __all__ = ["Subject", "outputs_of", "weights_digest"]
@@ -38,13 +38,11 @@ class Subject:
 
     def colours(self, images: Tensor) -> Tensor:
         """Normalised pictures (..., 3, H, W) in [0, 1]."""
-        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return images * std + mean
+        return denormalise(images, self.mean, self.std)
 
     def normalised(self, colours: Tensor) -> Tensor:
         """Colours in [0, 1] as the model takes them."""
-        mean, std = (colours.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
-        return (colours - mean) / std
+        return normalise(colours, self.mean, self.std)
 
     @property
     def device(self) -> torch.device:

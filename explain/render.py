@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -123,11 +125,11 @@ def panel(
 
     line = top + height + round(14 * unit)
     _scale_bar(canvas, draw, (margin + size + gap, line, size, round(9 * unit)), limit, small, unit)
-    sums = _sums(explanation, picture, score)
+    row = explanation.row(picture, score)
     draw.text((margin + 2 * (size + gap), line), colours, FAINT, small, anchor="lt")
     draw.text((margin, line), _cut(draw, caption or f"score {score}", large, size), INK, large, anchor="lt")
-    draw.text((margin, line + 27 * unit), sums, INK, small, anchor="lt")
-    draw.text((margin, line + 47 * unit), _largest(explanation, picture, score), FAINT, small, anchor="lt")
+    draw.text((margin, line + 27 * unit), _sums(row), INK, small, anchor="lt")
+    draw.text((margin, line + 47 * unit), _largest(row["constants"]), FAINT, small, anchor="lt")
     return canvas
 
 
@@ -201,21 +203,19 @@ def _scale_bar(
         draw.text((x, below), text, FAINT, font, anchor=anchor)
 
 
-def _sums(explanation: Explanation, picture: int, score: int) -> str:
-    """The score as the sum of its parts."""
-    parts = {"from the input": explanation.input_part}
-    if explanation.direct is not None:
-        parts = {"direct": explanation.direct_part, "carried": explanation.carried_part}
-    parts["from constants"] = explanation.constant_part
-    values = {name: float(part[picture, score]) for name, part in parts.items()}
-    (first, value), *others = values.items()
+def _sums(row: dict[str, Any]) -> str:
+    """The score as the sum of its parts, from a ledger row."""
+    parts = {"from the input": row["input"]}
+    if "direct" in row:
+        parts = {"direct": row["direct"], "carried": row["carried"]}
+    parts["from constants"] = sum(row["constants"].values())
+    (first, value), *others = parts.items()
     terms = [f"{'+' if value >= 0 else '-'} {_number(abs(value))} {name}" for name, value in others]
-    return " ".join([f"{_number(float(explanation.scores[picture, score]))} = {_number(value)} {first}", *terms])
+    return " ".join([f"{_number(row['score'])} = {_number(value)} {first}", *terms])
 
 
-def _largest(explanation: Explanation, picture: int, score: int, most: int = 3) -> str:
+def _largest(shares: dict[str, float], most: int = 3) -> str:
     """The constants that weigh most in a score."""
-    shares = {name: float(column[picture, score]) for name, column in explanation.constants.items()}
     ranked = sorted(shares, key=lambda name: -abs(shares[name]))
     if not ranked:
         return "no constants"

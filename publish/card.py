@@ -25,13 +25,10 @@ __all__ = ["Shown", "card_of", "load_lines", "task_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """The explained picture of a card, and its ledger."""
+    """The explained picture of a card, and its ledger: a row of `Explanation.row`."""
 
     target: str
-    score: float
-    input_part: float
-    constant_part: float
-    residual: float
+    ledger: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

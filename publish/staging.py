@@ -12,18 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from huggingface_hub import ModelCard
-from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from ..convert import Student, load, save
 from ..convert.checkpoint import PICKLES, read_record
 from ..convert.hub import CONFIG, RECORD, TEXT
 from ..convert.library_files import class_count, config_of
-from ..convert.trace import fitted, noise_pictures
-from ..core.errors import DataError, PublishError
+from ..core.errors import PublishError
+from ..core.pictures import fitted, noise_pictures
+from ..data.pictures import read_picture
 from ..evaluate.record import Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
 from ..explain import Explanation, SelfTarget, TopTarget, explain, panel
@@ -201,18 +200,16 @@ def _evaluation(path: Path, student: Student) -> Evaluation:
 def _explained(student: Student, picture: Path | None, size: Any, out: Path) -> Shown | None:
     """Proves the ledger on `picture`, or on noise, which is not drawn; raises LedgerError where it does not add up."""
     preprocess = student.preprocess.at(tuple(size) if isinstance(size, list) else size)
-    opened = None if picture is None else preprocess.transform()(_read(picture))
+    opened = None if picture is None else preprocess.transform()(read_picture(picture))
     inputs = noise_pictures(1, preprocess.size) if opened is None else opened[None]
     target = TopTarget() if class_count(student) else SelfTarget()
     explanation = explain(student.model, fitted(inputs, student.model), target)
     if opened is None:
         return None
     caption = _caption(student, explanation)
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
-    seen = to_pil_image((opened * std + mean).clamp(0, 1))
+    seen = to_pil_image(preprocess.denormalise(opened).clamp(0, 1))
     panel(seen, explanation, caption).save(out)
-    parts = (explanation.scores, explanation.input_part, explanation.constant_part, explanation.residual)
-    return Shown(caption, *(float(part[0, 0]) for part in parts))
+    return Shown(caption, explanation.row(0, 0))
 
 
 def _caption(student: Student, explanation: Explanation) -> str:
@@ -220,14 +217,6 @@ def _caption(student: Student, explanation: Explanation) -> str:
         return "the feature along itself"
     top = int(explanation.outputs[0].argmax())
     return student.labels[top] if student.labels else f"class {top}"
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} is no picture that can be read: {error}. Nothing was written.") from error
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ...core.errors import SourceError
+from ...core.pictures import THIN, denormalise, normalise, without_ends
 from .text import Text
 
 __all__ = ["Preprocess", "Source", "Teacher"]
@@ -77,7 +78,18 @@ class Preprocess:
         if self.library not in TRANSFORMS:
             raise SourceError(f"this version cannot prepare pictures as {self.library!r} does; update bcosify.")
         transform = TRANSFORMS[self.library](self)
-        return lambda picture: transform(picture.convert("RGB"))
+        if self.crop_mode != "center":  # the others show the whole picture
+            return lambda picture: transform(picture.convert("RGB"))
+        longest = THIN * max(self.size) / min(self.size)
+        return lambda picture: transform(without_ends(picture.convert("RGB"), longest))
+
+    def normalise(self, colours: Tensor) -> Tensor:
+        """Colours (..., 3, H, W) in [0, 1] as the model takes them."""
+        return normalise(colours, self.mean, self.std)
+
+    def denormalise(self, pictures: Tensor) -> Tensor:
+        """Normalised pictures (..., 3, H, W) as colours in [0, 1], but for rounding."""
+        return denormalise(pictures, self.mean, self.std)
 
 
 # Imports are inside, because `import bcosify.convert` should stay light.

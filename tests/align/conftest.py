@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bcosify.data.shards import write_shards
+from bcosify.data.pack import write_shards
 from PIL import Image
 
 from runs import converted

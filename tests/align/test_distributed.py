@@ -22,7 +22,7 @@ from bcosify.align.log import METRICS
 from bcosify.align.recipe import Phase, Recipe, dump
 from bcosify.convert import convert, load_teacher, save
 from bcosify.core.errors import RecipeError
-from bcosify.data.shards import write_shards
+from bcosify.data.pack import write_shards
 from PIL import Image
 from safetensors.torch import load_file
 

@@ -17,8 +17,11 @@ from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import FaCnnConfig, KMeansConfig, Teacher, convert, load, load_teacher
 from bcosify.convert.layers import scheduled_layers, strength_spans
 from bcosify.core.errors import DataError, RecipeError
-from bcosify.data.loader import held_out_batches, to_model_input
-from bcosify.data.shards import expand, index_shards, split
+from bcosify.data.index import index_shards
+from bcosify.data.loader import held_out_batches
+from bcosify.data.names import expand
+from bcosify.data.order import split
+from bcosify.data.views import to_model_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

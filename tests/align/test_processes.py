@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bcosify.data.index import index_shards
 from bcosify.data.loader import training_batches
-from bcosify.data.shards import expand, index_shards
+from bcosify.data.names import expand
 from bcosify.data.stream import Stream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

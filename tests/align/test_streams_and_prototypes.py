@@ -19,7 +19,7 @@ from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, load_te
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import DataError, RecipeError
-from bcosify.data.shards import write_shards
+from bcosify.data.pack import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -18,8 +18,11 @@ from bcosify.align.state import Progress
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load
 from bcosify.core.errors import BcosifyError
-from bcosify.data.loader import BadSamples, held_out_batches, size_at, to_model_input
-from bcosify.data.shards import expand, index_shards
+from bcosify.data.bad import BadSamples
+from bcosify.data.index import index_shards
+from bcosify.data.loader import held_out_batches
+from bcosify.data.names import expand
+from bcosify.data.views import size_at, to_model_input
 from bcosify.explain import explain
 from PIL import Image
 from safetensors.torch import load_file

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,9 @@ import torch
 import transformers
 from bcosify.convert import Preprocess
 from bcosify.convert.sources import hf
+from bcosify.convert.sources.teacher import TRANSFORMS
 from bcosify.core.errors import SourceError
+from bcosify.core.pictures import without_ends
 from PIL import Image
 
 PROCESSORS = {
@@ -109,3 +113,54 @@ def test_a_picture_becomes_what_open_clips_own_transform_makes_of_it(mode, size,
 def test_an_unknown_librarys_arithmetic_is_refused():
     with pytest.raises(SourceError, match="cannot prepare pictures as 'caffe' does"):
         Preprocess((8, 8), (0.5,) * 3, (0.5,) * 3, library="caffe").transform()
+
+
+THIN = """
+import resource, sys
+import torch
+from PIL import Image
+from bcosify.convert import Preprocess
+torch.set_num_threads(1)
+preprocess = Preprocess((224, 224), (0.5,) * 3, (0.5,) * 3, crop_pct=0.875, library=sys.argv[1])
+transform = preprocess.transform()
+transform(Image.new("RGB", (300, 200)))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for size in ((1, 3000), (3000, 1)):
+    assert transform(Image.new("RGB", size)).shape == (3, 224, 224)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does, in KiB")
+@pytest.mark.parametrize("library", ["timm", "open_clip", "transformers", "transformers-float"])
+def test_a_thin_picture_is_cropped_before_it_is_enlarged(library):
+    """Enlarged first it would have 256 x 768,000 pixels: 590 MB."""
+    ended = subprocess.run([sys.executable, "-c", THIN, library], capture_output=True, text=True, check=True)
+    assert int(ended.stdout) < 50 * 1024
+
+
+@pytest.mark.parametrize("library", ["timm", "open_clip", "transformers", "transformers-float"])
+@pytest.mark.parametrize("size", [(900, 20), (20, 901), (631, 17), (27, 1000)])
+def test_a_thin_picture_is_what_the_library_shows(library, size):
+    strip = photograph("chelsea.png").resize(size)
+    preprocess = Preprocess((64, 64), (0.0,) * 3, (1.0,) * 3, crop_pct=0.875, library=library)
+    assert without_ends(strip) is not strip
+    found, wanted = preprocess.transform()(strip), TRANSFORMS[library](preprocess)(strip)
+    assert found.shape == wanted.shape == (3, 64, 64)
+    # Sizes are rounded to whole pixels, so what is left is enlarged by a thousandth more or less.
+    assert (found - wanted).abs().max() < 1.01 / 255 and (found - wanted).abs().mean() < 1e-4
+
+
+def test_modes_that_show_the_whole_picture_show_its_ends_too():
+    picture = photograph("chelsea.png").resize((900, 20))
+    for mode in ("squash", "border"):
+        preprocess = Preprocess((64, 64), (0.0,) * 3, (1.0,) * 3, crop_mode=mode)
+        assert torch.equal(preprocess.transform()(picture), TRANSFORMS["timm"](preprocess)(picture))
+
+
+def test_a_preprocess_normalises_and_back():
+    preprocess = Preprocess((4, 4), (0.1, 0.2, 0.3), (0.5, 0.25, 0.125))
+    colours = torch.rand(2, 3, 4, 4)
+    mean, std = torch.tensor(preprocess.mean).view(3, 1, 1), torch.tensor(preprocess.std).view(3, 1, 1)
+    torch.testing.assert_close(preprocess.normalise(colours), (colours - mean) / std)
+    torch.testing.assert_close(preprocess.denormalise(preprocess.normalise(colours)), colours)

@@ -131,7 +131,8 @@ def test_aloes_patent_note_and_which_recipe_follows_them(made):
 
 
 def test_the_explained_picture_and_its_ledger(made):
-    text = card_of(made, "org/name", BASE, TERMS, shown=Shown("tabby", 3.25, 3.5, -0.25, 1e-7)).text
+    row = {"score": 3.25, "input": 3.5, "constants": {"a": -1.25, "b": 1.0}, "residual": 1e-7}
+    text = card_of(made, "org/name", BASE, TERMS, shown=Shown("tabby", row)).text
     assert "![Input, contributions, and the explanation of tabby](explanation.png)" in text
     assert "score 3.25 = 3.5 from the picture -0.25 from constants" in text
     assert "explanation.png" not in card_of(made, "org/name", BASE, TERMS).text

@@ -20,8 +20,9 @@ import pytest
 from bcosify.core.errors import DataError
 from bcosify.core.files import cache_root
 from bcosify.data import remote
+from bcosify.data.index import index_shards
+from bcosify.data.names import expand
 from bcosify.data.remote import chunks, fetch, shown
-from bcosify.data.shards import expand, index_shards
 from PIL import Image
 
 from loopback import QUICK, Handler, Server, cut, first, silent, status, whole
@@ -370,7 +371,7 @@ def test_an_interrupt_does_not_wait_for_downloads(tmp_path, cache):
     """The endless shard ends too: its next piece finds out."""
     # What runs in the background of a shell ignores interrupts, and so would its children: ours does not.
     script = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    script += "import bcosify.data.shards as s; s.index_shards(sys.argv[1:])"
+    script += "import bcosify.data.index as s; s.index_shards(sys.argv[1:])"
     endless = f"pipe:touch {tmp_path}/begun; exec cat /dev/zero"
     running = subprocess.Popen([sys.executable, "-c", script, endless], stderr=subprocess.PIPE)
     try:

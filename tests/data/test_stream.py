@@ -14,9 +14,13 @@ import pytest
 import torch
 import webdataset
 from bcosify.core.errors import DataError
-from bcosify.data.loader import SUBSTITUTES, BadSamples, Mixing, training_batches
-from bcosify.data.shards import index_shards, order
+from bcosify.data.bad import BadSamples
+from bcosify.data.index import index_shards
+from bcosify.data.loader import training_batches
+from bcosify.data.order import order
+from bcosify.data.runs import SUBSTITUTES
 from bcosify.data.stream import SURE, Stream, fingerprints
+from bcosify.data.views import Mixing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -1,0 +1,87 @@
+"""Who is next: the order of pictures as arithmetic, and which of them are held out.
+
+With random access, order is arithmetic. With N pictures, seed s and global batch G, let E = floor(N / G). Step t shows
+
+    batch(t) = order(N, s, e)[b·G : (b + 1)·G]    with e = t div E (the epoch) and b = t mod E
+
+whatever the workers, the processes, and where a run was interrupted. The N mod G pictures at the end of an epoch's
+order are left out of that epoch; they are others in each.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from ..core.errors import DataError
+from .index import ShardIndex
+
+__all__ = ["GlobalBatch", "batch_indices", "order", "overlap", "split"]
+
+COMPARED = 100_000  # pictures that are read to find out whether train and val overlap
+
+
+class GlobalBatch(NamedTuple):
+    """What all processes together see in one step."""
+
+    epoch: int
+    index: int  # of the batch in its epoch
+    positions: np.ndarray  # (batch_size,)
+
+
+@functools.lru_cache(maxsize=2)
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of 0..count-1 for one epoch (read-only: it is shared between calls)."""
+    permutation = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
+    permutation.setflags(write=False)
+    return permutation
+
+
+def batch_indices(count: int, seed: int, batch_size: int, step: int) -> GlobalBatch:
+    """The global batch of a step; an epoch has floor(count / batch_size) of them, and the remainder is left out."""
+    if not 1 <= batch_size <= count:
+        raise DataError(
+            f"A global batch of {batch_size} needs as many pictures, and there are {count}. "
+            f"Use more pictures, or a batch of at most {count}."
+        )
+    epoch, index = divmod(step, count // batch_size)
+    return GlobalBatch(epoch, index, order(count, seed, epoch)[index * batch_size : (index + 1) * batch_size])
+
+
+def split(index: ShardIndex, held_out: float | int, seed: int = 0) -> tuple[ShardIndex, ShardIndex]:
+    """The other pictures, and the held-out ones: a fraction (float) or a count (int), by the hash of their keys.
+
+    By fraction, a key falls on the same side whatever else is in the shards, also after more are added, and pictures
+    that share a key stay together; the fraction is met as nearly as chance allows. A count is met exactly.
+    """
+    salt = f"{seed}:".encode()
+    numbers = np.arange(len(index)) if index.ids is None else index.ids
+    keys = (key for shard in index.shards for key in shard.keys.tolist())
+    digests = (hashlib.blake2b(salt + key, digest_size=8).digest() for key in keys)
+    everything = np.frombuffer(b"".join(digests), "<u8")
+    hashes = everything[numbers]
+    chosen = np.zeros(len(index), bool)
+    if isinstance(held_out, int):
+        chosen[np.argsort(hashes, kind="stable")[:held_out]] = True
+    else:
+        chosen = hashes / 2.0**64 < held_out
+    if not 0 < held_out or not 0 < chosen.sum() < len(index):
+        raise DataError(
+            f"Holding out {held_out} of {len(index)} pictures leaves one side empty. "
+            "Use a fraction between 0 and 1, or a count below that of the pictures."
+        )
+    return ShardIndex(index.shards, numbers[~chosen]), ShardIndex(index.shards, numbers[chosen])
+
+
+def overlap(train: ShardIndex, val: ShardIndex) -> list[tuple[str, str]]:
+    """(key in train, key in val) of pictures that are the same bytes.
+
+    Only training pictures as long as one of `val`'s are read, and of these at most COMPARED.
+    """
+    held_out = {hashlib.sha256(val.read(i)).digest(): val.key(i) for i in range(len(val))}
+    alike = np.flatnonzero(np.isin(train.sizes, val.sizes))[:COMPARED]
+    found = ((train.key(i), held_out.get(hashlib.sha256(train.read(i)).digest())) for i in map(int, alike))
+    return [(ours, theirs) for ours, theirs in found if theirs is not None]

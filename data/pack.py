@@ -1,0 +1,151 @@
+"""Shards from a folder of pictures: `write_shards`."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from webdataset.writer import ShardWriter
+
+from ..core.errors import DataError
+from ..core.files import check_free, new_folder
+from .pictures import decode, reason
+from .progress import tracked
+from .tar import PICTURES
+
+__all__ = ["Skipped", "Written", "write_shards"]
+
+
+class Skipped(NamedTuple):
+    """A file that could not be read as a picture."""
+
+    path: str
+    reason: str
+
+
+class Written(NamedTuple):
+    """What `write_shards` did."""
+
+    out: str
+    pictures: int
+    shards: int
+    bytes: int
+    skipped: tuple[Skipped, ...]
+
+
+def write_shards(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    size: int | None = 256,
+    per_shard: int = 1000,
+    quality: int = 92,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Written:
+    """Packs all pictures under `folder`, in the order of their paths, as JPEGs into `out`/00000.tar, 00001.tar, ...
+
+    The shorter side becomes `size` (never enlarged; None keeps sizes). A JPEG that needs no change is copied as it is.
+    Keys are the paths below `folder` without dots. The same pictures give the same bytes. What cannot be read is
+    skipped, and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
+    """
+    folder, out = Path(folder), Path(out).absolute()
+    if (size is not None and size < 1) or per_shard < 1 or not 1 <= quality <= 100:
+        raise DataError(
+            f"size {size}, per_shard {per_shard} and quality {quality}: at least 1 each, and quality at most 100."
+        )
+    check_free(out, overwrite)
+    names = _pictures_in(folder)
+    keys = list(_unique_keys(names))
+    jpeg = functools.partial(_as_jpeg, size=size, quality=quality)
+    skipped: list[Skipped] = []
+    with new_folder(out, overwrite) as scratch:
+        pattern = str(scratch).replace("%", "%%") + "/%05d.tar"
+        fixed = {"mtime": 0, "user": "bcosify", "group": "bcosify", "format": "PAX_FORMAT"}
+        with ShardWriter(pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, **fixed) as writer:
+            paths = [folder / name for name in names]
+            packed = tracked(_mapped(jpeg, paths), len(names), "packing pictures", progress)
+            for name, key, data in zip(names, keys, packed, strict=True):
+                if isinstance(data, bytes):
+                    writer.write({"__key__": key, "jpg": data})
+                else:
+                    skipped.append(Skipped(name, reason(data)))
+        if len(skipped) == len(names):
+            raise DataError(
+                f"None of the {len(names)} pictures in {folder} can be read. "
+                f"The first is {skipped[0].path} ({skipped[0].reason})."
+            )
+        tars = sorted(scratch.glob("*.tar"))
+        total = sum(tar.stat().st_size for tar in tars)
+        if skipped:
+            lines = "".join(json.dumps(item._asdict()) + "\n" for item in skipped)
+            (scratch / "skipped.jsonl").write_text(lines, "utf-8")
+    return Written(str(out), len(names) - len(skipped), len(tars), total, tuple(skipped))
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    """The pictures below a folder by relative path, sorted; hidden ones left out."""
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder. Pass a folder of pictures.")
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    seen = [path for path in files if not any(part.startswith(".") for part in path.parts)]
+    pictures = sorted(path.as_posix() for path in seen if path.suffix[1:].lower() in PICTURES)
+    if not pictures:
+        kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
+        holds = ", ".join(f"{count} {kind}" for kind, count in kinds) or "no files"
+        raise DataError(f"{folder} holds no pictures (it holds: {holds}); wanted one of .{', .'.join(PICTURES)}.")
+    return pictures
+
+
+def _unique_keys(names: Iterable[str]) -> Iterator[str]:
+    """A key for each path: dots and odd characters replaced, and a number added where two would be the same."""
+    taken: set[str] = set()
+    for name in names:
+        parts = unicodedata.normalize("NFC", name).rpartition(".")[0].split("/")
+        # Letters of any script, digits, - and _; webdataset drops names that begin with two underscores.
+        base = "/".join(re.sub(r"[^\w-]+", "_", part).lstrip("_") or "x" for part in parts)
+        key, number = base, 1
+        while key in taken:
+            number += 1
+            key = f"{base}-{number}"
+        taken.add(key)
+        yield key
+
+
+def _as_jpeg(path: Path, size: int | None, quality: int) -> bytes | Exception:
+    """The picture as an RGB JPEG, or why it cannot be read."""
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as source:
+            upright = source.getexif().get(0x0112, 1) == 1
+            plain = source.format == "JPEG" and source.mode == "RGB" and upright
+        picture = decode(data)
+        shorter = min(picture.size)
+        if size is None or shorter <= size:
+            if plain:
+                return data
+        else:
+            width, height = (max(size, round(side * size / shorter)) for side in picture.size)
+            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        stream = io.BytesIO()
+        picture.save(stream, "JPEG", quality=quality)
+        return stream.getvalue()
+    except Exception as error:  # on broken files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+        return error
+
+
+def _mapped(function: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
+    """`function` of each path, in order, on all cores, with no more than a few hundred results waiting."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(paths), 256):
+            yield from pool.map(function, paths[start : start + 256])
