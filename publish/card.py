@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..convert import Student
 from ..convert.layers import STRENGTHS, strength_spans
+from ..convert.libraries import LIBRARIES
 from ..convert.library_files import class_count
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
@@ -94,7 +95,7 @@ KINDS = {
     ),
 }
 
-# The lines of every door. `{repo}` is ORG/NAME.
+# How a student is opened with this package; the libraries' own ways are in their descriptors. `{repo}` is ORG/NAME.
 BCOSIFY = """\
 from bcosify.explain import {target}, explain
 from bcosify.publish import load
@@ -105,26 +106,6 @@ picture = student.preprocess.transform()(Image.open("cat.png"))[None]
 explanation = explain(student.model, picture, {target}())
 print(explanation.scores, explanation.input_part, explanation.constants)
 """
-TIMM = """\
-import bcosify.publish  # makes the model known to timm
-import timm
-
-model = timm.create_model("hf-hub:{repo}", pretrained=True)
-"""
-TRANSFORMERS = """\
-import bcosify.publish  # makes the model known to transformers
-from transformers import AutoImageProcessor, {auto}
-
-processor = AutoImageProcessor.from_pretrained("{repo}")
-model = {auto}.from_pretrained("{repo}")
-"""
-OPEN_CLIP = """\
-import bcosify.publish  # makes the model known to open_clip
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repo}")
-"""
-DOORS = {"bcosify": BCOSIFY, "timm": TIMM, "transformers": TRANSFORMERS, "open_clip": OPEN_CLIP}
 
 
 def task_of(student: Student) -> str:
@@ -135,17 +116,20 @@ def task_of(student: Student) -> str:
 
 
 def load_lines(student: Student, repo: str) -> dict[str, str]:
-    """Door -> the lines that open `repo` through it, of those that fit: timm and open_clip open their own models."""
+    """Library -> the lines that open `repo` with it, of those that can: most open students of their own models only."""
     classifies = class_count(student) > 0
     words = {
         "repo": repo,
         "auto": "AutoModelForImageClassification" if classifies else "AutoModel",
         "target": "TopTarget" if classifies else "SelfTarget",
     }
-    shut = {"timm", "open_clip"} - {student.source.library}
-    if student.text is None:
-        shut.add("open_clip")
-    return {door: code.format(**words) for door, code in DOORS.items() if door not in shut}
+    doors = {name: library.door for name, library in LIBRARIES.items() if library.door}
+    fits = {
+        name: door.lines
+        for name, door in doors.items()
+        if (door.everyone or name == student.source.library) and (student.text is not None or not door.pairs)
+    }
+    return {name: code.format(**words) for name, code in {"bcosify": BCOSIFY, **fits}.items()}
 
 
 def card_of(

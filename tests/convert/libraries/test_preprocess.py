@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from bcosify.convert import Preprocess
-from bcosify.convert.sources import hf
+from bcosify.convert.libraries.open_clip.preprocess import preprocess_of as open_clip_record
+from bcosify.convert.libraries.transformers.preprocess import preprocess_of
 from bcosify.core.errors import SourceError
 from PIL import Image
 
@@ -56,7 +57,7 @@ def record_of(kind: str, folder: Path) -> tuple[Preprocess, object]:
     name, settings = PROCESSORS[kind]
     processor = getattr(transformers, name)(**settings)
     processor.save_pretrained(folder)
-    return hf._preprocess(folder, SimpleNamespace(image_size=32)), processor
+    return preprocess_of(folder, SimpleNamespace(image_size=32)), processor
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -85,7 +86,7 @@ def test_without_a_processor_the_model_types_own_is_taken_at_the_models_size(tmp
         (transformers.CLIPVisionConfig(), 0.48145466, 224),
         (transformers.DINOv3ConvNextConfig(), 0.485, 224),
     ):
-        record = hf._preprocess(tmp_path, config)
+        record = preprocess_of(tmp_path, config)
         assert record.mean[0] == pytest.approx(mean) and record.size == (size, size)
 
 
@@ -94,10 +95,9 @@ def test_without_a_processor_the_model_types_own_is_taken_at_the_models_size(tmp
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_a_picture_becomes_what_open_clips_own_transform_makes_of_it(mode, size, interpolation):
     import open_clip
-    from bcosify.convert.sources.open_clip import _preprocess
 
     values = {"mean": [0.5] * 3, "std": 0.25, "interpolation": interpolation, "resize_mode": mode, "fill_color": 7}
-    record = _preprocess(values, size)
+    record = open_clip_record(values, size)
     theirs = open_clip.image_transform(
         size, False, (0.5,) * 3, (0.25,) * 3, resize_mode=mode, interpolation=interpolation, fill_color=7
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bcosify.convert import convert, load, save, set_strength
-from bcosify.convert.sources.weights import hollow, is_whole, load_weights, take_weights, with_weights
+from bcosify.convert.libraries.weights import hollow, is_whole, load_weights, take_weights, with_weights
 from bcosify.convert.trace import trace_forward
 from bcosify.core.errors import CheckpointError, SourceError
 from safetensors.torch import save_file
