@@ -26,7 +26,7 @@ from .base import (
     Teacher,
     find_library,
     register,
-    register_scheme,
+    register_schemes,
 )
 from .references import build, load_teacher, origin_of, reference_forms, reload_teacher, token_grid
 from .saved_text import SavedText
@@ -57,7 +57,7 @@ __all__ = [
     "probabilities",
     "reference_forms",
     "register",
-    "register_scheme",
+    "register_schemes",
     "reload_teacher",
     "token_grid",
 ]
@@ -65,4 +65,4 @@ __all__ = [
 register(timm.LIBRARY)
 register(open_clip.LIBRARY)
 register(transformers.LIBRARY)
-register_scheme(bundled.SCHEME)
+register_schemes(bundled.SCHEME)

@@ -32,7 +32,7 @@ __all__ = [
     "call_first",
     "find_library",
     "register",
-    "register_scheme",
+    "register_schemes",
 ]
 
 # ------------------------------------------------------------------------------------------------------- the records
@@ -300,16 +300,16 @@ def register(library: Library) -> None:
     taken = {name for other in LIBRARIES.values() for name in (other.name, *other.transforms)}
     if twice := taken & {library.name, *library.transforms}:
         raise ValueError(f"library {library.name!r}: {', '.join(sorted(twice))} is registered already.")
-    for scheme in library.schemes:
-        register_scheme(scheme)
+    register_schemes(*library.schemes)
     LIBRARIES[library.name] = library
 
 
-def register_scheme(scheme: Scheme) -> None:
-    """Adds one more scheme, whose models are those of a registered library; raises ValueError where it is taken."""
-    if scheme.name in (*SCHEMES, DIR):
-        raise ValueError(f"the scheme {scheme.name!r} is registered already.")
-    SCHEMES[scheme.name] = scheme
+def register_schemes(*schemes: Scheme) -> None:
+    """Adds schemes, whose models are those of a registered library; raises ValueError where a name is taken."""
+    for scheme in schemes:
+        if scheme.name in (*SCHEMES, DIR):
+            raise ValueError(f"the scheme {scheme.name!r} is registered already.")
+    SCHEMES.update({scheme.name: scheme for scheme in schemes})
 
 
 def find_library(name: str, what: str = "knows no library") -> Library:
