@@ -33,7 +33,7 @@ from ..core.settings import faults, parse
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
 from .layers import scheduled_layers, watching
 from .libraries import Preprocess, SavedText, Source, build
-from .libraries.weights import hollow, take_weights
+from .libraries.weights import assign_weights, build_on_meta
 from .library_files import config_of, own_files
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
@@ -122,7 +122,7 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
         _check_picture(folder, preprocess)
     with within(header):
         # Weights that come out of a file need no random ones first; a method that runs the model to plan needs some.
-        model = build(source) if random or method.tries else hollow(lambda: build(source))
+        model = build(source) if random or method.tries else build_on_meta(lambda: build(source))
     plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(
@@ -269,7 +269,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     state |= newer
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
     model.to(state[next(name for name, _ in model.named_parameters())].dtype)
-    take_weights(model, state)
+    assign_weights(model, state)
 
 
 def _check_record(folder: Path, record: dict[str, Any]) -> None:

@@ -250,10 +250,12 @@ def markdown(table: Table) -> str:
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
     heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]
-    return "\n".join([line(heads), line(["---"] * len(heads)), *(line([_told(c) for c in row]) for row in table.rows)])
+    return "\n".join(
+        [line(heads), line(["---"] * len(heads)), *(line([_format_cell(c) for c in row]) for row in table.rows)]
+    )
 
 
-def _told(cell: Cell) -> str:
+def _format_cell(cell: Cell) -> str:
     text = f"**{cell.text}**" if cell.best and cell.text else cell.text
     return f"{text} ({cell.interval})" if cell.interval else text
 

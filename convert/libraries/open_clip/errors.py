@@ -9,13 +9,13 @@ from safetensors import SafetensorError
 
 from ....core.errors import CheckpointError, SourceError
 
-__all__ = ["FAILURES"]
+__all__ = ["FAILURES", "translate_errors"]
 
 FAILURES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
-def _said_plainly(name: str) -> Iterator[None]:
+def translate_errors(name: str) -> Iterator[None]:
     """Turns what open_clip and the hub raise into one SourceError with what to do next."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

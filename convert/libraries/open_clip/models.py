@@ -16,8 +16,8 @@ from ....core.errors import SourceError
 from ....core.quiet import quiet
 from ..base import Source, Teacher
 from ..timm.models import check_buildable
-from ..weights import misfit, mismatches, read_weights
-from .errors import _said_plainly
+from ..weights import mismatch_error, mismatches, read_weights
+from .errors import translate_errors
 from .files import locate
 from .preprocess import preprocess_of
 from .text import TINY_TEXT, text_tower
@@ -41,7 +41,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
     import open_clip
 
     published = pretrained and weights is None
-    with _said_plainly(name), quiet():
+    with translate_errors(name), quiet():
         place = locate(name, published)
         config: Any = copy.deepcopy(open_clip.get_model_config(place.model))
         check_size(name, config["vision_cfg"], image_size)
@@ -80,7 +80,7 @@ def build(source: Source) -> nn.Module:
     config, text = source.model_args["config"], open_clip.CLIPTextCfg(**TINY_TEXT)
     if trunk := config["vision_cfg"].get("timm_model_name"):
         check_buildable(trunk, {"pretrained": config["vision_cfg"].get("timm_model_pretrained")})
-    with _said_plainly(source.architecture), quiet():
+    with translate_errors(source.architecture), quiet():
         # CoCa's image tower is built as CLIP's; its class would build a text decoder too.
         model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, config["quick_gelu"])
     return OpenClipVision(model.visual, source.model_args["image_size"]).eval()
@@ -112,7 +112,7 @@ def _load_own(model: Any, path: Path) -> bool:
             state[key] = state[key].reshape(wanted[key].shape)
     faults = mismatches(wanted, state)
     if faults:
-        raise misfit(path, type(model).__name__, faults)
+        raise mismatch_error(path, type(model).__name__, faults)
     model.load_state_dict(state, strict=whole)
     return whole
 

@@ -14,7 +14,7 @@ from ....core.quiet import quiet
 from ...hub import ARCHITECTURE, TEXT
 from ..base import Preprocess
 from ..text import TextTower
-from .errors import FAILURES, _said_plainly
+from .errors import FAILURES, translate_errors
 from .files import CONFIG
 from .preprocess import settings_of
 
@@ -70,7 +70,7 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
     """The text tower in `folder`, with random weights, as `save` described it."""
     import open_clip
 
-    with _said_plainly(str(folder)), quiet():
+    with translate_errors(str(folder)), quiet():
         config = json.loads((folder / CONFIG).read_text())["model_cfg"]
         # As dictionaries, which all three classes take: what they make of them is theirs.
         text_cfg: Any = {**config["text_cfg"], "hf_model_pretrained": False}

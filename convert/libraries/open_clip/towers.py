@@ -20,7 +20,7 @@ class OpenClipVision(nn.Module):
     def __init__(self, visual: Any, image_size: int | None = None) -> None:
         super().__init__()
         self.visual: Any = visual
-        _take_any_size(visual, image_size)
+        _accept_any_size(visual, image_size)
 
     def forward(self, pictures: Tensor) -> Tensor:
         return self._run(self.visual, pictures)
@@ -70,7 +70,7 @@ def _resized(table: Tensor, visual: Any, size: Sequence[int]) -> Tensor:
     return state["visual.positional_embedding"]
 
 
-def _take_any_size(visual: Any, image_size: int | None) -> None:
+def _accept_any_size(visual: Any, image_size: int | None) -> None:
     """Lets a timm trunk with a position table take other sizes, as timm's `dynamic_img_size` does when it is built.
 
     Trunks that cannot are set to `image_size`, once, where timm has a way to.

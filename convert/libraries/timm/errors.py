@@ -9,9 +9,11 @@ from safetensors import SafetensorError
 
 from ....core.errors import SourceError
 
+__all__ = ["translate_errors"]
+
 
 @contextlib.contextmanager
-def _said_plainly(name: str) -> Iterator[None]:
+def translate_errors(name: str) -> Iterator[None]:
     """Turns what timm and the hub raise into one SourceError with what to do next."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ....core.errors import SourceError, near_miss
 from ..base import Features, Source, Teacher
 from ..weights import with_weights
-from .errors import _said_plainly
+from .errors import translate_errors
 from .preprocess import preprocess_of
 
 __all__ = ["build", "check_buildable", "features", "load", "token_grid"]
@@ -47,11 +47,11 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
     published = pretrained and weights is None
 
     def bare() -> nn.Module:
-        with _said_plainly(name):
+        with translate_errors(name):
             return timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
 
     if published:
-        with _said_plainly(name):
+        with translate_errors(name):
             model = timm.create_model(name, pretrained=True, **args)
     else:
         model = bare() if weights is None else with_weights(bare, weights)
@@ -65,7 +65,7 @@ def build(source: Source) -> nn.Module:
     import timm
 
     check_buildable(source.architecture, source.model_args)
-    with _said_plainly(source.architecture):
+    with translate_errors(source.architecture):
         return timm.create_model(source.architecture, pretrained=False, **source.model_args).eval()
 
 
@@ -106,7 +106,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any] | str | None, dict[str, Any
     from timm.models import load_model_config_from_hf, parse_model_name, split_model_name_tag
     from timm.models._hub import load_model_config_from_path
 
-    with _said_plainly(name):
+    with translate_errors(name):
         scheme, place = parse_model_name(name)
         if scheme == "hf-hub":
             config, architecture, args = load_model_config_from_hf(place)

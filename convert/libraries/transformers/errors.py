@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from ....core.errors import CheckpointError, SourceError
 
-__all__ = ["FAILURES", "quiet"]
+__all__ = ["FAILURES", "quiet", "translate_errors"]
 
 # What building and loading raise on a bad configuration or file.
 FAILURES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
@@ -32,7 +32,7 @@ def quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _said_plainly(reference: str) -> Iterator[None]:
+def translate_errors(reference: str) -> Iterator[None]:
     """Turns what transformers and the hub raise into one SourceError with what to do next."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

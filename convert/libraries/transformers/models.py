@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ....core.errors import SourceError, near_miss
 from ..base import Source, Teacher
 from ..text import TextTower
-from ..weights import misfit, read_weights
-from .errors import _said_plainly, quiet
+from ..weights import mismatch_error, read_weights
+from .errors import quiet, translate_errors
 from .files import FETCHING, config_class_of, find_folder, is_dual, keys_in, read_config
 from .preprocess import preprocess_of
 from .text import text_tower
@@ -43,7 +43,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
     if head != "auto" and head not in HEADS:
         raise SourceError(f"no head {head!r}.{near_miss(head, HEADS)} There are: auto, {', '.join(HEADS)}.")
     published = pretrained and weights is None
-    with _said_plainly(reference), quiet():
+    with translate_errors(reference), quiet():
         folder, revision = find_folder(name, published)
         values = read_config(folder, reference)
         state = None if weights is None else read_weights(weights)
@@ -61,7 +61,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
 
 def build(source: Source) -> nn.Module:
     """The empty skeleton of `source`: random weights, no network."""
-    with _said_plainly(source.reference), quiet():
+    with translate_errors(source.reference), quiet():
         if found := sorted(FETCHING & set(keys_in(source.model_args["config"]))):
             raise SourceError(
                 f"{source.reference}: {', '.join(found)} in a recorded configuration could run other code."
@@ -205,7 +205,7 @@ def _check_complete(info: Mapping[str, Any], reference: str, model: str, weights
         for key, found, wanted in sorted(info.get("mismatched_keys", ()))
     ]
     if faults and weights is not None:
-        raise misfit(weights, model, faults)
+        raise mismatch_error(weights, model, faults)
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise SourceError(

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..text import TextTower
-from .errors import FAILURES, _said_plainly, quiet
+from .errors import FAILURES, quiet, translate_errors
 from .files import config_class_of
 from .towers import class_named
 
@@ -45,7 +45,7 @@ def text_tower(folder: Path, model: Any, config: Any) -> TextTower:
 
 def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
     """The text tower in `folder`, with random weights, as `save` described it."""
-    with _said_plainly(str(folder)), quiet():
+    with translate_errors(str(folder)), quiet():
         values = json.loads((folder / "config.json").read_text())
         # The image half is built only to be thrown away.
         values["vision_config"] = {**values["vision_config"], "num_hidden_layers": 0}

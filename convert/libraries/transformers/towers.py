@@ -39,7 +39,7 @@ class TransformersVision(nn.Module):
 
     def __init__(self, model: nn.Module, head: str, config: Any) -> None:
         super().__init__()
-        self.model = _on_pictures(model)
+        self.model = _with_picture_towers(model)
         self.head = head
         self.config = config
         self._options = {"interpolate_pos_encoding": True} if _resizes(self.model) else {}
@@ -116,12 +116,12 @@ class NaFlexTower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 
 
-def _on_pictures(model: nn.Module) -> nn.Module:
+def _with_picture_towers(model: nn.Module) -> nn.Module:
     """`model` with towers that take cut patches replaced by those that take the picture."""
     if type(model).__name__ == "Siglip2VisionModel":
         return NaFlexTower(model)
     for name, module in model.named_children():
-        setattr(model, name, _on_pictures(module))
+        setattr(model, name, _with_picture_towers(module))
     return model
 
 
