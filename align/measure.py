@@ -50,7 +50,8 @@ def explained(run: AlignRun, progress: Progress) -> None:
         return
     model, pictures = run.learner.result, progress.step * run.recipe.batch_size
     probe = run.probe
-    with without_checkpointing(model) if run.recipe.gradient_checkpointing else contextlib.nullcontext():
+    library = run.student.source.library
+    with without_checkpointing(model, library) if run.recipe.gradient_checkpointing else contextlib.nullcontext():
         sheet = probe.write(model, run.config.work / EXPLANATIONS / f"{pictures:08d}.png")
     if sheet is not None:
         log_picture(run.accelerator, EXPLANATIONS, sheet, progress.step)

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..convert import Student, check_teacher, load, reload_teacher
 from ..convert.layers import at_start
+from ..convert.libraries import find_library
 from ..convert.student import apply_plan
 from ..core.errors import CheckpointError, DataError, RecipeError
 from ..core.files import new_file
@@ -70,27 +71,22 @@ def start_from(student: Student, folder: Path | None) -> None:
     student.model.load_state_dict(other.model.state_dict())
 
 
-def checkpoint_gradients(model: nn.Module, on: bool = True) -> None:
-    """Turns the source library's own gradient checkpointing on or off."""
-    hugging_face = "gradient_checkpointing_enable" if on else "gradient_checkpointing_disable"
-    for name, arguments in (("set_grad_checkpointing", (on,)), (hugging_face, ())):
-        for module in model.modules():
-            if hasattr(module, name):
-                getattr(module, name)(*arguments)
-                return
-    raise RecipeError(
-        f"gradient_checkpointing: {type(model).__name__} does not know it. Take it out, and use accumulate."
-    )
+def checkpoint_gradients(model: nn.Module, library: str, on: bool = True) -> None:
+    """Turns the own gradient checkpointing of the source's library on or off."""
+    if not find_library(library).set_checkpointing(model, on):
+        raise RecipeError(
+            f"gradient_checkpointing: {type(model).__name__} does not know it. Take it out, and use accumulate."
+        )
 
 
 @contextlib.contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
+def without_checkpointing(model: nn.Module, library: str) -> Iterator[None]:
     """Inside, gradient checkpointing is off: it runs blocks again where an explanation cannot see them."""
-    checkpoint_gradients(model, False)
+    checkpoint_gradients(model, library, False)
     try:
         yield
     finally:
-        checkpoint_gradients(model)
+        checkpoint_gradients(model, library)
 
 
 def find_data(config: AlignConfig) -> tuple[ShardIndex | Stream, ShardIndex]:

@@ -67,7 +67,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     start_from(student, config.init_from)
     check_recipe(recipe, student, teacher)
     if recipe.gradient_checkpointing:
-        checkpoint_gradients(student.model)
+        checkpoint_gradients(student.model, student.source.library)
     train, val = find_data(config)
     check_batch(train, recipe.batch_size, accelerator.num_processes)
     check_floor(recipe, student, len(val))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..publish import load
+    from .publish import load
 
 __all__ = ["load"]
 
@@ -16,7 +16,7 @@ __all__ = ["load"]
 def __getattr__(name: str) -> Any:
     """`load` on its first use: importing one stage must not import all libraries."""
     if name == "load":
-        from ..publish import load
+        from .publish import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -24,7 +24,7 @@ import measure
 import numpy as np
 import torch
 from bcosify.convert import convert, save, set_strength
-from bcosify.convert.sources import timm as timm_source
+from bcosify.convert.libraries.timm.models import load as load_timm
 from bcosify.data.index import ShardIndex, index_shards
 from bcosify.data.names import expand
 from bcosify.data.pack import write_shards
@@ -57,7 +57,7 @@ STEPS, BATCH = (2, 14), 16  # BATCH pictures a process
 @functools.cache
 def student(size: int, depth: int, width: int) -> nn.Module:
     model = convert(
-        timm_source.load(
+        load_timm(
             "vit_tiny_patch16_224", pretrained=False, img_size=size, depth=depth, embed_dim=width,
             num_heads=width // HEAD, num_classes=100,
         )

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from bcosify.convert import Preprocess, Source, Teacher, load_teacher
+from bcosify.convert.libraries import build
+from bcosify.convert.libraries.timm.models import load as load_timm
 from bcosify.convert.randomise import randomise
-from bcosify.convert.sources import build
-from bcosify.convert.sources.timm import load as load_timm
 from bcosify.convert.trace import noise_pictures
 
 __all__ = ["Entry", "entries", "load_entry"]

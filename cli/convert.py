@@ -31,7 +31,8 @@ def convert(
     Example: bcosify convert timm:resnet50.a1_in1k --out runs/resnet50
 
     Args:
-        reference: the model: timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME.
+        reference: the model to convert ({references}). Inside timm: and open_clip: also hf-hub:ORG/NAME[@rev] and
+            local-dir:PATH.
         out: folder to write; not needed with --dry-run.
         method: the target family: `bcos`, `coda`, `fa-cnn`, `ca-stream` or `kmeans`.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.

@@ -37,8 +37,8 @@ def explain(
     Example: bcosify explain runs/resnet50/aligned cat.jpg dog.jpg --target tabby 'golden retriever' --out maps
 
     Args:
-        model: a converted model (a folder, or ORG/REPO[@rev] on the hub); or any model reference (timm:NAME,
-            hf:ORG/NAME, ...), explained as it is.
+        model: a converted model (a folder, or ORG/REPO[@rev] on the hub); or any model reference, explained as it
+            is ({references}).
         pictures: picture files, or folders of them.
         out: folder for the results.
         target: what to explain: class numbers or names, `top1`, `top3`, ...; `self` for models without classes.

@@ -13,8 +13,7 @@ def inspect(reference: str, pretrained: bool = True, json: bool = False) -> dict
     Example: bcosify inspect runs/resnet50
 
     Args:
-        reference: a converted model (a folder, or ORG/REPO[@rev] on the hub), or a model reference (timm:NAME,
-            open_clip:ARCH/TAG, hf:ORG/NAME, ...).
+        reference: a converted model (a folder, or ORG/REPO[@rev] on the hub), or a model reference ({references}).
         pretrained: do not fetch the weights of a reference.
         json: print the result as JSON on stdout.
     """

@@ -88,7 +88,7 @@ def _parser(verb: str, function: Any) -> ArgumentParser:
     Parameters without a default are positional, keyword-only ones a required option; a bool is --flag or --no-flag.
     """
     documented = docstring_parser.parse(function.__doc__ or "")
-    help_of = {item.arg_name: item.description for item in documented.params}
+    help_of = {item.arg_name: _with_references(item.description or "") for item in documented.params}
     text = "\n\n".join(filter(None, (documented.short_description, documented.long_description)))
     formatter = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(prog=f"bcosify {verb}", description=text, formatter_class=formatter, exit_on_error=False)
@@ -114,6 +114,15 @@ def _parser(verb: str, function: Any) -> ArgumentParser:
     return parser
 
 
+def _with_references(text: str) -> str:
+    """`text` with `{references}` spelt out: how a model of each library is named. Only then are libraries imported."""
+    if "{references}" not in text:
+        return text
+    from ..convert.libraries import reference_forms
+
+    return text.replace("{references}", ", ".join(reference_forms()))
+
+
 def _item_type(hint: Any) -> Any:
     """`str` of `list[str] | None`, None for what is no list."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
@@ -130,9 +139,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "A model is named timm:NAME[.TAG], open_clip:ARCH/TAG, hf:ORG/NAME[@rev], dir:PATH or bundled:NAME;",
-            "inside timm: and open_clip: also hf-hub:ORG/NAME and local-dir:PATH. A converted model is a folder, or",
-            "ORG/REPO[@rev] on the hub.",
+            "A model is named LIBRARY:NAME, such as timm:resnet50 or hf:ORG/NAME (bcosify convert --help lists all",
+            "libraries), or dir:PATH. A converted model is a folder, or ORG/REPO[@rev] on the hub.",
         ]
     )
 

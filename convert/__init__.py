@@ -6,13 +6,7 @@ from .calibrate import calibrate
 from .checkpoint import load, save, skeleton
 from .fold import fold
 from .layers import set_strength
-from .methods.bcos import BcosConfig
-from .methods.ca_stream import CaStreamConfig
-from .methods.coda import CodaConfig
-from .methods.fa_cnn import FaCnnConfig
-from .methods.kmeans import KMeansConfig
-from .plan import Plan
-from .sources import (
+from .libraries import (
     Preprocess,
     Source,
     Teacher,
@@ -23,6 +17,12 @@ from .sources import (
     reload_teacher,
     token_grid,
 )
+from .methods.bcos import BcosConfig
+from .methods.ca_stream import CaStreamConfig
+from .methods.coda import CodaConfig
+from .methods.fa_cnn import FaCnnConfig
+from .methods.kmeans import KMeansConfig
+from .plan import Plan
 from .student import Student, check_teacher, convert, identity_error, lossy_steps, plan_for
 
 __all__ = [

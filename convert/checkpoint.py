@@ -32,12 +32,12 @@ from ..core.files import file_digest, new_folder
 from ..core.settings import faults, parse
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
 from .layers import scheduled_layers, watching
-from .library_files import config_of, open_clip_config
+from .libraries import Preprocess, SavedText, Source, build
+from .libraries.weights import assign_weights, build_on_meta
+from .library_files import config_of, own_files
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
 from .plan import Method, plan_conversion
-from .sources import Preprocess, SavedText, Source, build
-from .sources.weights import hollow, take_weights
 from .student import Student, apply_plan, output_of
 from .trace import fitted, noise_pictures
 
@@ -72,8 +72,7 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
             (folder / TEXT).mkdir()
             student.text.save(folder / TEXT)
             record["text"] = {path.name: file_digest(path) for path in sorted((folder / TEXT).iterdir())}
-            if pair := open_clip_config(folder, student):
-                written[OPEN_CLIP] = pair
+        written |= own_files(folder, student)
         for name, config in written.items():
             (folder / name).write_text(json.dumps(config, indent=2))
         record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, *written)}
@@ -123,7 +122,7 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
         _check_picture(folder, preprocess)
     with within(header):
         # Weights that come out of a file need no random ones first; a method that runs the model to plan needs some.
-        model = build(source) if random or method.tries else hollow(lambda: build(source))
+        model = build(source) if random or method.tries else build_on_meta(lambda: build(source))
     plan = plan_conversion(model, method, config, preprocess.size)
     if plan.digest != record["plan"]:
         raise CheckpointError(
@@ -270,7 +269,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     state |= newer
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
     model.to(state[next(name for name, _ in model.named_parameters())].dtype)
-    take_weights(model, state)
+    assign_weights(model, state)
 
 
 def _check_record(folder: Path, record: dict[str, Any]) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 from ..core.errors import CheckpointError
 
-__all__ = ["CONFIG", "OPEN_CLIP", "PROBE", "RECORD", "TEXT", "WEIGHTS", "is_student", "student_folder"]
+__all__ = ["ARCHITECTURE", "CONFIG", "OPEN_CLIP", "PROBE", "RECORD", "TEXT", "WEIGHTS", "is_student", "student_folder"]
 
+# As what other libraries know a student.
+ARCHITECTURE = "bcosify"
 WEIGHTS, RECORD, PROBE = "model.safetensors", "bcosify.json", "probe.safetensors"
 CONFIG, OPEN_CLIP, TEXT = "config.json", "open_clip_config.json", "text"
 # All that a repository is asked for. Never code, never a pickle.

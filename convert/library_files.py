@@ -7,27 +7,22 @@ say that they do not know it, rather than take a converted model for an ordinary
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from .hub import OPEN_CLIP, TEXT
-from .sources import Preprocess
+from .hub import ARCHITECTURE
+from .libraries import find_library
 from .student import Student
 
-__all__ = ["ARCHITECTURE", "class_count", "config_of", "open_clip_config", "open_clip_preprocessing"]
+__all__ = ["ARCHITECTURE", "class_count", "config_of", "own_files"]
 
-ARCHITECTURE = "bcosify"
 # What timm's own configuration says of the network beside its pictures.
 NETWORK = ("first_conv", "classifier", "pool_size")
 
 
 def class_count(student: Student) -> int:
     """How many classes the student's outputs are logits of; 0 for features and embeddings."""
-    if student.source.library == "transformers":
-        args = student.source.model_args
-        return args["config"]["num_labels"] if args["head"] == "classifier" else 0
-    return getattr(student.model, "num_classes", 0) or 0
+    return find_library(student.source.library).class_count(student.source, student.model)
 
 
 def config_of(student: Student) -> dict[str, Any]:
@@ -64,33 +59,6 @@ def config_of(student: Student) -> dict[str, Any]:
     }
 
 
-def open_clip_config(folder: Path, student: Student) -> dict[str, Any] | None:
-    """open_clip_config.json, from the one in the text tower's folder; None for students that are no pair of its."""
-    path = folder / TEXT / OPEN_CLIP
-    if student.source.library != "open_clip" or not path.is_file():
-        return None
-    config = json.loads(path.read_text())["model_cfg"]
-    return {
-        "model_cfg": {
-            "embed_dim": config["embed_dim"],
-            # The image tower is no architecture of open_clip's any more; the text tower still is.
-            "vision_cfg": {"timm_model_name": ARCHITECTURE, "image_size": student.preprocess.size[0]},
-            "text_cfg": config["text_cfg"],
-        },
-        "preprocess_cfg": open_clip_preprocessing(student.preprocess),
-    }
-
-
-def open_clip_preprocessing(record: Preprocess) -> dict[str, Any]:
-    """`record` in open_clip's words."""
-    return {
-        "size": record.size,
-        "mean": record.mean,
-        "std": record.std,
-        "interpolation": record.interpolation,
-        "resize_mode": RESIZE_MODES[record.crop_mode],
-        "fill_color": record.fill,
-    }
-
-
-RESIZE_MODES = {"center": "shortest", "border": "longest", "squash": "squash"}
+def own_files(folder: Path, student: Student) -> dict[str, Any]:
+    """File name -> JSON values, of what the source's library reads beside config.json; its text tower is there."""
+    return find_library(student.source.library).student_files(folder, student.preprocess)

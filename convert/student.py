@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from ..core.errors import LedgerError, SourceError
 from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
+from .libraries import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .methods import find_method
 from .methods.bcos import BcosConfig
 from .plan import Plan, plan_conversion
-from .sources import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .trace import fitted, noise_pictures
 
 __all__ = [

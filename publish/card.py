@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..convert import Student
 from ..convert.layers import STRENGTHS, strength_spans
+from ..convert.libraries import LIBRARIES
 from ..convert.library_files import class_count
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
@@ -91,7 +92,7 @@ KINDS = {
     ),
 }
 
-# The lines of every door. `{repo}` is ORG/NAME.
+# How a student is opened with this package; the libraries' own ways are in their descriptors. `{repo}` is ORG/NAME.
 BCOSIFY = """\
 from bcosify.explain import {target}, explain
 from bcosify.publish import load
@@ -102,26 +103,6 @@ picture = student.preprocess.transform()(Image.open("cat.png"))[None]
 explanation = explain(student.model, picture, {target}())
 print(explanation.scores, explanation.input_part, explanation.constants)
 """
-TIMM = """\
-import bcosify.publish  # makes the model known to timm
-import timm
-
-model = timm.create_model("hf-hub:{repo}", pretrained=True)
-"""
-TRANSFORMERS = """\
-import bcosify.publish  # makes the model known to transformers
-from transformers import AutoImageProcessor, {auto}
-
-processor = AutoImageProcessor.from_pretrained("{repo}")
-model = {auto}.from_pretrained("{repo}")
-"""
-OPEN_CLIP = """\
-import bcosify.publish  # makes the model known to open_clip
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("hf-hub:{repo}")
-"""
-DOORS = {"bcosify": BCOSIFY, "timm": TIMM, "transformers": TRANSFORMERS, "open_clip": OPEN_CLIP}
 
 
 def task_of(student: Student) -> str:
@@ -132,17 +113,20 @@ def task_of(student: Student) -> str:
 
 
 def load_lines(student: Student, repo: str) -> dict[str, str]:
-    """Door -> the lines that open `repo` through it, of those that fit: timm and open_clip open their own models."""
+    """Library -> the lines that open `repo` with it, of those that can: most open students of their own models only."""
     classifies = class_count(student) > 0
     words = {
         "repo": repo,
         "auto": "AutoModelForImageClassification" if classifies else "AutoModel",
         "target": "TopTarget" if classifies else "SelfTarget",
     }
-    shut = {"timm", "open_clip"} - {student.source.library}
-    if student.text is None:
-        shut.add("open_clip")
-    return {door: code.format(**words) for door, code in DOORS.items() if door not in shut}
+    doors = {name: library.door for name, library in LIBRARIES.items() if library.door}
+    fits = {
+        name: door.lines
+        for name, door in doors.items()
+        if (door.everyone or name == student.source.library) and (student.text is not None or not door.pairs)
+    }
+    return {name: code.format(**words) for name, code in {"bcosify": BCOSIFY, **fits}.items()}
 
 
 def card_of(
@@ -263,10 +247,12 @@ def markdown(table: Table) -> str:
         return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
     heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]
-    return "\n".join([line(heads), line(["---"] * len(heads)), *(line([_told(c) for c in row]) for row in table.rows)])
+    return "\n".join(
+        [line(heads), line(["---"] * len(heads)), *(line([_format_cell(c) for c in row]) for row in table.rows)]
+    )
 
 
-def _told(cell: Cell) -> str:
+def _format_cell(cell: Cell) -> str:
     text = f"**{cell.text}**" if cell.best and cell.text else cell.text
     return f"{text} ({cell.interval})" if cell.interval else text
 

@@ -8,12 +8,11 @@ research only, with an agreement to sign (gated), or unknown - bind whoever publ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..convert import Source
-from ..convert.sources.bundled import BUNDLED
+from ..convert.libraries import origin_of
 from ..core.errors import PublishError
 
 __all__ = ["PERMISSIVE", "Base", "Licence", "base_of", "choose_licence"]
@@ -112,57 +111,27 @@ def base_of(source: Source) -> Base:
     if source.weights is not None:
         what = "random weights" if source.weights == "random" else f"weights of your own (sha256 {source.weights[:12]})"
         return Base(f"{source.architecture} with {what}")
-    scheme, _, name = source.reference.partition(":")
-    for prefix in ("hf-hub:", "local-dir:"):
-        if name.startswith(prefix):
-            scheme, name = prefix[:-1], name.removeprefix(prefix)
-    return WHERE[scheme](name, source) if scheme in WHERE else Base(source.reference)
+    origin = origin_of(source)
+    if origin.licence not in UNSAID:
+        return Base(origin.name, origin.repo, origin.licence, found=origin.found)
+    if origin.folder is not None:
+        return _folder(origin.folder)
+    return _hub(origin.repo, origin.revision) if origin.repo else Base(origin.name)
 
 
-def _bundled(name: str, source: Source) -> Base:
-    package = BUNDLED[name].install.split("&&")[0].split()[-1]
-    return Base(
-        f"{name} ({source.architecture})",
-        licence=BUNDLED[name].licence,
-        found=f"its weights are carried by the package {package}",
-    )
-
-
-def _timm(name: str, source: Source) -> Base:
-    from timm.models import get_pretrained_cfg
-
-    config = get_pretrained_cfg(name)
-    repo = getattr(config, "hf_hub_id", None)
-    licence = getattr(config, "license", None)
-    if licence not in UNSAID:
-        return Base(f"timm:{name}", repo, licence, found="timm's record of it")
-    return _hub(repo, source) if repo else Base(f"timm:{name}")
-
-
-def _open_clip(name: str, source: Source) -> Base:
-    from open_clip import get_pretrained_cfg
-
-    repo = (get_pretrained_cfg(*name.split("/", 1)) or {}).get("hf_hub", "").strip("/")
-    return _hub(repo, source) if repo.count("/") == 1 else Base(f"open_clip:{name}")
-
-
-def _folder_or_hub(name: str, source: Source) -> Base:
-    return _folder(name, source) if Path(name).is_dir() else _hub(name, source)
-
-
-def _folder(name: str, source: Source) -> Base:  # noqa: ARG001 - one signature for all
-    card = Path(name) / "README.md"
-    named = f"the folder {Path(name).name}"
+def _folder(folder: Path) -> Base:
+    card = folder / "README.md"
+    named = f"the folder {folder.name}"
     return _read(card, named, None) if card.is_file() else Base(named)
 
 
-def _hub(name: str, source: Source) -> Base:
+def _hub(name: str, revision: str | None) -> Base:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    repo, _, revision = name.partition("@")
+    repo, _, tagged = name.partition("@")
     try:
-        card = HfApi().hf_hub_download(repo, "README.md", revision=revision or source.revision)
+        card = HfApi().hf_hub_download(repo, "README.md", revision=tagged or revision)
     except (LocalEntryNotFoundError, OfflineModeIsEnabled):
         return Base(repo, repo, found="its card could not be fetched")
     except EntryNotFoundError:
@@ -185,14 +154,3 @@ def _read(card: Path, name: str, repo: str | None) -> Base:
         link = f"https://huggingface.co/{repo}/blob/main/{link}"
     gated = any(key.startswith("extra_gated") for key in facts)
     return Base(name, repo, None if licence in UNSAID else str(licence), link, gated, "its card")
-
-
-WHERE: dict[str, Callable[[str, Source], Base]] = {
-    "bundled": _bundled,
-    "timm": _timm,
-    "open_clip": _open_clip,
-    "hf": _folder_or_hub,
-    "hf-hub": _hub,
-    "local-dir": _folder,
-    "dir": _folder,
-}

@@ -18,8 +18,9 @@ from typing import Any
 
 from ..convert import Student, load
 from ..convert.hub import OPEN_CLIP, is_student
-from ..convert.library_files import ARCHITECTURE, open_clip_preprocessing
-from ..convert.sources import SavedText
+from ..convert.libraries import SavedText
+from ..convert.libraries.open_clip.preprocess import settings_of
+from ..convert.library_files import ARCHITECTURE
 from ..core.errors import CheckpointError
 
 __all__ = ["register"]
@@ -113,6 +114,6 @@ def _set_preprocessing(model: Any, student: Student, changes: dict[str, Any]) ->
     """What the factory makes its transforms of."""
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    own = dataclasses.asdict(PreprocessCfg(**open_clip_preprocessing(student.preprocess)))
+    own = dataclasses.asdict(PreprocessCfg(**settings_of(student.preprocess)))
     model.visual.image_mean, model.visual.image_std = own["mean"], own["std"]
     model.visual.preprocess_cfg = merge_preprocess_dict(own, changes)

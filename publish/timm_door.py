@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..convert import Student, load, skeleton
+from ..convert.libraries import find_library
 from ..convert.library_files import ARCHITECTURE
 from ..convert.methods import find_method
 from ..core.errors import CheckpointError
@@ -22,11 +23,6 @@ __all__ = ["register"]
 # Arguments that timm's own scripts always pass, and the values that ask for nothing.
 NEUTRAL: dict[str, Any] = {"in_chans": 3, "drop_rate": 0.0, "drop_path_rate": 0.0, "drop_block_rate": 0.0}
 TAKEN = ("num_classes", "global_pool", "features_only", "out_indices")
-# Where to go with a student of another library.
-OTHERS = {
-    "transformers": "transformers.AutoModel.from_pretrained({place!r})",
-    "open_clip": "open_clip.create_model_and_transforms({name!r})",
-}
 
 
 def register() -> None:
@@ -92,10 +88,11 @@ def _check_library(student: Student, place: str) -> None:
     library = student.source.library
     if library != "timm":
         bare = place.removeprefix("hf-hub:").removeprefix("local-dir:")
-        instead = OTHERS.get(library, "bcosify.publish.load({place!r})").format(place=bare, name=place)
+        door = find_library(library).door
+        own = f"{door.call.format(place=bare, name=place)}, or with " if door else ""
         raise CheckpointError(
             f"{place} was converted from a model of {library} ({student.source.reference}), so it is no network of "
-            f"timm's. Open it with {instead}, or with bcosify.publish.load({bare!r})."
+            f"timm's. Open it with {own}bcosify.publish.load({bare!r})."
         )
 
 

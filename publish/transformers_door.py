@@ -8,7 +8,6 @@ draws what is missing at random. Weights keep the student's own names, below `ne
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -25,7 +24,7 @@ from transformers.utils.generic import ModelOutput
 
 from ..convert import Preprocess, Student, load, save
 from ..convert.hub import CONFIG, student_folder
-from ..convert.layers.ca_stream import CaStream
+from ..convert.libraries import find_library
 from ..convert.library_files import ARCHITECTURE, class_count
 from ..core.errors import CheckpointError
 
@@ -139,7 +138,8 @@ class BcosifyModel(_Opened):
     """Pictures -> features or embeddings (see BcosifyOutput)."""
 
     def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **_: Any) -> Any:
-        output = FEATURES[self.student.source.library](self.network, pixel_values, self.has_classes)
+        library = find_library(self.student.source.library)
+        output = BcosifyOutput(*library.features(self.network, pixel_values, self.has_classes))
         return output if return_dict is not False else output.to_tuple()
 
 
@@ -160,29 +160,6 @@ class BcosifyForImageClassification(_Opened):
         loss: Any = None if labels is None else nn.functional.cross_entropy(logits, labels)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
-
-
-def _timm_features(network: Any, pictures: Tensor, has_classes: bool) -> BcosifyOutput:
-    last = network.streamed(pictures) if isinstance(network, CaStream) else network.forward_features(pictures)
-    return BcosifyOutput(last, network.forward_head(last, pre_logits=has_classes))
-
-
-def _open_clip_features(network: Any, pictures: Tensor, has_classes: bool) -> BcosifyOutput:  # noqa: ARG001
-    embeds = network(pictures)
-    return BcosifyOutput(None, embeds, embeds)
-
-
-def _transformers_features(network: Any, pictures: Tensor, has_classes: bool) -> BcosifyOutput:
-    output = network.features(pictures)
-    pooled = output.get("pooler_output") if has_classes or network.head == "embedding" else network.headed(output)
-    return BcosifyOutput(output.get("last_hidden_state"), pooled, output.get("image_embeds"))
-
-
-FEATURES: dict[str, Callable[[Any, Tensor, bool], BcosifyOutput]] = {
-    "timm": _timm_features,
-    "open_clip": _open_clip_features,
-    "transformers": _transformers_features,
-}
 
 
 class BcosifyImageProcessor(BaseImageProcessor):

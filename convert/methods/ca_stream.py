@@ -17,8 +17,8 @@ from torch import nn
 
 from ...core.errors import PlanError, near_miss
 from ..layers import CaStream, CaStreamForToken, adopt, join
+from ..libraries import Preprocess
 from ..plan import Decision, Method
-from ..sources import Preprocess
 from ..trace import Trace, fitted, noise_pictures
 from .timm_stages import check_timm, head_reads, last_stages, seen_stages
 

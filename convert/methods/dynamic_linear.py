@@ -29,8 +29,8 @@ from ..layers import (
     adopt,
     join,
 )
+from ..libraries import Preprocess
 from ..plan import Decision, class_path
-from ..sources import Preprocess
 from ..trace import Trace
 from . import kinds
 

@@ -26,8 +26,8 @@ from ..layers import (
     adopt,
     join,
 )
+from ..libraries import Preprocess
 from ..plan import Decision, Method, kept_modules
-from ..sources import Preprocess
 from .anatomy import Anatomy, Head, Layout, look
 
 __all__ = ["METHOD", "FaCnnConfig"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ...core.errors import PlanError
 from ..layers import PrototypeLinear, PrototypeMaps, join
 from ..layers.stages import places
+from ..libraries import Preprocess
 from ..plan import Decision, Method, class_path
 from ..randomise import randomise
-from ..sources import Preprocess
 from ..trace import Trace, fitted, noise_pictures
 from .kinds import LINEARS
 from .timm_stages import check_timm, last_stages, seen_stages

@@ -94,7 +94,7 @@ def copies(folder: str) -> None:
         for name, way in WAYS.items():
             model = student(method)
             if way.checkpointing:
-                checkpoint_gradients(model)
+                checkpoint_gradients(model, "timm")
             norms = [layer for layer in model.modules() if isinstance(layer, UncentredBatchNorm)]
             before = [int(norm.num_batches_tracked) for norm in norms]
             net = DistributedDataParallel(model, **way.options)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bcosify.convert import BcosConfig, Source, checkpoint, convert, load, save, set_strength, sources
+from bcosify.convert import BcosConfig, Source, checkpoint, convert, load, save, set_strength
 from bcosify.convert.layers import BcosLinear, scheduled_layers
+from bcosify.convert.libraries import LIBRARIES, Library
 from bcosify.core.errors import CheckpointError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -96,7 +97,7 @@ def test_tied_weights_are_saved_once_and_come_back_tied(teach, tmp_path, monkeyp
         b.weight = a.weight
         return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), a, nn.ReLU(), b, b).eval()
 
-    monkeypatch.setitem(sources.LIBRARIES, "own", lambda _: tied())
+    monkeypatch.setitem(LIBRARIES, "own", Library("own", (), lambda _: tied()))
     teacher = teach(tied())
     student = convert(type(teacher)(teacher.model, Source("own:tied", "own", "tied"), teacher.preprocess))
     opened = load(save(student, tmp_path / "out")).model

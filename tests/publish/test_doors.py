@@ -31,6 +31,7 @@ from bcosify.convert import (
     set_strength,
 )
 from bcosify.convert.layers import BcosLinear, scheduled_layers
+from bcosify.convert.libraries.timm.models import load as load_timm
 from bcosify.convert.randomise import randomise
 from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import CheckpointError
@@ -79,9 +80,7 @@ def timm_students(tmp_path_factory) -> dict[str, Path]:
         args = {"num_classes": 0} if kind == "headless" else {"num_classes": 10}
         teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=SIZE)
         if args["num_classes"] != teacher.model.num_classes:
-            from bcosify.convert.sources import timm as source
-
-            teacher = source.load(name, pretrained=False, **args)
+            teacher = load_timm(name, pretrained=False, **args)
         randomise(teacher.model, noise_pictures(2, (SIZE, SIZE)))
         teacher = type(teacher)(teacher.model, teacher.source, teacher.preprocess.at(SIZE), teacher.labels)
         found[kind] = save(moved(convert(teacher, config)), place / kind.replace(" ", "-"))

@@ -15,7 +15,7 @@ import pytest
 import timm
 import torch
 from bcosify.convert import Preprocess, Source, convert, load, load_teacher, save
-from bcosify.convert.sources import build, bundled, reload_teacher
+from bcosify.convert.libraries import build, bundled, reload_teacher
 from bcosify.core.errors import SourceError
 from PIL import Image
 from safetensors.torch import save_file

@@ -13,8 +13,8 @@ import pytest
 import torch
 import transformers
 from bcosify.convert import Source, Teacher, convert, load, load_teacher, save, token_grid
-from bcosify.convert.sources import build as build_skeleton
-from bcosify.convert.sources import bundled, reload_teacher
+from bcosify.convert.libraries import build as build_skeleton
+from bcosify.convert.libraries import bundled, reload_teacher
 from bcosify.core.errors import PlanError, SourceError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

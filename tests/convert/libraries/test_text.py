@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from bcosify.convert import convert, embed_texts, load, load_teacher, probabilities, save
-from bcosify.convert.sources import SavedText
+from bcosify.convert.libraries import SavedText
 from bcosify.core.errors import CheckpointError, SourceError
 from bcosify.explain import SimilarityTarget, explain
 from safetensors.torch import load_file
@@ -109,7 +109,9 @@ def test_probabilities_are_what_the_pair_was_trained_to_say(hf_clip, open_clip_f
 def test_nothing_is_opened_before_it_is_needed(pair, tmp_path, monkeypatch):
     _, reference, _ = pair
     out = save(convert(load_teacher(reference)), tmp_path / "out")
-    monkeypatch.setattr("bcosify.convert.sources.text.load_file", lambda *_: pytest.fail("opened the text tower"))
+    monkeypatch.setattr(
+        "bcosify.convert.libraries.saved_text.load_file", lambda *_: pytest.fail("opened the text tower")
+    )
     student = load(out)
     with torch.no_grad():
         student.model(torch.randn(1, 3, *student.preprocess.size))

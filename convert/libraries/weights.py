@@ -15,14 +15,14 @@ from ...core.errors import BcosifyError, SourceError
 from ..plan import class_path
 
 __all__ = [
+    "assign_weights",
+    "build_on_meta",
     "check_plain",
-    "hollow",
     "is_whole",
     "load_weights",
-    "misfit",
+    "mismatch_error",
     "mismatches",
     "read_weights",
-    "take_weights",
     "with_weights",
 ]
 
@@ -54,7 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 def with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
     """The model that `build` makes, with the state dict in `path`: no random weights first, and no second copy."""
-    model = hollow(build)
+    model = build_on_meta(build)
     load_weights(model, path)
     if not is_whole(model):
         model = build()
@@ -67,11 +67,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
     state = read_weights(path)
     faults = mismatches(model.state_dict(), state)
     if faults:
-        raise misfit(path, type(model).__name__, faults)
-    take_weights(model, state)
+        raise mismatch_error(path, type(model).__name__, faults)
+    assign_weights(model, state)
 
 
-def hollow(build: Callable[[], nn.Module]) -> nn.Module:
+def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """The model that `build` makes, with its parameters on the meta device; whole where it cannot be built so."""
     try:
         with _parameters_on_meta():
@@ -108,7 +108,7 @@ def is_whole(model: nn.Module) -> bool:
     return not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def take_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def assign_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Puts copies of the tensors in `state` in place of the model's, which must fit; what it ties stays tied.
 
     Copies, because numbers that lie in memory as they do in a mapped file are summed in another order.
@@ -136,7 +136,7 @@ def mismatches(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> lis
     return faults
 
 
-def misfit(path: Path, model: str, faults: Sequence[str]) -> SourceError:
+def mismatch_error(path: Path, model: str, faults: Sequence[str]) -> SourceError:
     """The error that says why the state dict in `path` is not one of `model`."""
     shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
     return SourceError(f"--weights {path} does not fit {model}: {shown}.")

@@ -12,8 +12,9 @@ import pytest
 import torch
 import transformers
 from bcosify.convert import Preprocess
-from bcosify.convert.sources import hf
-from bcosify.convert.sources.teacher import TRANSFORMS
+from bcosify.convert.libraries.base import transforms
+from bcosify.convert.libraries.open_clip.preprocess import preprocess_of as open_clip_record
+from bcosify.convert.libraries.transformers.preprocess import preprocess_of
 from bcosify.core.errors import SourceError
 from bcosify.core.pictures import without_ends
 from PIL import Image
@@ -60,7 +61,7 @@ def record_of(kind: str, folder: Path) -> tuple[Preprocess, object]:
     name, settings = PROCESSORS[kind]
     processor = getattr(transformers, name)(**settings)
     processor.save_pretrained(folder)
-    return hf._preprocess(folder, SimpleNamespace(image_size=32)), processor
+    return preprocess_of(folder, SimpleNamespace(image_size=32)), processor
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
@@ -89,7 +90,7 @@ def test_without_a_processor_the_model_types_own_is_taken_at_the_models_size(tmp
         (transformers.CLIPVisionConfig(), 0.48145466, 224),
         (transformers.DINOv3ConvNextConfig(), 0.485, 224),
     ):
-        record = hf._preprocess(tmp_path, config)
+        record = preprocess_of(tmp_path, config)
         assert record.mean[0] == pytest.approx(mean) and record.size == (size, size)
 
 
@@ -98,10 +99,9 @@ def test_without_a_processor_the_model_types_own_is_taken_at_the_models_size(tmp
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_a_picture_becomes_what_open_clips_own_transform_makes_of_it(mode, size, interpolation):
     import open_clip
-    from bcosify.convert.sources.open_clip import _preprocess
 
     values = {"mean": [0.5] * 3, "std": 0.25, "interpolation": interpolation, "resize_mode": mode, "fill_color": 7}
-    record = _preprocess(values, size)
+    record = open_clip_record(values, size)
     theirs = open_clip.image_transform(
         size, False, (0.5,) * 3, (0.25,) * 3, resize_mode=mode, interpolation=interpolation, fill_color=7
     )
@@ -145,7 +145,7 @@ def test_a_thin_picture_is_what_the_library_shows(library, size):
     strip = photograph("chelsea.png").resize(size)
     preprocess = Preprocess((64, 64), (0.0,) * 3, (1.0,) * 3, crop_pct=0.875, library=library)
     assert without_ends(strip) is not strip
-    found, wanted = preprocess.transform()(strip), TRANSFORMS[library](preprocess)(strip)
+    found, wanted = preprocess.transform()(strip), transforms()[library](preprocess)(strip)
     assert found.shape == wanted.shape == (3, 64, 64)
     # Sizes are rounded to whole pixels, so what is left is enlarged by a thousandth more or less.
     assert (found - wanted).abs().max() < 1.01 / 255 and (found - wanted).abs().mean() < 1e-4
@@ -155,7 +155,7 @@ def test_modes_that_show_the_whole_picture_show_its_ends_too():
     picture = photograph("chelsea.png").resize((900, 20))
     for mode in ("squash", "border"):
         preprocess = Preprocess((64, 64), (0.0,) * 3, (1.0,) * 3, crop_mode=mode)
-        assert torch.equal(preprocess.transform()(picture), TRANSFORMS["timm"](preprocess)(picture))
+        assert torch.equal(preprocess.transform()(picture), transforms()["timm"](preprocess)(picture))
 
 
 def test_a_preprocess_normalises_and_back():

@@ -1,9 +1,9 @@
-"""timm models: `timm:NAME[.TAG]`, `timm:hf-hub:ORG/NAME[@rev]`, `timm:local-dir:PATH`."""
+"""timm names become teachers."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ...core.errors import SourceError, near_miss
-from .teacher import Preprocess, Source, Teacher
-from .weights import with_weights
+from ....core.errors import SourceError, near_miss
+from ..base import Features, Source, Teacher
+from ..weights import with_weights
+from .errors import translate_errors
+from .preprocess import preprocess_of
 
-__all__ = ["build", "check_buildable", "load", "preprocess_of", "token_grid"]
+__all__ = ["build", "check_buildable", "features", "load", "token_grid"]
 
 # Lets a transformer take any size that its patches divide; constructors that do not know it are called without.
 OPTIONAL_ARGS = {"dynamic_img_size": True}
@@ -45,11 +47,11 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
     published = pretrained and weights is None
 
     def bare() -> nn.Module:
-        with _said_plainly(name):
+        with translate_errors(name):
             return timm.create_model(architecture, pretrained=False, pretrained_cfg=config, **args)
 
     if published:
-        with _said_plainly(name):
+        with translate_errors(name):
             model = timm.create_model(name, pretrained=True, **args)
     else:
         model = bare() if weights is None else with_weights(bare, weights)
@@ -63,7 +65,7 @@ def build(source: Source) -> nn.Module:
     import timm
 
     check_buildable(source.architecture, source.model_args)
-    with _said_plainly(source.architecture):
+    with translate_errors(source.architecture):
         return timm.create_model(source.architecture, pretrained=False, **source.model_args).eval()
 
 
@@ -83,21 +85,6 @@ def check_buildable(architecture: str, args: Mapping[str, Any]) -> None:
         raise SourceError(f"timm's {architecture} with {', '.join(found)}: a recorded model is only ever built empty.")
 
 
-def preprocess_of(model: nn.Module) -> Preprocess:
-    """timm's own data configuration of `model`."""
-    from timm.data.config import resolve_model_data_config
-
-    config = resolve_model_data_config(model)
-    return Preprocess(
-        size=tuple(config["input_size"][-2:]),
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-        interpolation=config["interpolation"],
-        crop_pct=config["crop_pct"],
-        crop_mode=config["crop_mode"],
-    )
-
-
 def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
     """(B, C, rows, columns): the last features of every patch, in front of pooling, from pictures (B, 3, H, W)."""
     intermediates = getattr(model, "forward_intermediates", None)
@@ -106,13 +93,20 @@ def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
     return intermediates(pictures, indices=1, norm=True, output_fmt="NCHW", intermediates_only=True)[-1]
 
 
+def features(network: Any, pictures: Tensor, has_classes: bool) -> Features:
+    """The last features and what timm's own head pools of them; see `Library.features`."""
+    # A network whose head is given other features than its backbone's says which (see CaStream).
+    last = getattr(network, "streamed", network.forward_features)(pictures)
+    return Features(last, network.forward_head(last, pre_logits=has_classes))
+
+
 def _resolve(name: str) -> tuple[str, dict[str, Any] | str | None, dict[str, Any]]:
     """(architecture, pretrained configuration or tag or None, saved constructor arguments) of a timm name."""
     import timm
     from timm.models import load_model_config_from_hf, parse_model_name, split_model_name_tag
     from timm.models._hub import load_model_config_from_path
 
-    with _said_plainly(name):
+    with translate_errors(name):
         scheme, place = parse_model_name(name)
         if scheme == "hf-hub":
             config, architecture, args = load_model_config_from_hf(place)
@@ -194,23 +188,3 @@ def _revision(model: nn.Module) -> str | None:
         if isinstance(found, str):
             return Path(found).parent.name
     return None
-
-
-@contextlib.contextmanager
-def _said_plainly(name: str) -> Iterator[None]:
-    """Turns what timm and the hub raise into one SourceError with what to do next."""
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        yield
-    except SourceError:
-        raise
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise SourceError(
-            f"timm:{name}: the weights cannot be reached ({said[0]}). Check the connection, or pass "
-            "--weights FILE.safetensors, or --no-pretrained for random weights, or use a local "
-            "folder: timm:local-dir:PATH."
-        ) from error
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, SafetensorError) as error:
-        raise SourceError(f"timm:{name}: timm cannot build it: {error}") from error

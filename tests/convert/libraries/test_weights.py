@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bcosify.convert import convert, load, save, set_strength
-from bcosify.convert.sources.weights import hollow, is_whole, load_weights, take_weights, with_weights
+from bcosify.convert.libraries.weights import assign_weights, build_on_meta, is_whole, load_weights, with_weights
 from bcosify.convert.trace import trace_forward
 from bcosify.core.errors import CheckpointError, SourceError
 from safetensors.torch import save_file
@@ -74,9 +74,9 @@ def test_what_a_constructor_makes_of_weights_is_there(tmp_path):
 
 def test_without_memory_there_are_shapes_ties_and_buffers():
     state = torch.get_rng_state()
-    model = hollow(Tied)
+    model = build_on_meta(Tied)
     assert model.second.weight is model.first.weight and model.first.weight.is_meta
-    assert not hollow(Table).table.is_meta
+    assert not build_on_meta(Table).table.is_meta
     assert nn.Linear(2, 2).weight.device.type == "cpu"  # nothing of the building stays
     torch.set_rng_state(state)
 
@@ -89,7 +89,7 @@ def test_a_refusal_is_not_asked_for_twice():
         raise CheckpointError("too large")
 
     with pytest.raises(CheckpointError, match="too large"):
-        hollow(refuse)
+        build_on_meta(refuse)
     assert len(asked) == 1
 
 
@@ -103,12 +103,12 @@ def test_what_a_library_cannot_build_without_memory_is_built_whole():
             raise SourceError("timm cannot build it: Cannot copy out of meta tensor; no data!")
         return layer
 
-    assert is_whole(hollow(build)) and asked == [True, False]
+    assert is_whole(build_on_meta(build)) and asked == [True, False]
 
 
 def test_tied_weights_stay_tied():
-    source, model = Tied(), hollow(Tied)
-    take_weights(model, {name: tensor for name, tensor in source.state_dict().items() if name != "second.weight"})
+    source, model = Tied(), build_on_meta(Tied)
+    assign_weights(model, {name: tensor for name, tensor in source.state_dict().items() if name != "second.weight"})
     assert model.second.weight is model.first.weight
     x = torch.randn(2, 4)
     assert torch.equal(model(x), source(x))

@@ -11,8 +11,8 @@ import open_clip
 import pytest
 import torch
 from bcosify.convert import convert, load, load_teacher, save, token_grid
-from bcosify.convert.sources import build
-from bcosify.convert.sources import open_clip as source
+from bcosify.convert.libraries import build
+from bcosify.convert.libraries.open_clip.files import locate
 from bcosify.core.errors import PlanError, SourceError
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +130,7 @@ def test_every_tag_leads_to_a_safetensors_file_or_is_refused(monkeypatch):
     refused = 0
     for architecture, tag in open_clip.list_pretrained():
         try:
-            source._locate(f"{architecture}/{tag}", published=True)
+            locate(f"{architecture}/{tag}", published=True)
         except SourceError as error:
             assert "is published as a pickle only" in str(error)
             refused += 1
@@ -139,9 +139,9 @@ def test_every_tag_leads_to_a_safetensors_file_or_is_refused(monkeypatch):
 
 
 def test_a_tag_brings_its_own_preprocessing_and_activation():
-    place = source._locate("ViT-B-32/openai", published=False)
+    place = locate("ViT-B-32/openai", published=False)
     assert place.quick_gelu is True and place.preprocess["mean"][0] == pytest.approx(0.4815, abs=1e-4)
-    assert source._locate("ViT-B-16-SigLIP/webli", published=False).preprocess["resize_mode"] == "squash"
+    assert locate("ViT-B-16-SigLIP/webli", published=False).preprocess["resize_mode"] == "squash"
 
 
 @pytest.mark.parametrize(

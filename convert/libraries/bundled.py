@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ...core.errors import SourceError, near_miss
 from ...core.files import file_digest
-from . import timm as timm_source
-from .teacher import Teacher
+from .base import Origin, Scheme, Source, Teacher
+from .timm.models import load as load_timm
 
-__all__ = ["BUNDLED", "Bundle", "load"]
+__all__ = ["BUNDLED", "SCHEME", "Bundle", "load"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +49,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
     if name not in BUNDLED:
         raise SourceError(f"no bundled model {name!r}.{near_miss(name, BUNDLED)} There are: {', '.join(BUNDLED)}.")
     bundle = BUNDLED[name]
-    teacher = timm_source.load(
-        bundle.architecture, pretrained=False, weights=weights, **{**bundle.model_args, **model_args}
-    )
+    teacher = load_timm(bundle.architecture, pretrained=False, weights=weights, **{**bundle.model_args, **model_args})
     if pretrained and weights is None:
         state = bundle.read(_locate(name, bundle), list(teacher.model.state_dict()))
         teacher.model.load_state_dict(state, strict=True)
@@ -150,3 +148,15 @@ BUNDLED = {
         image_size=224,
     ),
 }
+
+
+def _origin(name: str, source: Source) -> Origin:
+    if name not in BUNDLED:
+        return Origin(source.reference)
+    package = BUNDLED[name].install.split("&&")[0].split()[-1]
+    found = f"its weights are carried by the package {package}"
+    return Origin(f"{name} ({source.architecture})", licence=BUNDLED[name].licence, found=found)
+
+
+# The models are timm's.
+SCHEME = Scheme("bundled", ("bundled:NAME",), "models that pip packages carry", load, _origin)

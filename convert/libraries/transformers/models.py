@@ -1,0 +1,239 @@
+"""transformers references become teachers: which class opens a checkpoint, with which head, and whether it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....core.errors import SourceError, near_miss
+from ..base import Source, Teacher
+from ..text import TextTower
+from ..weights import mismatch_error, read_weights
+from .errors import quiet, translate_errors
+from .files import FETCHING, config_class_of, find_folder, is_dual, keys_in, read_config
+from .preprocess import preprocess_of
+from .text import text_tower
+from .towers import HEADS, ImageTower, TransformersVision, class_named
+
+__all__ = ["build", "class_count", "load", "load_options"]
+
+
+def load(name: str, *, pretrained: bool = True, weights: Path | None = None, head: str = "auto") -> Teacher:
+    """The teacher in a hub repository or a local folder that `save_pretrained` wrote.
+
+    Args:
+        name: `ORG/NAME[@rev]` or a folder.
+        pretrained: False keeps random weights; only the configuration is read.
+        weights: a safetensors state dict of this architecture, with any number of classes, in place of the published.
+        head: `auto`; or one of `HEADS`: `classifier` (logits), `embedding` (what a dual encoder compares with text),
+            `pooled` (the feature before any projection or classifier).
+
+    Raises:
+        SourceError: no such model, weights only as a pickle, code of its own, quantised, or no vision model.
+    """
+    reference = f"hf:{name}"
+    if head != "auto" and head not in HEADS:
+        raise SourceError(f"no head {head!r}.{near_miss(head, HEADS)} There are: auto, {', '.join(HEADS)}.")
+    published = pretrained and weights is None
+    with translate_errors(reference), quiet():
+        folder, revision = find_folder(name, published)
+        values = read_config(folder, reference)
+        state = None if weights is None else read_weights(weights)
+        head = _head(values, state) if head == "auto" else head
+        opened = _open(folder, values, head, reference, published, state, weights)
+        teacher = Teacher(
+            opened.vision.eval(),
+            Source(reference, "transformers", opened.architecture, opened.args, revision if published else None),
+            preprocess_of(folder, opened.vision.config),
+            _labels(opened.config) if head == "classifier" else None,
+            opened.text,
+        )
+    return teacher
+
+
+def build(source: Source) -> nn.Module:
+    """The empty skeleton of `source`: random weights, no network."""
+    with translate_errors(source.reference), quiet():
+        if found := sorted(FETCHING & set(keys_in(source.model_args["config"]))):
+            raise SourceError(
+                f"{source.reference}: {', '.join(found)} in a recorded configuration could run other code."
+            )
+        config = config_class_of(source.model_args["config"], source.reference).from_dict(source.model_args["config"])
+        head = source.model_args["head"]
+        if source.model_args["dual"]:
+            tower = ImageTower(class_named(source.model_args["vision"])(config), source.model_args["projection"])
+            return TransformersVision(tower, head, config).eval()
+        model = class_named(source.architecture)(config, **source.model_args["options"])
+        return TransformersVision(model, head, config).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    vision: TransformersVision
+    architecture: str
+    args: dict[str, Any]
+    config: Any
+    text: TextTower | None = None
+
+
+def _open(
+    folder: Path,
+    values: dict[str, Any],
+    head: str,
+    reference: str,
+    published: bool,
+    state: dict[str, Tensor] | None,
+    weights: Path | None,
+) -> _Opened:
+    config_class = config_class_of(values, reference)
+    config = config_class.from_dict(dict(values))
+    if state is not None and head == "classifier":
+        count = _class_count(state)
+        if count is not None and count != config.num_labels:
+            config.num_labels = count
+    model_class = _model_class(values, config, head, reference)
+
+    def make(**options: Any) -> tuple[Any, dict[str, Any]]:
+        if state is not None:
+            place, extra = None, {"state_dict": state}
+        elif published:
+            place, extra = str(folder), {"use_safetensors": True, "local_files_only": True}
+        else:
+            return model_class(config, **options), {}
+        return model_class.from_pretrained(
+            place,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported with all else that does not fit
+            **extra,
+            **options,
+        )
+
+    options: dict[str, Any] = {}
+    model, info = make()
+    missing = info.get("missing_keys", ())
+    pooler = head == "pooled" and missing and all(".pooler." in f".{key}" for key in missing)
+    if pooler and "add_pooling_layer" in inspect.signature(model_class).parameters:
+        # Its pooler was never trained: the class token is the feature then.
+        options = {"add_pooling_layer": False}
+        model, info = make(**options)
+    _check_complete(info, reference, type(model).__name__, weights, head)
+    if is_dual(values):
+        return _dual(folder, model, config, head)
+    args = {"config": _plain(config), "head": head, "dual": False, "options": options}
+    return _Opened(TransformersVision(model, head, config), model_class.__name__, args, config)
+
+
+def _dual(folder: Path, model: Any, config: Any, head: str) -> _Opened:
+    """Both halves of a dual encoder; the image half keeps its projection only where the embedding is wanted."""
+    projection = model.visual_projection if hasattr(model, "visual_projection") and head == "embedding" else None
+    tower = ImageTower(model.vision_model, projection)
+    comparable = head == "embedding" or not hasattr(model, "visual_projection")
+    shape = None if projection is None else [projection.in_features, projection.out_features]
+    args = {
+        "config": _plain(config.vision_config),
+        "head": head,
+        "dual": True,
+        "vision": type(model.vision_model).__name__,
+        "projection": shape,
+    }
+    vision = TransformersVision(tower, head, config.vision_config)
+    text = text_tower(folder, model, config) if comparable else None
+    return _Opened(vision, type(model).__name__, args, config, text)
+
+
+def _head(values: dict[str, Any], state: Mapping[str, Tensor] | None) -> str:
+    """What `auto` means: a classifier where there is one, a dual encoder's embedding, else the pooled feature."""
+    architecture = (values.get("architectures") or [""])[0]
+    if "ForImageClassification" in architecture or (state is not None and _class_count(state) is not None):
+        return "classifier"
+    return "embedding" if is_dual(values) or architecture.endswith("WithProjection") else "pooled"
+
+
+def _class_count(state: Mapping[str, Tensor]) -> int | None:
+    """Number of classes of the classifier in a state dict, or None where it has none."""
+    found = [key for key in state if re.search(r"(^|[._])classifier(\.\d+)?\.weight$", key)]
+    return state[found[-1]].shape[0] if found else None
+
+
+def _model_class(values: dict[str, Any], config: Any, head: str, reference: str) -> Any:
+    """The class that opens the checkpoint with the head that is asked for."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, MODEL_MAPPING
+
+    architecture = (values.get("architectures") or [""])[0]
+    fits = {
+        "classifier": "ForImageClassification" in architecture,
+        "embedding": architecture.endswith("VisionModelWithProjection"),
+    }
+    if fits.get(head):
+        model_class = class_named(architecture)
+    else:
+        mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if head == "classifier" else MODEL_MAPPING
+        if type(config) not in mapping or (head == "embedding" and not is_dual(values)):
+            raise SourceError(
+                f"{reference}: {values['model_type']!r} has no {head} head. Pass another --head: {', '.join(HEADS)}."
+            )
+        found: Any = mapping[type(config)]
+        model_class = found[0] if isinstance(found, tuple) else found
+    if is_dual(values):
+        if head != "classifier" and not hasattr(model_class, "get_text_features"):
+            raise SourceError(f"{reference}: {model_class.__name__} is no pair of an image and a text encoder.")
+    elif model_class.main_input_name != "pixel_values":
+        raise SourceError(
+            f"{reference}: {model_class.__name__} reads {model_class.main_input_name}, not pictures. "
+            "Pass a vision model."
+        )
+    return model_class
+
+
+def _check_complete(info: Mapping[str, Any], reference: str, model: str, weights: Path | None, head: str) -> None:
+    """Weights that transformers would draw at random, or drop, are an error here."""
+    faults = [f"missing {key}" for key in sorted(info.get("missing_keys", ()))]
+    if weights is not None:
+        faults += [f"unknown {key}" for key in sorted(info.get("unexpected_keys", ()))]
+    faults += [
+        f"{key} is {tuple(found)}, should be {tuple(wanted)}"
+        for key, found, wanted in sorted(info.get("mismatched_keys", ()))
+    ]
+    if faults and weights is not None:
+        raise mismatch_error(weights, model, faults)
+    if faults:
+        more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise SourceError(
+            f"{reference}: its weights do not fill {model} (--head {head}): {'; '.join(faults[:5])}{more}. "
+            f"Pass another --head ({', '.join(HEADS)}), or --weights FILE.safetensors."
+        )
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """The configuration as JSON values; names of classes travel with the student, not here."""
+    values = json.loads(config.to_json_string(use_diff=True))
+    for key in ("id2label", "label2id", "transformers_version", "architectures", "dtype", "_name_or_path"):
+        values.pop(key, None)
+    return {**values, "model_type": config.model_type, "num_labels": config.num_labels}
+
+
+def _labels(config: Any) -> tuple[str, ...] | None:
+    """One name a class; None where the names are transformers' own placeholders."""
+    names = tuple(str(config.id2label[index]) for index in range(config.num_labels) if index in config.id2label)
+    placeholders = all(re.fullmatch(r"LABEL_\d+", name) for name in names)
+    return None if placeholders or len(names) != config.num_labels else names
+
+
+def class_count(source: Source, model: nn.Module) -> int:  # noqa: ARG001 - one signature for all libraries
+    """How many classes the outputs of `model` are logits of; 0 for features and embeddings."""
+    return source.model_args["config"]["num_labels"] if source.model_args["head"] == "classifier" else 0
+
+
+def load_options(source: Source) -> dict[str, Any]:
+    """The options of `load` that make the teacher of `source` again."""
+    return {"head": source.model_args.get("head", "auto")}
