@@ -340,7 +340,7 @@ FITS: dict[str, Callable[[nn.Module, Recipe], PrototypeFit]] = {"prototypes": Pr
 def check_objectives(student: Student, recipe: Recipe) -> None:
     """Raises RecipeError for an objective that has nothing to teach a student of this method."""
     method = find_method(student.method)
-    fitting = [method.objectives[swap] for swap in student.plan.counts() if swap in method.objectives]
+    fitting = [names for swap, names in method.objectives.items() if swap in {s.swap for s in student.plan.swaps}]
     allowed = fitting[0] if fitting else tuple(OBJECTIVES)
     for number, phase in enumerate(recipe.phases):
         if phase.objective not in allowed:

@@ -16,7 +16,7 @@ from torch import nn
 from ..convert import Student, check_teacher, load, reload_teacher
 from ..convert.layers import at_start
 from ..convert.libraries import find_library
-from ..convert.student import apply_plan
+from ..convert.plan import apply_plan
 from ..core.errors import CheckpointError, DataError, RecipeError
 from ..core.files import new_file
 from ..data.index import ShardIndex, index_shards
@@ -46,14 +46,13 @@ def teacher_of(student: Student, weights: Path | None, converted: bool = False) 
 
     Where it is asked for as `converted`, its layers are the student's at their start: the same function.
     """
-    identical = at_start(student.model) and not {"calibration", "alignment"} & set(student.report)
-    if identical:
+    if at_start(student.model) and student.history.unchanged:
         model = copy.deepcopy(student.model)
     else:
         model = reload_teacher(student.source, weights).model
         check_teacher(student, model)
         if converted:
-            apply_plan(model, student.plan, student.preprocess, student.config)
+            apply_plan(model, student.plan, student.preprocess)
     return model.eval().requires_grad_(False)
 
 
@@ -62,7 +61,7 @@ def start_from(student: Student, folder: Path | None) -> None:
     if folder is None:
         return
     other = load(folder)
-    ours, theirs = ((s.source.architecture, s.plan.digest) for s in (student, other))
+    ours, theirs = ((s.source.architecture, s.plan.swaps) for s in (student, other))
     if ours != theirs:
         raise CheckpointError(
             f"--init-from {folder}: a student of {other.source.reference} by another plan than that of "

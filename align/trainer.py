@@ -16,6 +16,7 @@ from accelerate.utils import ProjectConfiguration
 
 from ..convert import load, save
 from ..convert.checkpoint import versions
+from ..convert.history import Alignment
 from ..convert.memory import laid_out, memory_format_of
 from ..core.files import check_free
 from ..data.bad import BadSamples
@@ -141,13 +142,16 @@ def _kept(run: AlignRun, progress: state.Progress) -> dict[str, Any] | None:
 def _save(run: AlignRun, outcome: Outcome, result: dict[str, Any]) -> None:
     """Saves the aligned student (main process)."""
     if run.accelerator.is_main_process:
-        summary = {
-            **{key: result[key] for key in ("pictures", "final", "curve", "kept")},
-            "pressure": run.recipe.pressure,
-        }
+        alignment = Alignment(
+            result["pictures"],
+            result["final"],
+            tuple(result["curve"]),
+            result["kept"],
+            run.recipe.pressure,
+            outcome.fitted,
+        )
         if outcome.fitted:
-            summary |= {"fit": outcome.fitted}
             write_prototypes(run.config.work, run.student.labels, run.pictures.train, outcome.fitted)
-        student = dataclasses.replace(run.student, model=run.learner.result.cpu()).with_report(alignment=summary)
+        student = dataclasses.replace(run.student, model=run.learner.result.cpu()).with_history(alignment=alignment)
         save(student, run.config.out, run.config.overwrite)
     run.accelerator.wait_for_everyone()

@@ -40,6 +40,7 @@ from bcosify.align.recipe import Recipe, load_recipe, scaled
 from bcosify.align.run import AlignConfig, AlignRun, Outcome
 from bcosify.align.schedule import strengths_at
 from bcosify.convert import convert, load, load_teacher, save, set_strength
+from bcosify.convert.history import Alignment
 from bcosify.convert.layers import batch_statistics
 from bcosify.convert.methods import find_method
 from bcosify.data.bad import BadSamples
@@ -182,8 +183,8 @@ def aligned(folder: Path, out: Path, recipe: Recipe, data: Decoded) -> tuple[Out
     first = len(ends) // 4
     each = (ends[-1] - ends[first]) / (len(ends) - 1 - first)
     curve = outcome.progress.curve
-    report = {"pictures": outcome.progress.step * recipe.batch_size, "final": curve[-1], "curve": list(curve)}
-    save(dataclasses.replace(student, model=learner.result.cpu()).with_report(alignment=report), out)
+    alignment = Alignment(outcome.progress.step * recipe.batch_size, curve[-1], tuple(curve))
+    save(dataclasses.replace(student, model=learner.result.cpu()).with_history(alignment=alignment), out)
     return outcome, each
 
 

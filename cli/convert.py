@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,10 @@ def convert(
             "reference": reference,
             "method": method,
             "counts": plan.counts(),
-            "steps": [vars(s) for s in plan.steps],
+            "steps": [
+                {"name": step.name, "found": step.found, "becomes": step.becomes, "reason": step.reason}
+                for step in plan.steps
+            ],
         }
     assert out is not None
     student = convert_model(teacher, config, plan=plan)
@@ -99,10 +103,11 @@ def convert(
     costs = lossy_steps(student, shown, ends) if ends else []
     if pictures is not None:
         student = _calibrated(student, pictures, ends)
-    save(student.with_report(lossy_steps=costs), out, overwrite)
+    conversion = dataclasses.replace(student.history.conversion, lossy_steps=tuple(costs))
+    save(student.with_history(conversion=conversion), out, overwrite)
     swapped = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
     console.print(f"{reference}: {swapped}")
-    console.print(f"identity at {student.start}: relative error {student.report['identity_error']:.1e}")
+    console.print(f"identity at {student.start}: relative error {conversion.identity_error:.1e}")
     what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
     if costs:
         show_table(
@@ -118,7 +123,7 @@ def convert(
         "out": str(out),
         "method": method,
         "counts": plan.counts(),
-        "identity_error": student.report["identity_error"],
+        "identity_error": conversion.identity_error,
         "lossy_steps": costs,
     }
 
@@ -143,9 +148,10 @@ def _calibrated(student: Any, pictures: Any, ends: dict[str, float]) -> Any:
     import copy
 
     from ..convert import set_strength
+    from ..convert.history import Calibration
     from ..convert.student import carrying, with_reference_gains
 
     original, ends = copy.deepcopy(student.model), ends | carrying(student.model)
     set_strength(student.model, **ends)
     gains = with_reference_gains(student.model, original, [pictures])
-    return student.with_report(calibration={"pictures": len(pictures), **ends, "layers": len(gains)})
+    return student.with_history(calibration=Calibration(len(pictures), ends, len(gains)))

@@ -56,7 +56,7 @@ def demo(
     console.print(f"1/4 {REFERENCE} -> {out / 'student'}")
     student = convert(teacher, BcosConfig(keep=KEPT))
     save(student, out / "student")
-    error = student.report["identity_error"]
+    error = student.history.conversion.identity_error
     swapped = sum(student.plan.counts().values())
     console.print(f"    {WHY}")
     console.print(f"    {swapped} layers swapped; at B=1 it is the teacher: relative error {error:.1e}")

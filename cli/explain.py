@@ -7,10 +7,13 @@ import dataclasses
 import json as json_module
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import console, show_table
 from .targets import Question, ask
+
+if TYPE_CHECKING:
+    from ..convert.history import History
 
 
 def explain(
@@ -69,7 +72,7 @@ def explain(
         patch=patch,
         zero_shot=zero_shot,
     )
-    question = _with_prototypes(question, getattr(opened, "report", {}))
+    question = _with_prototypes(question, getattr(opened, "history", None))
     files = list(_files(pictures))
     names = _unique([file.stem for file in files])
     for file in files:
@@ -99,9 +102,10 @@ def explain(
     return rows
 
 
-def _with_prototypes(question: Question, report: dict[str, Any]) -> Question:
+def _with_prototypes(question: Question, history: History | None) -> Question:
     """The same question; of each class the ledger also says which training pictures its prototypes lie nearest to."""
-    found = report.get("alignment", {}).get("fit", {}).get("prototypes")
+    alignment = history and history.alignment
+    found = alignment.fit.get("prototypes") if alignment else None
     if not found:
         return question
 

@@ -39,7 +39,7 @@ def _converted(reference: str) -> dict[str, Any]:
     from ..convert.layers import strength_spans
 
     student = load(reference)
-    alignment = student.report.get("alignment", {})
+    alignment = student.history.alignment
     return {
         "source": student.source.reference,
         "architecture": student.source.architecture,
@@ -51,10 +51,10 @@ def _converted(reference: str) -> dict[str, Any]:
             for name, (least, most) in strength_spans(student.model).items()
         },
         "size": f"{student.preprocess.size[0]} x {student.preprocess.size[1]}",
-        "identity_error": student.report.get("identity_error"),
+        "identity_error": student.history.conversion.identity_error,
         "text_tower": "none" if student.text is None else "kept, unchanged",
-        "aligned_on": f"{alignment['pictures']} pictures" if alignment else "not aligned",
-        "held_out_fidelity": alignment.get("final", {}),
+        "aligned_on": f"{alignment.pictures} pictures" if alignment else "not aligned",
+        "held_out_fidelity": (alignment and alignment.final) or {},
     }
 
 

@@ -1,11 +1,25 @@
 """A converted model is a folder. Saving is atomic; loading is strict, and checks that the function is still the same.
 
     model.safetensors    weights, and B and beta of every layer
-    bcosify.json         schema, source, method, plan digest, preprocessing, labels, versions, report, sha256 of all
+    bcosify.json         what the model is made of (see below), and the sha256 of all files
     config.json          what timm and transformers read (see `library_files`)
     probe.safetensors    a small input and the output that it had when saved
     text/                the text tower of a dual encoder, unchanged; opened when the first text is embedded
     open_clip_config.json  what open_clip reads, for its own pairs of towers
+
+`bcosify.json` (schema 2) is an object with
+
+    schema      2
+    source      the teacher's library, architecture and its arguments, revision (`libraries.Source`)
+    method      name of the method. config: its settings
+    swaps       [{"name": of a module, "swap": id, "args": its arguments}, ...] (see `swaps`)
+    preprocess  how pictures are prepared. labels: one name a class, or null
+    history     what was done to it, and measured (see `history`)
+    versions    name -> version of the libraries that wrote it
+    text, files name -> sha256 of the files in text/ and of all others. digest: sha256 of the rest of this object
+
+Loading builds the source's empty model, carries out the swaps, takes the weights, and computes the probe. No rule of
+any method is asked, so folders stay readable when rules change. Folders of schema 1 have no swaps (see `schema_1`).
 
 Nothing here can run code: safetensors and JSON only; a pickle is refused by name. What a folder asks for is compared
 with what it holds before it is given memory (see `limits`).
@@ -30,6 +44,8 @@ from torch import Tensor, nn
 from ..core.errors import CheckpointError, PlanError, near_miss
 from ..core.files import file_digest, new_folder
 from ..core.settings import faults, parse
+from . import schema_1
+from .history import History
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
 from .layers import scheduled_layers, watching
 from .libraries import Preprocess, SavedText, Source, build
@@ -37,19 +53,20 @@ from .libraries.weights import assign_weights, build_on_meta
 from .library_files import config_of, own_files
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
-from .plan import Method, plan_conversion
-from .student import Student, apply_plan, output_of
+from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
+from .student import Student, output_of
 from .trace import fitted, noise_pictures
 
 __all__ = ["load", "read_record", "save", "skeleton", "versions"]
 
-SCHEMA = 1
+SCHEMA = 2
+READ = (schema_1.SCHEMA, SCHEMA)
 RECORD_LIMIT = 2**26  # bytes; a record with the labels of 21,843 classes has 2**20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 VERSIONED = ("bcosify", "torch", "timm", "open_clip_torch", "transformers")
 # The probe was computed by the same code on the same weights: only another machine's kernels may differ.
 PROBE_TOLERANCE = 1e-3
-# Strengths that folders of this schema may lack: they were written before these came.
+# Strengths that folders may lack: they were written before these came.
 NEWER_STRENGTHS = {"carry", "window", "spread"}
 
 
@@ -117,29 +134,39 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
     _check_names(folder, record)
     _refuse_pickles(folder)
     header = read_header(folder / WEIGHTS)
-    method, config, preprocess, source = _described(folder, record, header)
+    method, config, preprocess, source, history = _described(folder, record, header)
     if check:
         _check_picture(folder, preprocess)
+    old = record["schema"] == schema_1.SCHEMA
     with within(header):
-        # Weights that come out of a file need no random ones first; a method that runs the model to plan needs some.
-        model = build(source) if random or method.tries else build_on_meta(lambda: build(source))
-    plan = plan_conversion(model, method, config, preprocess.size)
-    if plan.digest != record["plan"]:
-        raise CheckpointError(
-            f"{folder}: the plan made now differs from the one that it was saved with, so the "
-            f"layers would not match. It was "
-            f"written with {_versions_text(record['versions'])}; here are {_versions_text(versions())}."
-        )
+        # Weights that come out of a file need no random ones first.
+        model = build(source) if random or old else build_on_meta(lambda: build(source))
+    if old:
+        plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
+    else:
+        plan = _saved_plan(folder, record, method, model, header)
     with within(header):
-        apply_plan(model, plan, preprocess, config)
+        apply_plan(model, plan, preprocess)
     labels = None if record["labels"] is None else tuple(record["labels"])
     # Folders written before text towers were kept have no such entry.
     files = record.get("text")
     text = None if files is None else SavedText(folder / TEXT, files if check else None)
-    return Student(model, source, preprocess, labels, method.name, config, plan, record["report"], text)
+    return Student(model, source, preprocess, labels, method.name, config, plan, history, text)
 
 
-def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Method, Any, Preprocess, Source]:
+def _saved_plan(folder: Path, record: dict[str, Any], method: Method, model: nn.Module, header: Header) -> Plan:
+    """The swaps of a record, each of which this version knows and `model` has a place for."""
+    check_numbers(record["swaps"], header, f"{folder / RECORD}: swaps")
+    try:
+        return Plan(method.name, read_swaps(record["swaps"], model))
+    except PlanError as error:
+        raise CheckpointError(
+            f"{folder / RECORD} has swaps that cannot be carried out: {error}. It was written with "
+            f"{_versions_text(record['versions'])}; here are {_versions_text(versions())}. If yours are older, update."
+        ) from error
+
+
+def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Method, Any, Preprocess, Source, History]:
     """What a record says of its model, each of its kind and no larger than the weights in `header`."""
     try:
         method = find_method(record["method"])
@@ -149,18 +176,21 @@ def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Me
         preprocess, source = Preprocess.from_json(record["preprocess"]), Source(**record["source"])
         if len(preprocess.size) != 2 or not all(isinstance(side, int) and side > 0 for side in preprocess.size):
             raise ValueError(f"preprocess.size is {preprocess.size}")
-        strings = (source.reference, source.library, source.architecture, record["plan"])
+        strings = (source.reference, source.library, source.architecture)
         if not all(isinstance(text, str) for text in strings) or not isinstance(source.model_args, dict):
-            raise TypeError("source and plan must be texts, and model_args an object")
-        kinds = {"labels": list | None, "report": dict, "versions": dict, "files": dict}
+            raise TypeError("source must have texts, and model_args an object")
+        old = record["schema"] == schema_1.SCHEMA
+        own = {"plan": str, "report": dict} if old else {"swaps": list, "history": dict}
+        kinds = {"labels": list | None, "versions": dict, "files": dict, **own}
         wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
         if wrong:
-            raise TypeError(f"{', '.join(wrong)} must be an object (labels: a list)")
+            raise TypeError(f"{', '.join(wrong)} must be an object (labels and swaps: a list)")
+        history = schema_1.history_of(record["report"]) if old else History.from_json(record["history"])
     except (KeyError, TypeError, ValueError, PlanError) as error:
         raise CheckpointError(
             f"{folder / RECORD} is no record of a student: {type(error).__name__}: {error}."
         ) from error
-    return method, config, preprocess, source
+    return method, config, preprocess, source, history
 
 
 def _check_names(folder: Path, record: dict[str, Any]) -> None:
@@ -194,9 +224,11 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON any more: {error}") from error
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") not in READ:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-        raise CheckpointError(f"{path} has schema {found}; this version reads {SCHEMA}. Update bcosify.")
+        raise CheckpointError(
+            f"{path} has schema {found}; this version reads {' and '.join(map(str, READ))}. Update bcosify."
+        )
     return record
 
 
@@ -206,11 +238,11 @@ def _record(student: Student) -> dict[str, Any]:
         "source": dataclasses.asdict(student.source),
         "method": student.method,
         "config": dataclasses.asdict(student.config),
-        "plan": student.plan.digest,
+        "swaps": written_swaps(student.plan),
         "preprocess": dataclasses.asdict(student.preprocess),
         "labels": student.labels,
         "versions": versions(),
-        "report": student.report,
+        "history": student.history.to_json(),
     }
 
 

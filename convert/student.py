@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import LedgerError, SourceError
+from .history import Conversion, History
 from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
 from .libraries import Preprocess, Source, Teacher, Text, check_plain, load_teacher
-from .methods import find_method
-from .methods.bcos import BcosConfig
-from .plan import Plan, plan_conversion
+from .methods import find_method, method_of
+from .plan import Plan, apply_plan, plan_conversion
 from .trace import fitted, noise_pictures
 
 __all__ = [
@@ -46,7 +46,7 @@ class Student:
     Attributes:
         model: takes what the teacher's model takes: a normalised picture (B, 3, H, W).
         method, config, plan: how it was converted.
-        report: measured facts (identity error, calibration, alignment), JSON values only.
+        history: what was done to it, and measured.
         text: the teacher's text tower, unchanged, where it has one.
     """
 
@@ -57,7 +57,7 @@ class Student:
     method: str
     config: Any
     plan: Plan
-    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    history: History = History()
     text: Text | None = None
 
     @property
@@ -65,17 +65,17 @@ class Student:
         """Where it is its teacher, in words."""
         return described(find_method(self.method).start(self.config))
 
-    def with_report(self, **facts: Any) -> Student:
-        """The same student with more facts in its report."""
-        return dataclasses.replace(self, report={**self.report, **facts})
+    def with_history(self, **stages: Any) -> Student:
+        """The same student with other `History` attributes, such as `alignment`."""
+        return dataclasses.replace(self, history=dataclasses.replace(self.history, **stages))
 
 
-def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = None) -> Student:
+def convert(teacher: Teacher | str, config: Any = "bcos", *, plan: Plan | None = None) -> Student:
     """Converts a copy of `teacher`; until a strength moves the student is the teacher, and that is checked.
 
     Args:
         teacher: a Teacher, or a reference such as `timm:resnet50` (see `load_teacher`).
-        config: settings of the method; its class chooses the method. Default `BcosConfig()`.
+        config: settings of the method, or its name for the default ones.
         plan: a plan made before by `plan_for`, to spare making it again.
 
     A teacher in half precision is converted and compared in float32, then rounded back. One on the meta device is
@@ -85,13 +85,13 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
         SourceError, PlanError: before anything is changed.
         LedgerError: the student differs from the teacher by more than rounding.
     """
+    config = _settings(config)
     teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
     check_plain(teacher.model, teacher.source.reference)
-    config = BcosConfig() if config is None else config
     plan = plan or plan_for(teacher, config)
     original = _in_single_precision(teacher.model)
     model = copy.deepcopy(original)
-    apply_plan(model, plan, teacher.preprocess, config)
+    apply_plan(model, plan, teacher.preprocess)
     student = Student(
         model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan, text=teacher.text
     )
@@ -111,7 +111,7 @@ def convert(teacher: Teacher | str, config: Any = None, *, plan: Plan | None = N
             f"{student.start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; "
             "nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
-    return student.with_report(identity_error=error, teacher=_fingerprint(theirs[:1]))
+    return student.with_history(conversion=Conversion(error, _fingerprint(theirs[:1])))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -136,22 +136,14 @@ def _take_precision(model: nn.Module, source: nn.Module) -> None:
 
 
 def plan_for(teacher: Teacher, config: Any) -> Plan:
-    """The plan of converting `teacher` with `config`; changes nothing."""
-    return plan_conversion(teacher.model, _method_of(config), config, teacher.preprocess.size)
+    """The plan of converting `teacher` with `config` (settings, or the name of a method); changes nothing."""
+    config = _settings(config)
+    return plan_conversion(teacher.model, method_of(config), config, teacher.preprocess.size)
 
 
-def apply_plan(model: nn.Module, plan: Plan, preprocess: Preprocess, config: Any) -> None:
-    """Carries out every swap of `plan` on `model`, in place."""
-    swaps = find_method(plan.method).swaps
-    for step in plan.swaps:
-        assert step.becomes is not None
-        swaps[step.becomes](model.get_submodule(step.name), preprocess, config)
-
-
-def _method_of(config: Any):  # noqa: ANN202
-    from .methods import METHODS
-
-    return next(method for method in METHODS.values() if method.config_class is type(config))
+def _settings(config: Any) -> Any:
+    """`config` itself, or the default settings of the method that it names."""
+    return find_method(config).config_class() if isinstance(config, str) else config
 
 
 def output_of(model: nn.Module, pictures: Tensor) -> Tensor:
@@ -174,10 +166,10 @@ FINGERPRINT = 16  # outputs in a fingerprint
 SAME_TEACHER = 1e-2
 
 
-def _fingerprint(output: Tensor) -> list[float]:
+def _fingerprint(output: Tensor) -> tuple[float, ...]:
     """Of a model's output on one noise picture, evenly chosen numbers: tells one set of weights from another."""
     output = output.flatten().float()
-    return output[:: -(-len(output) // FINGERPRINT)].tolist()
+    return tuple(output[:: -(-len(output) // FINGERPRINT)].tolist())
 
 
 def check_teacher(student: Student, model: nn.Module) -> None:
@@ -185,7 +177,7 @@ def check_teacher(student: Student, model: nn.Module) -> None:
 
     Hub repositories and folders change. A student without a record of its teacher passes.
     """
-    recorded = student.report.get("teacher")
+    recorded = student.history.conversion.teacher
     if recorded is None:
         return
     wanted = torch.tensor(recorded)

@@ -15,7 +15,7 @@ from ..core.errors import PlanError
 from ..core.pictures import fitted, noise_pictures
 from ..explain.linearise import Linearised
 
-__all__ = ["Trace", "trace_forward", "with_memory"]
+__all__ = ["Trace", "trace_forward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,16 +91,11 @@ def _leaves(output: object) -> list[object]:
     return [leaf for value in output for leaf in _leaves(value)] if isinstance(output, list | tuple) else [output]
 
 
-def with_memory(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, full of zeros: enough to see which layers run."""
-    copied = copy.deepcopy(model).to_empty(device="cpu")
-    for tensor in [*copied.parameters(), *copied.buffers()]:
-        tensor.detach().zero_()
-    return copied
-
-
 def _readable(model: nn.Module) -> nn.Module:
-    """As `with_memory`, to be read only: one number stands for a whole tensor, so a copy of any size costs nothing."""
+    """A copy of a model on the meta device that runs, full of zeros: enough to see which layers do.
+
+    To be read only: one number stands for a whole tensor, so a copy of a model of any size costs nothing.
+    """
     copied = copy.deepcopy(model)
     for module in copied.modules():
         for name, parameter in module._parameters.items():

@@ -42,6 +42,8 @@ def from_assignments(kind: type, assignments: Sequence[str], **given: Any) -> An
 def faults(kind: Any, value: Any, where: str = "") -> Iterator[str]:
     """One line for everything in `value` that does not fit the annotation `kind`; `where` says what it is."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return
     if dataclasses.is_dataclass(kind):
         yield from _dataclass_faults(kind, value, where)
     elif origin is Literal:
@@ -106,4 +108,6 @@ def parse(kind: Any, value: Any) -> Any:
         return tuple(parse(arguments[0], item) for item in value)
     if origin is dict:
         return {key: parse(arguments[1], item) for key, item in value.items()}
+    if origin in (typing.Union, types.UnionType):
+        return parse(next(option for option in arguments if not list(faults(option, value))), value)
     return float(value) if kind is float else value

@@ -162,7 +162,7 @@ def card_of(
         student=student,
         layers=", ".join(f"{count} {name}" for name, count in student.plan.counts().items()),
         strengths=_strengths(student),
-        alignment=student.report.get("alignment"),
+        alignment=student.history.alignment,
         recipe=recipe,
         phases=[_phase(phase) for phase in (recipe or {}).get("phases", ())],
         end_to_end=any(phase.get("objective") == "end-to-end" for phase in (recipe or {}).get("phases", ())),
@@ -270,7 +270,7 @@ def _limits(student: Student, evaluation: Evaluation | None, recipe: dict[str, A
 
 def _of_training(student: Student, recipe: dict[str, Any] | None) -> list[str]:
     found = []
-    if "alignment" not in student.report:
+    if student.history.alignment is None:
         found.append("It was converted but not aligned.")
     spans = strength_spans(student.model)
     if spans.get("beta", (0.0, 0.0))[1] > 0:

@@ -15,7 +15,6 @@ from torch import nn
 from ..convert import Student, load, skeleton
 from ..convert.libraries import find_library
 from ..convert.library_files import ARCHITECTURE
-from ..convert.methods import find_method
 from ..core.errors import CheckpointError
 
 __all__ = ["register"]
@@ -123,10 +122,10 @@ def _reset_head(student: Student, options: dict[str, Any]) -> None:
         return
     old = dict(model.named_modules())
     model.reset_classifier(classes, *([] if pool is None else [pool]))
-    swaps = find_method(student.method).swaps
+    steps = {step.name: step for step in student.plan.swaps}
     for name, module in dict(model.named_modules()).items():
-        step = next((step for step in student.plan.swaps if step.name == name), None)
-        if name and step and step.becomes and module is not old.get(name) and type(module).__name__ == step.found:
-            swaps[step.becomes](module, student.preprocess, student.config)
+        step = steps.get(name)
+        if name and step and step.swap and module is not old.get(name) and type(module).__name__ == step.found:
+            step.swap.change(module, student.preprocess, step.arguments)
             for strength, value in getattr(old[name], "strengths", dict)().items():
                 module.set_strength(strength, value)

@@ -1,8 +1,8 @@
 """Where a model's last map is, how the map becomes the output, and which blocks keep the shape of what they are given.
 
 Found by looking at one forward pass, on any architecture of any library: the vector that the output layer is given is
-compared with the mean over places of what every module returned. A copy with random weights is looked at, so that
-the answer is that of the architecture.
+compared with the mean over places of what every module returned. A copy with random weights is looked at: with those
+of a fresh or a pruned model, different modules may compute the same by chance.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from ...core.errors import PlanError
 from ..blocks import blocks_of
-from ..plan import class_path
+from ..plan import check_whole, class_path
 from ..randomise import randomise
-from ..trace import fitted, noise_pictures, with_memory
+from ..trace import fitted, noise_pictures
 from . import kinds
 
 __all__ = ["Anatomy", "Head", "Layout", "look"]
@@ -101,10 +101,10 @@ def look(model: nn.Module, size: tuple[int, int]) -> Anatomy:
     """The anatomy of `model`, which stays as it is, on pictures of `size`.
 
     Raises:
-        PlanError: the model does not run on such a picture.
+        PlanError: the model does not run on such a picture, or has no weights.
     """
-    meta = any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
-    copied = (with_memory(model) if meta else copy.deepcopy(model)).float()
+    check_whole(model)
+    copied = copy.deepcopy(model).float()
     pictures = fitted(noise_pictures(2, size), copied)
     try:
         with torch.no_grad():

@@ -15,12 +15,12 @@ from ..layers import BcosConv2d, BcosConv2dSame, BcosLinear, SixChannelBcosConv2
 from ..plan import Decision, Method
 from ..trace import Trace
 from . import dynamic_linear
+from .dynamic_linear import DynamicArguments, dynamic_swap
 
 __all__ = ["METHOD", "BcosConfig"]
 
 Scale = Literal["cosine", "unbounded"]
 SCALES: tuple[Scale, ...] = get_args(Scale)
-LAYERS = dynamic_linear.Layers(BcosLinear, BcosConv2d, BcosConv2dSame, SixChannelBcosConv2d, SixChannelBcosConv2dSame)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,29 @@ class BcosConfig:
             raise PlanError(f"no scale {self.scale!r}.{near_miss(self.scale, SCALES)} There are: {', '.join(SCALES)}.")
 
 
-def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: BcosConfig) -> Decision | None:  # noqa: ARG001
-    return dynamic_linear.decide(name, module, model, trace, LAYERS)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BcosArguments(DynamicArguments):
+    """Attributes: bounded: whether the scale is a cosine; else the weight's norm stays in it."""
+
+    bounded: bool
 
 
-def _prepare(layer: BcosLinear | BcosConv2d, config: BcosConfig) -> None:
-    layer.bounded = config.scale == "cosine"
+def _prepare(layer: BcosLinear | BcosConv2d, given: BcosArguments) -> None:
+    layer.bounded = given.bounded
 
 
-METHOD = Method(
-    "bcos", BcosConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends=lambda config: {"b": 2.0, "beta": 0.0}
+LAYERS = dynamic_linear.Layers(
+    linear=dynamic_swap("bcos.linear", BcosLinear, nn.Linear, BcosArguments, _prepare),
+    convolution=dynamic_swap("bcos.conv2d", BcosConv2d, nn.Conv2d, BcosArguments, _prepare),
+    same=dynamic_swap("bcos.conv2d_same", BcosConv2dSame, nn.Conv2d, BcosArguments, _prepare),
+    stem=dynamic_swap("bcos.stem_conv2d", SixChannelBcosConv2d, nn.Conv2d, BcosArguments, _prepare),
+    stem_same=dynamic_swap("bcos.stem_conv2d_same", SixChannelBcosConv2dSame, nn.Conv2d, BcosArguments, _prepare),
 )
+
+
+def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: BcosConfig) -> Decision | None:
+    arguments = BcosArguments(bounded=config.scale == "cosine")
+    return dynamic_linear.decide(name, module, model, trace, LAYERS, arguments)
+
+
+METHOD = Method("bcos", BcosConfig, _decide, ends=lambda config: {"b": 2.0, "beta": 0.0})

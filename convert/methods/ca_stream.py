@@ -19,6 +19,7 @@ from ...core.errors import PlanError, near_miss
 from ..layers import CaStream, CaStreamForToken, adopt, join
 from ..libraries import Preprocess
 from ..plan import Decision, Method
+from ..swaps import Swap, swap
 from ..trace import Trace, fitted, noise_pictures
 from .timm_stages import check_timm, head_reads, last_stages, seen_stages
 
@@ -56,13 +57,32 @@ class CaStreamConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StreamArguments:
+    """Attributes: stages, widths: numbers and channels of the stages that the stream reads. value: it learns V."""
+
+    stages: tuple[int, ...]
+    widths: tuple[int, ...]
+    value: bool
+
+
+@swap("ca-stream.average", CaStream, arguments=StreamArguments)
+def average_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:  # noqa: ARG001
+    join(module, CaStream).open_stream(given.stages, given.widths, given.value)
+
+
+@swap("ca-stream.token", CaStreamForToken, arguments=StreamArguments)
+def token_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:  # noqa: ARG001
+    adopt(module, CaStreamForToken).open_stream(given.stages, given.widths, given.value)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Place:
     """Where a stream fits: the stages that it reads, their widths, and the head that it feeds."""
 
     stages: tuple[int, ...]
     widths: tuple[int, ...]
     grid: tuple[int, int]
-    becomes: str
+    swap: Swap
 
 
 @torch.no_grad()
@@ -83,39 +103,30 @@ def _look(model: Any, size: tuple[int, int], config: CaStreamConfig) -> _Place:
 
 
 DISTILLED = ("decisions", "pairwise", "end-to-end")
-READERS = {"average": CaStream.__name__, "token": CaStreamForToken.__name__}
+READERS = {"average": average_stream, "token": token_stream}
 
 
 def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: CaStreamConfig) -> Decision | None:  # noqa: ARG001
     if name:
         return None
     place = _look(model, trace.size, config)
-    what = "the class token, whose share then fades" if place.becomes == CaStreamForToken.__name__ else "the average"
+    token = place.swap is token_stream
+    what = "the class token, whose share then fades" if token else "the average"
     widths = " -> ".join(map(str, place.widths))
     return Decision(
-        place.becomes, f"attention in the place of {what}; stages of {widths} channels, {place.grid} places"
+        place.swap,
+        f"attention in the place of {what}; stages of {widths} channels, {place.grid} places",
+        StreamArguments(place.stages, place.widths, token or config.value == "linear"),
     )
-
-
-def _swap_average(module: nn.Module, preprocess: Preprocess, config: CaStreamConfig) -> None:
-    place = _look(module, preprocess.size, config)
-    join(module, CaStream).open_stream(place.stages, place.widths, config.value == "linear")
-
-
-def _swap_token(module: nn.Module, preprocess: Preprocess, config: CaStreamConfig) -> None:
-    place = _look(module, preprocess.size, config)
-    adopt(module, CaStreamForToken).open_stream(place.stages, place.widths, value=True)
 
 
 METHOD = Method(
     name="ca-stream",
     config_class=CaStreamConfig,
     decide=_decide,
-    swaps={CaStream.__name__: _swap_average, CaStreamForToken.__name__: _swap_token},
     ends=lambda config: {},
-    tries=True,
     whole=True,
     trains="stream",
     # Of an average, the pooled vector is matched best by uniform attention: there is nothing to learn from it.
-    objectives={CaStream.__name__: ("decisions", "pairwise"), CaStreamForToken.__name__: DISTILLED},
+    objectives={average_stream: ("decisions", "pairwise"), token_stream: DISTILLED},
 )

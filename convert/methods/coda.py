@@ -24,11 +24,11 @@ from ..layers import (
 from ..plan import Decision, Method
 from ..trace import Trace
 from . import dynamic_linear
+from .dynamic_linear import DynamicArguments, dynamic_swap
 
 __all__ = ["METHOD", "CodaConfig"]
 
 SQUASHES: tuple[str, ...] = get_args(Squash)
-LAYERS = dynamic_linear.Layers(CodaLinear, CodaConv2d, CodaConv2dSame, SixChannelCodaConv2d, SixChannelCodaConv2dSame)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +62,37 @@ class CodaConfig:
                 raise PlanError(f"{name}={getattr(self, name)}: must be at least {least}.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodaArguments(DynamicArguments):
+    """Attributes: squash, rank, basis: as in `CodaConfig`."""
+
+    squash: Squash
+    rank: int
+    basis: int
+
+
+def _prepare(layer: CodaLinear | CodaConv2d, given: CodaArguments) -> None:
+    layer.start_alignment(given.rank, given.basis, given.squash)
+
+
+LAYERS = dynamic_linear.Layers(
+    linear=dynamic_swap("coda.linear", CodaLinear, nn.Linear, CodaArguments, _prepare),
+    convolution=dynamic_swap("coda.conv2d", CodaConv2d, nn.Conv2d, CodaArguments, _prepare),
+    same=dynamic_swap("coda.conv2d_same", CodaConv2dSame, nn.Conv2d, CodaArguments, _prepare),
+    stem=dynamic_swap("coda.stem_conv2d", SixChannelCodaConv2d, nn.Conv2d, CodaArguments, _prepare),
+    stem_same=dynamic_swap("coda.stem_conv2d_same", SixChannelCodaConv2dSame, nn.Conv2d, CodaArguments, _prepare),
+)
+
+
 def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: CodaConfig) -> Decision | None:
     early = _early(model, trace, config.last_stages)
     if early and not name:
         return None  # whatever reads the picture stays as it is
     if name in early:
         return Decision(None, f"runs before the last stages (last_stages={config.last_stages})")
-    decision = dynamic_linear.decide(name, module, model, trace, LAYERS)
-    return _checked(decision, module, model) if decision is not None and decision.becomes in LAYERS.names else decision
+    arguments = CodaArguments(squash=config.squash, rank=config.rank, basis=config.basis)
+    decision = dynamic_linear.decide(name, module, model, trace, LAYERS, arguments)
+    return _checked(decision, module, model) if decision is not None and decision.swap in LAYERS.swaps else decision
 
 
 def _checked(decision: Decision, module: Any, model: nn.Module) -> Decision:
@@ -112,8 +135,4 @@ def _positions(trace: Trace, stages: list[str]) -> list[int]:
     ]
 
 
-def _prepare(layer: CodaLinear | CodaConv2d, config: CodaConfig) -> None:
-    layer.start_alignment(config.rank, config.basis, config.squash)
-
-
-METHOD = Method("coda", CodaConfig, _decide, dynamic_linear.swaps(LAYERS, _prepare), ends=lambda config: {"beta": 0.0})
+METHOD = Method("coda", CodaConfig, _decide, ends=lambda config: {"beta": 0.0})

@@ -20,7 +20,6 @@ from torch import nn
 from ...core.errors import PlanError
 from ..layers import (
     BiasScheduled,
-    DynamicConv2d,
     SeparateAttention,
     SeparateAttentionPool2d,
     SixChannel,
@@ -31,31 +30,106 @@ from ..layers import (
 )
 from ..libraries import Preprocess
 from ..plan import Decision, class_path
+from ..swaps import NoArguments, Swap, swap
 from ..trace import Trace
 from . import kinds
 
-__all__ = ["Layers", "decide", "swaps"]
+__all__ = ["DynamicArguments", "Layers", "decide", "dynamic_swap"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DynamicArguments:
+    """What the swap of any dynamic-linear layer must know; a method adds what its own need.
+
+    Attributes:
+        standardised: the weight is standardised in every forward pass of the source; that is folded into it.
+    """
+
+    standardised: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
     """The dynamic-linear layers of one method; `same` is over timm's `Conv2dSame`, `stem*` encode the picture."""
 
-    linear: type[BiasScheduled]
-    convolution: type[DynamicConv2d]
-    same: type[DynamicConv2d]
-    stem: type[SixChannel]
-    stem_same: type[SixChannel]
+    linear: Swap
+    convolution: Swap
+    same: Swap
+    stem: Swap
+    stem_same: Swap
 
     @property
-    def types(self) -> tuple[type[BiasScheduled], ...]:
+    def swaps(self) -> tuple[Swap, ...]:
         """All of them."""
         return self.linear, self.convolution, self.same, self.stem, self.stem_same
 
-    @property
-    def names(self) -> frozenset[str]:
-        """What a plan calls them."""
-        return frozenset(layer.__name__ for layer in self.types)
+
+def dynamic_swap(
+    id: str,  # noqa: A002
+    layer: type[BiasScheduled],
+    over: type[nn.Module],
+    arguments: type[DynamicArguments],
+    prepare: Callable[[Any, Any], None],
+) -> Swap:
+    """The swap to `layer`, which `prepare(layer, arguments)` ends."""
+
+    @swap(id, layer, over, arguments)
+    def change(module: nn.Module, preprocess: Preprocess, given: DynamicArguments) -> None:
+        if given.standardised:
+            _fold_standardisation(module)
+        adopted = adopt(module, layer)
+        if isinstance(adopted, SixChannel):
+            adopted.encode_with(preprocess.mean, preprocess.std)
+        prepare(adopted, given)
+
+    return change
+
+
+# ------------------------------------------------------------------------------------------------------- shared swaps
+
+
+@dataclasses.dataclass(frozen=True)
+class FadingArguments:
+    """Attributes: constants: parameters or buffers beside the bias that the source's forward adds, and that fade."""
+
+    constants: tuple[str, ...] = ()
+
+
+def _check_constants(module: nn.Module, names: tuple[str, ...]) -> None:
+    """Raises PlanError for a name that is no tensor of the module: it would hide something else."""
+    own = {*module._parameters, *module._buffers}
+    if wrong := [name for name in names if name not in own]:
+        raise PlanError(f"{type(module).__name__} has no parameter or buffer {', '.join(map(repr, wrong))} to fade")
+
+
+@swap("common.fading_bias", BiasScheduled, arguments=FadingArguments)
+def fading_bias(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:  # noqa: ARG001
+    _check_constants(module, given.constants)
+    adopt(module, BiasScheduled, given.constants)
+
+
+@swap("common.uncentred_batch_norm", UncentredBatchNorm, nn.modules.batchnorm._BatchNorm)
+def uncentred_batch_norm(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+    adopt(module, UncentredBatchNorm)
+
+
+@swap("common.separate_attention", SeparateAttention, nn.MultiheadAttention, FadingArguments)
+def separate_attention(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:  # noqa: ARG001
+    _check_constants(module, given.constants)
+    adopt(module, SeparateAttention, given.constants)
+
+
+@swap("common.separate_attention_pool2d", SeparateAttentionPool2d)
+def separate_attention_pool2d(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+    join(module, SeparateAttentionPool2d)
+
+
+@swap("common.six_channel_input", SixChannelInput)
+def six_channel_input(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+    join(module, SixChannelInput).encode_with(preprocess.mean, preprocess.std)
+
+
+# -------------------------------------------------------------------------------------------------------------- rules
 
 
 # Classes that carry weights which must not be converted by guess.
@@ -72,6 +146,7 @@ class _Place:
     model: nn.Module
     trace: Trace
     layers: Layers
+    arguments: DynamicArguments
 
     @property
     def reads_picture(self) -> bool:
@@ -104,16 +179,18 @@ def _can_encode(module: nn.Module) -> bool:
 
 def _linear(place: _Place) -> Decision:
     if place.name.rpartition(".")[2] in kinds.PLAIN_PROJECTIONS:
-        return Decision("BiasScheduled", "query, key and value stay linear: the softmax over them is a gate")
-    return Decision(place.layers.linear.__name__, "linear layer")
+        return Decision(
+            fading_bias, "query, key and value stay linear: the softmax over them is a gate", FadingArguments()
+        )
+    return Decision(place.layers.linear, "linear layer", place.arguments)
 
 
 def _conv2d(place: _Place, same: bool = False) -> Decision:
     layers = place.layers
     if place.reads_picture:
         stem = layers.stem_same if same else layers.stem
-        return Decision(stem.__name__, "reads the picture: [r, 1-r] with the normalisation folded in")
-    return Decision((layers.same if same else layers.convolution).__name__, "convolution")
+        return Decision(stem, "reads the picture: [r, 1-r] with the normalisation folded in", place.arguments)
+    return Decision(layers.same if same else layers.convolution, "convolution", place.arguments)
 
 
 def _conv2d_same(place: _Place) -> Decision:
@@ -122,23 +199,29 @@ def _conv2d_same(place: _Place) -> Decision:
 
 def _standardised(place: _Place) -> Decision:
     decision = _conv2d(place, same=getattr(place.module, "same_pad", False))
-    return Decision(decision.becomes, f"{decision.reason}; its standardisation is folded into plain weights")
+    return Decision(
+        decision.swap,
+        f"{decision.reason}; its standardisation is folded into plain weights",
+        dataclasses.replace(place.arguments, standardised=True),
+    )
 
 
 def _other_convolution(place: _Place) -> Decision:
-    return Decision("BiasScheduled", "stays linear: only two-dimensional convolutions have a patch norm here")
+    return Decision(
+        fading_bias, "stays linear: only two-dimensional convolutions have a patch norm here", FadingArguments()
+    )
 
 
 def _norm(place: _Place) -> Decision:
     if getattr(place.module, "bias", None) is None:
         return Decision(None, "norm without a bias")
-    return Decision("BiasScheduled", "norm; its bias fades")
+    return Decision(fading_bias, "norm; its bias fades", FadingArguments())
 
 
 def _batch_norm(place: _Place) -> Decision:
     if getattr(place.module, "running_mean", None) is None:
         raise PlanError("keeps no running statistics, so it is a different function for every batch")
-    return Decision("UncentredBatchNorm", "uncentred; bias and mean fade")
+    return Decision(uncentred_batch_norm, "uncentred; bias and mean fade")
 
 
 def _attention(place: _Place) -> Decision:
@@ -150,17 +233,20 @@ def _attention(place: _Place) -> Decision:
     }
     if len(holders) > 1:
         raise PlanError("another module holds the same packed weights; taken apart, they would come untied")
-    return Decision(kinds.ATTENTIONS[class_path(place.module)], "separate query, key, value and output layers")
+    reason = "separate query, key, value and output layers"
+    if class_path(place.module) in kinds.ATTENTION_POOLS:
+        return Decision(separate_attention_pool2d, reason)
+    return Decision(separate_attention, reason, FadingArguments(_present(place.module, ("bias_k", "bias_v"))))
 
 
 def _constants(place: _Place) -> Decision | None:
-    present = [name for name in _fading(place.module) if getattr(place.module, name, None) is not None]
-    return Decision("BiasScheduled", f"{' and '.join(present)} fade") if present else None
-
-
-def _fading(module: nn.Module) -> tuple[str, ...]:
     """Constants that the class adds by itself, beside the bias that any layer may have."""
-    return kinds.FADING_CONSTANTS.get(class_path(module), ())
+    names = _present(place.module, kinds.FADING_CONSTANTS[class_path(place.module)])
+    return Decision(fading_bias, f"{' and '.join(names)} fade", FadingArguments(names)) if names else None
+
+
+def _present(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if getattr(module, name, None) is not None)
 
 
 RULES: dict[str, Callable[[_Place], Decision | None]] = {
@@ -176,12 +262,14 @@ RULES: dict[str, Callable[[_Place], Decision | None]] = {
 }
 
 
-def decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, layers: Layers) -> Decision | None:
-    """What becomes of one layer, as `Method.decide`, with `layers` in place of a config."""
+def decide(
+    name: str, module: nn.Module, model: nn.Module, trace: Trace, layers: Layers, arguments: DynamicArguments
+) -> Decision | None:
+    """What becomes of one layer, as `Method.decide`, with `layers` and their `arguments` in place of a config."""
     if not name:
         reason = "the picture gets in by other ways than a convolution: [r, 1-r] is explained at the entrance"
-        return Decision("SixChannelInput", reason) if _at_the_entrance(model, trace) else None
-    place = _Place(name, module, model, trace, layers)
+        return Decision(six_channel_input, reason) if _at_the_entrance(model, trace) else None
+    place = _Place(name, module, model, trace, layers, arguments)
     own = [parameter for parameter, _ in module.named_parameters(recurse=False)]
     rule = RULES.get(class_path(module))
     if rule is None:
@@ -218,48 +306,3 @@ def _fold_standardisation(module: nn.Module) -> None:
     flat = module.weight.detach().reshape(1, module.out_channels, -1)
     folded = nn.functional.batch_norm(flat, None, None, scale, training=True, momentum=0.0, eps=settings.eps)
     module.weight = nn.Parameter(folded.reshape_as(module.weight), module.weight.requires_grad)
-
-
-def swaps(layers: Layers, prepare: Callable[[Any, Any], None]) -> dict[str, Callable[..., None]]:
-    """What every name that `decide` gives stands for, as `Method.swaps`; `prepare(layer, config)` ends a swap."""
-
-    def dynamic(layer: type[BiasScheduled]) -> Callable[..., None]:
-        def swap(module: nn.Module, preprocess: Preprocess, config: Any) -> None:
-            if class_path(module) in kinds.STANDARDISED:
-                _fold_standardisation(module)
-            adopted = adopt(module, layer)
-            if isinstance(adopted, SixChannel):
-                adopted.encode_with(preprocess.mean, preprocess.std)
-            prepare(adopted, config)
-
-        return swap
-
-    return SWAPS | {layer.__name__: dynamic(layer) for layer in layers.types}
-
-
-def _scheduled(layer: type[BiasScheduled]) -> Callable[..., None]:
-    def swap(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
-        adopt(module, layer, _fading(module))
-
-    return swap
-
-
-def _separate(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
-    constants = tuple(name for name in ("bias_k", "bias_v") if getattr(module, name) is not None)
-    adopt(module, SeparateAttention, constants)
-
-
-def _separate_pool(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
-    join(module, SeparateAttentionPool2d)
-
-
-def _at_entrance(module: nn.Module, preprocess: Preprocess, config: Any) -> None:  # noqa: ARG001
-    join(module, SixChannelInput).encode_with(preprocess.mean, preprocess.std)
-
-
-SWAPS: dict[str, Callable[..., None]] = {
-    **{layer.__name__: _scheduled(layer) for layer in (BiasScheduled, UncentredBatchNorm)},
-    SeparateAttention.__name__: _separate,
-    SeparateAttentionPool2d.__name__: _separate_pool,
-    SixChannelInput.__name__: _at_entrance,
-}

@@ -8,7 +8,6 @@ what is ours is told apart in docs/methods/fa-cnn.md.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import get_args
 
 from torch import nn
@@ -28,12 +27,12 @@ from ..layers import (
 )
 from ..libraries import Preprocess
 from ..plan import Decision, Method, kept_modules
+from ..swaps import NoArguments, Swap, swap
 from .anatomy import Anatomy, Head, Layout, look
 
 __all__ = ["METHOD", "FaCnnConfig"]
 
 DAMPENINGS: tuple[Dampening, ...] = get_args(Dampening)
-LAST_MAPS: dict[Layout, type[LastMap]] = {"BCHW": LastMap, "BHWC": LastMapChannelsLast, "BNC": LastTokens}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,22 +56,60 @@ class FaCnnConfig:
             )
 
 
+@swap("fa-cnn.class_maps", ClassMaps)
+def class_maps(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+    join(module, ClassMaps).class_maps = nn.Identity()
+
+
+@dataclasses.dataclass(frozen=True)
+class SkipArguments:
+    """Attributes: form: of the dampening, as in `FaCnnConfig`."""
+
+    form: Dampening
+
+
+@swap("fa-cnn.dampened_skip", DampenedSkip, arguments=SkipArguments)
+def dampened_skip(module: nn.Module, preprocess: Preprocess, given: SkipArguments) -> None:  # noqa: ARG001
+    adopt(module, DampenedSkip).form = given.form
+
+
+def _part(id: str, part: type[nn.Module]) -> Swap:  # noqa: A002
+    """The swap to a part of the head that needs nothing but its class."""
+
+    @swap(id, part)
+    def change(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+        join(module, part)
+
+    return change
+
+
+LAST_MAPS: dict[Layout, Swap] = {
+    "BCHW": _part("fa-cnn.last_map", LastMap),
+    "BHWC": _part("fa-cnn.last_map_channels_last", LastMapChannelsLast),
+    "BNC": _part("fa-cnn.last_tokens", LastTokens),
+}
+PLACE_NORM = _part("fa-cnn.place_norm", PlaceNorm)
+PLACE_CLASSIFIER = _part("fa-cnn.place_classifier", PlaceClassifier)
+
+
 def _decide(name: str, module: nn.Module, model: nn.Module, seen: Anatomy, config: FaCnnConfig) -> Decision | None:
     if seen.head is None and name == (seen.output or ""):
         raise PlanError(f"no class maps can be made: {seen.problem}")
     head = _head(model, seen, config)
     if head:
         parts = {
-            "": Decision("ClassMaps", "the output is the mean of its class maps"),
-            head.last_map: Decision(LAST_MAPS[head.layout].__name__, f"class maps are made of it ({head.layout})"),
-            head.norm: Decision("PlaceNorm", "before the pooling; its sigma stays that of the pooled vector"),
-            head.output: Decision("PlaceClassifier", "before the pooling: one map for each class"),
+            "": Decision(class_maps, "the output is the mean of its class maps"),
+            head.last_map: Decision(LAST_MAPS[head.layout], f"class maps are made of it ({head.layout})"),
+            head.norm: Decision(PLACE_NORM, "before the pooling; its sigma stays that of the pooled vector"),
+            head.output: Decision(PLACE_CLASSIFIER, "before the pooling: one map for each class"),
         }
         if name in parts:
             return parts[name]
     if name in seen.blocks:
         why = seen.blocks[name]
-        return Decision(None, why) if why else Decision("DampenedSkip", f"block; its skip, {config.dampening}")
+        if why:
+            return Decision(None, why)
+        return Decision(dampened_skip, f"block; its skip, {config.dampening}", SkipArguments(config.dampening))
     return None
 
 
@@ -83,31 +120,9 @@ def _head(model: nn.Module, seen: Anatomy, config: FaCnnConfig) -> Head | None:
     return None if parts & kept_modules(model, config.keep) else head
 
 
-def _class_maps(module: nn.Module, preprocess: Preprocess, config: FaCnnConfig) -> None:  # noqa: ARG001
-    join(module, ClassMaps).class_maps = nn.Identity()
-
-
-def _dampened(module: nn.Module, preprocess: Preprocess, config: FaCnnConfig) -> None:  # noqa: ARG001
-    adopt(module, DampenedSkip).form = config.dampening
-
-
-def _joining(part: type[nn.Module]) -> Callable[..., None]:
-    def swap(module: nn.Module, preprocess: Preprocess, config: FaCnnConfig) -> None:  # noqa: ARG001
-        join(module, part)
-
-    return swap
-
-
-SWAPS: dict[str, Callable[..., None]] = {
-    ClassMaps.__name__: _class_maps,
-    DampenedSkip.__name__: _dampened,
-    **{part.__name__: _joining(part) for part in (*LAST_MAPS.values(), PlaceNorm, PlaceClassifier)},
-}
-
-
 def _ends(config: FaCnnConfig) -> dict[str, float]:
     """A bound of a quarter of what a block is given; half of the skip, or of the branch, in the other forms."""
     return {"dampening": 4.0 if config.dampening == "bound" else 0.5}
 
 
-METHOD = Method("fa-cnn", FaCnnConfig, _decide, SWAPS, _ends, look)
+METHOD = Method("fa-cnn", FaCnnConfig, _decide, _ends, look)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = [
     "ATTENTIONS",
+    "ATTENTION_POOLS",
     "BATCH_NORMS",
     "CONVOLUTIONS",
     "FADING_CONSTANTS",
@@ -54,10 +55,8 @@ BATCH_NORMS = (
     *_in("timm.layers.norm_act", "BatchNormAct2d"),
 )
 # Attention whose projections are no layers that are called: taken apart into layers.
-ATTENTIONS = {
-    "torch.nn.modules.activation.MultiheadAttention": "SeparateAttention",
-    "open_clip.modified_resnet.AttentionPool2d": "SeparateAttentionPool2d",
-}
+ATTENTION_POOLS = ("open_clip.modified_resnet.AttentionPool2d",)
+ATTENTIONS = ("torch.nn.modules.activation.MultiheadAttention", *ATTENTION_POOLS)
 # Modules whose bias must be a tensor at beta = 0 too, because their forward calls its methods.
 BIASED = (
     *_in("timm.layers.evo_norm", "EvoNorm2dB0 EvoNorm2dB1 EvoNorm2dB2 EvoNorm2dS0 EvoNorm2dS0a EvoNorm2dS1"),

@@ -21,6 +21,7 @@ from ..layers.stages import places
 from ..libraries import Preprocess
 from ..plan import Decision, Method, class_path
 from ..randomise import randomise
+from ..swaps import swap
 from ..trace import Trace, fitted, noise_pictures
 from .kinds import LINEARS
 from .timm_stages import check_timm, last_stages, seen_stages
@@ -50,6 +51,32 @@ class KMeansConfig:
                 raise PlanError(f"{name}={getattr(self, name)}: must be at least 1.")
         if self.keep:
             raise PlanError(f"--keep {self.keep[0]}: --method kmeans changes the classifier alone. Leave it out.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierArguments:
+    """Attributes: prototypes: room for so many a class."""
+
+    prototypes: int
+
+
+@swap("kmeans.prototype_linear", PrototypeLinear, nn.Linear, ClassifierArguments)
+def prototype_linear(module: nn.Module, preprocess: Preprocess, given: ClassifierArguments) -> None:  # noqa: ARG001
+    join(module, PrototypeLinear).start_prototypes(given.prototypes)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapArguments:
+    """Attributes: stages, widths: numbers and channels of the stages that have concepts. concepts: how many of each."""
+
+    stages: tuple[int, ...]
+    widths: tuple[int, ...]
+    concepts: int
+
+
+@swap("kmeans.prototype_maps", PrototypeMaps, arguments=MapArguments)
+def prototype_maps(module: nn.Module, preprocess: Preprocess, given: MapArguments) -> None:  # noqa: ARG001
+    join(module, PrototypeMaps).open_concepts(given.stages, given.widths, given.concepts)
 
 
 def _classifier(model: Any) -> str:
@@ -101,34 +128,26 @@ def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config
     if not name:
         check_timm(model)
         _classifier(model)
-        if _averages(model, trace.size) is None:
+        found = _averages(model, trace.size)
+        if found is None:
             return None
-        return Decision(PrototypeMaps.__name__, "its classifier reads the average over places: maps without gradients")
+        reason = "its classifier reads the average over places: maps without gradients"
+        return Decision(prototype_maps, reason, MapArguments(*found, config.concepts))
     # What is wrong with the model is said once, of the whole.
     if class_path(module) not in LINEARS or module is not getattr(model, "get_classifier", lambda: None)():
         return None
     return Decision(
-        PrototypeLinear.__name__, f"nearest of {config.prototypes} prototypes a class; at first the class's own weights"
+        prototype_linear,
+        f"nearest of {config.prototypes} prototypes a class; at first the class's own weights",
+        ClassifierArguments(config.prototypes),
     )
-
-
-def _swap_classifier(module: nn.Module, preprocess: Preprocess, config: KMeansConfig) -> None:  # noqa: ARG001
-    join(module, PrototypeLinear).start_prototypes(config.prototypes)
-
-
-def _swap_model(module: nn.Module, preprocess: Preprocess, config: KMeansConfig) -> None:
-    found = _averages(module, preprocess.size)
-    assert found is not None
-    join(module, PrototypeMaps).open_concepts(*found, config.concepts)
 
 
 METHOD = Method(
     name="kmeans",
     config_class=KMeansConfig,
     decide=_decide,
-    swaps={PrototypeMaps.__name__: _swap_model, PrototypeLinear.__name__: _swap_classifier},
     ends=lambda config: {},
-    tries=True,
     whole=True,
-    objectives={PrototypeLinear.__name__: ("prototypes",)},
+    objectives={prototype_linear: ("prototypes",)},
 )

@@ -8,17 +8,18 @@ from torch import Tensor
 
 from ...core.errors import PlanError
 from ..layers.stages import at_one_place, features_of, is_column, places, stage_count
+from ..plan import check_whole
 
 __all__ = ["check_timm", "head_reads", "last_stages", "seen_stages"]
 
 
 def check_timm(model: Any) -> None:
     """Raises PlanError for a model that does not take its stages and its head apart, or has no weights."""
-    name = type(model).__name__
     if not (hasattr(model, "forward_intermediates") and hasattr(model, "forward_head")):
-        raise PlanError(f"{name} does not show its feature stages as timm's models do (forward_intermediates)")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(f"{name} has no weights to try its head with; load it first")
+        raise PlanError(
+            f"{type(model).__name__} does not show its feature stages as timm's models do (forward_intermediates)"
+        )
+    check_whole(model)
 
 
 def last_stages(model: Any, count: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from bcosify.align.checks import AUTO, NEEDS, check_recipe, choose_recipe
 from bcosify.align.recipe import list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import check_teacher, convert, load, load_teacher, save
+from bcosify.convert.history import Calibration
 from bcosify.convert.methods import METHODS
 from bcosify.core.errors import BcosifyError, DataError, RecipeError, SourceError
 from torch import nn
@@ -112,7 +113,9 @@ def test_a_teacher_whose_folder_has_changed_is_refused(shards, tmp_path_factory)
     model = timm.create_model("test_vit", num_classes=5)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     teacher = load_teacher(f"timm:local-dir:{folder}", image_size=64)
-    student = convert(teacher).with_report(calibration={})  # no longer its teacher, so that is loaded again
+    student = convert(teacher).with_history(
+        calibration=Calibration(1, {}, 0)
+    )  # no longer its teacher, so that is loaded again
     run = save(student, tmp_path_factory.mktemp("run") / "student")
     check_teacher(load(run), load_teacher(f"timm:local-dir:{folder}").model)
     with torch.no_grad():

@@ -176,7 +176,7 @@ def test_a_run_hands_on_the_furthest_student_above_the_floor(floored, cnn, shard
     assert found == pytest.approx(
         {k: v for k, v in path(WALKING, kept["share_of_path"]).items() if k in found}, abs=2e-6
     )
-    assert student.report["alignment"]["kept"] == kept
+    assert student.history.alignment.kept == kept
     # And of all that were measured it is the furthest.
     points = [point for point in result["curve"][1:] if "weights_of" not in point]
     assert len(points) == 16
@@ -213,7 +213,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(floored, cnn, shards,
     assert rows(tmp_path / "out") == rows(whole)
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert load(tmp_path / "out").report["alignment"]["kept"] == load(whole).report["alignment"]["kept"]
+    assert load(tmp_path / "out").history.alignment.kept == load(whole).history.alignment.kept
 
 
 def test_a_floor_that_nothing_reaches_hands_back_the_start(cnn, shards, tmp_path):

@@ -252,7 +252,7 @@ def test_the_fit_runs_as_an_alignment(shards, tmp_path):
     result = align(AlignConfig(run, str(shards), tmp_path / "out", FIT, quiet=True))
     assert result["curve"][-1]["objective"] == "prototypes"
     student = load(tmp_path / "out")
-    fit = student.report["alignment"]["fit"]
+    fit = student.history.alignment.fit
     assert fit["pictures"] == 24 and all(".tar:" in one["picture"] for one in fit["prototypes"])
     sheet = (tmp_path / "out.run/prototypes.html").read_text()
     assert sheet.count("<figure>") == len(fit["prototypes"]) > 0

@@ -52,8 +52,8 @@ def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
     assert losses[-1] < 0.9 * losses[0]
     assert load_file(tmp_path / "a/model.safetensors").keys() == load_file(tmp_path / "b/model.safetensors").keys()
     student = load(tmp_path / "a")
-    assert student.report["alignment"]["pictures"] == 80
-    assert student.report["alignment"]["curve"][0]["raw_cosine"] == pytest.approx(1, abs=1e-4)
+    assert student.history.alignment.pictures == 80
+    assert student.history.alignment.curve[0]["raw_cosine"] == pytest.approx(1, abs=1e-4)
 
 
 def test_batch_statistics_are_learned_from_the_batches_and_saved(cnn, shards, tmp_path):

@@ -18,6 +18,7 @@ import torch
 from bcosify.cli import main as command
 from bcosify.cli.main import VERBS, main
 from bcosify.convert import CodaConfig, load, load_teacher
+from bcosify.convert.history import Calibration
 from bcosify.convert.layers import ReferenceSized
 from bcosify.core.errors import BcosifyError
 from safetensors.torch import save_file
@@ -182,8 +183,8 @@ def test_convert_writes_a_folder_and_says_what_it_did(run, tmp_path):
         and "biases carried, reference gains" in err
     )
     assert f"wrote {tmp_path / 'a' / 'student'}" in err
-    report = load(tmp_path / "a" / "student").report
-    assert report["identity_error"] < 1e-5 and len(report["lossy_steps"]) == 7
+    measured = load(tmp_path / "a" / "student").history.conversion
+    assert measured.identity_error < 1e-5 and len(measured.lossy_steps) == 7
 
 
 def test_convert_prints_only_json_on_stdout(run, tmp_path):
@@ -200,7 +201,7 @@ def test_convert_to_another_method_with_its_own_settings(run, tmp_path):
     assert code == 0 and "identity at beta=1: relative error" in err and "biases removed, reference gains" in err
     student = load(tmp_path / "student")
     assert student.config == CodaConfig(keep=("fc",), squash="sq", rank=2)
-    steps = [(row["beta"], row.get("carry", 0)) for row in student.report["lossy_steps"]]
+    steps = [(row["beta"], row.get("carry", 0)) for row in student.history.conversion.lossy_steps]
     assert steps == [(1, 0), (0, 1), (0, 0), (0, 0), (0, 1)]
     code, out, _ = run("inspect", tmp_path / "student", "--json")
     facts = json.loads(out)
@@ -312,7 +313,7 @@ def test_convert_calibrates_on_pictures_from_shards(run, tmp_path, shards, count
     opened = load(tmp_path / "student")
     ends = {"b": 1.5, "beta": 0.0, "carry": 1.0, "window": 7.0}
     sized = sum(isinstance(layer, ReferenceSized) for layer in opened.model.modules())
-    assert code == 0 and opened.report["calibration"] == {"pictures": count, **ends, "layers": sized}
+    assert code == 0 and opened.history.calibration == Calibration(count, ends, sized)
     first, norm = opened.model.layer1[0].conv1.strengths(), opened.model.layer1[0].bn1.strengths()
     assert f"({count} pictures from" in err and first == {"b": 1.5, "beta": 0, "carry": 1}
     assert norm == {"beta": 0, "carry": 1, "window": 7, "spread": 0} and sized > 10

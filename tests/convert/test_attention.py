@@ -109,7 +109,7 @@ def test_torch_encoders_convert_and_never_take_the_fused_kernel(teach):
     pictures = noise_pictures(2, (16, 16))
     teacher = teach(randomise(Encoder(), pictures))
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     block = student.model.encoder.layers[0]
     assert isinstance(block.self_attn, SeparateAttention) and isinstance(block.self_attn.out_proj, BcosLinear)
     assert isinstance(block.self_attn.q_proj, BiasScheduled) and isinstance(block.linear1, BcosLinear)
@@ -140,7 +140,7 @@ def test_the_attention_pool_of_clip_resnets(teach):
     becomes = {step.name: step.becomes for step in student.plan.swaps}
     assert becomes["pool"] == "SeparateAttentionPool2d" and becomes["pool.c_proj"] == "BcosLinear"
     assert becomes["pool.q_proj"] == becomes["pool.v_proj"] == "BiasScheduled"
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 1.5, 0.5)
     explanation = explain(student.model, pictures, [0, 1])
     assert explanation.balanced().all() and any("positional_embedding" in name for name in explanation.constants)
@@ -159,7 +159,7 @@ def test_shared_attention_is_converted_once_and_stays_shared(teach):
     torch.manual_seed(0)
     student = convert(teach(randomise(Shared(), noise_pictures(2, (16, 16)))))
     first, second = student.model.encoder.layers
-    assert first.self_attn is second.self_attn and student.report["identity_error"] <= 1e-5
+    assert first.self_attn is second.self_attn and student.history.conversion.identity_error <= 1e-5
     assert sum(step.becomes == "SeparateAttention" for step in student.plan.swaps) == 1
 
 

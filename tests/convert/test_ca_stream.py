@@ -83,7 +83,7 @@ FAMILIES = [
 def test_a_student_starts_as_its_teacher_and_contributions_add_up(tiny, name, size, swap, tmp_path):
     teacher = tiny(name, size)
     student = convert(teacher, CaStreamConfig(stages=2, value="linear"))
-    assert student.plan.counts() == {swap: 1} and student.report["identity_error"] <= 1e-5
+    assert student.plan.counts() == {swap: 1} and student.history.conversion.identity_error <= 1e-5
     model, pictures = student.model, noise_pictures(2, teacher.preprocess.size)
     stirred(model.stream)
     set_strength(model, beta=0.25)

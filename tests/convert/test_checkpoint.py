@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from bcosify.convert import BcosConfig, Source, checkpoint, convert, load, save, set_strength
+from bcosify.convert.history import Alignment, Calibration
 from bcosify.convert.layers import BcosLinear, scheduled_layers
 from bcosify.convert.libraries import LIBRARIES, Library
 from bcosify.core.errors import CheckpointError
@@ -31,7 +32,7 @@ def _saved(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     student = convert(load_teacher("timm:test_vit", pretrained=False, image_size=32))
     set_strength(student.model, 1.7, 0.3)
-    return save(student.with_report(note="kept"), tmp_path_factory.mktemp("saved") / "student")
+    return save(student.with_history(notes={"note": "kept"}), tmp_path_factory.mktemp("saved") / "student")
 
 
 @pytest.fixture
@@ -81,13 +82,15 @@ def test_a_real_student_comes_back_bit_for_bit(real_student, photographs, tmp_pa
 
 
 def test_all_that_travels_with_a_model_comes_back(tiny, tmp_path):
-    student = convert(tiny("test_vit"), BcosConfig(keep=("head",), scale="unbounded")).with_report(
-        facts={"a": [1, 2.5]}
+    student = convert(tiny("test_vit"), BcosConfig(keep=("head",), scale="unbounded")).with_history(
+        calibration=Calibration(8, {"b": 1.5}, 3),
+        alignment=Alignment(80, {"cosine": 0.5}, ({"cosine": 0.25}, {"cosine": 0.5}), None, "B is 2", {"classes": 3}),
+        notes={"a": [1, 2.5]},
     )
     opened = load(save(student, tmp_path / "deep" / "out"))
-    for field in ("source", "preprocess", "labels", "method", "config", "report"):
+    for field in ("source", "preprocess", "labels", "method", "config", "history"):
         assert getattr(opened, field) == getattr(student, field)
-    assert opened.plan.digest == student.plan.digest and not opened.model.training
+    assert opened.plan.swaps == student.plan.swaps and not opened.model.training
     assert sorted(path.name for path in (tmp_path / "deep" / "out").iterdir()) == sorted(FILES)
 
 
@@ -164,7 +167,7 @@ def test_overwriting_replaces_all_of_it(tiny, folder):
     save(student, folder, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["student"]
-    assert load(folder).report == student.report
+    assert load(folder).history == student.history
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -215,7 +218,7 @@ def test_another_function_is_found_by_the_probe(folder):
         load(folder)
     with pytest.raises(CheckpointError, match="does not compute what it computed when it was saved.*probe differs"):
         load(resigned(folder))
-    assert load(folder, check=False).report["note"] == "kept"
+    assert load(folder, check=False).history.notes["note"] == "kept"
 
 
 @pytest.mark.parametrize("name", ["model.bin", "model.pt", "pytorch_model.bin", "weights.pth", "last.ckpt", "m.pkl"])
@@ -236,8 +239,8 @@ def test_folders_that_hold_no_model_are_refused(tmp_path, make):
 
 
 RECORDS = {
-    "newer": ({"schema": 2}, r"bcosify\.json has schema 2; this version reads 1. Update bcosify"),
-    "plan": ({"plan": "0" * 64}, "plan made now differs.*written with bcosify .*; here are bcosify"),
+    "newer": ({"schema": 3}, r"bcosify\.json has schema 3; this version reads 1 and 2. Update bcosify"),
+    "history": ({"history": {"version": 2}}, "history has version 2; this version of bcosify reads 1"),
     "setting": (
         {"config": {"keep": [], "scale": "cosine", "gain": 1}},
         "settings that this version does not know: gain",
@@ -267,7 +270,7 @@ def test_a_record_that_is_none_is_refused(folder, text, said):
         load(folder)
 
 
-@pytest.mark.parametrize("key", ["report", "source", "labels", "preprocess"])
+@pytest.mark.parametrize("key", ["history", "swaps", "source", "labels", "preprocess"])
 def test_a_changed_record_is_found(folder, key):
     record = json.loads((folder / RECORD).read_text())
     record[key] = {"alignment": {"pictures": 10**9}}

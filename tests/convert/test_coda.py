@@ -328,7 +328,7 @@ def moved(student, size: float = 0.3):
 def test_a_real_student_is_its_teacher_and_explains_itself(real_teachers, photographs, name, size, squash):
     teacher = real_teachers[name]
     student = convert(teacher, CodaConfig(squash=squash))
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     pictures = photographs(teacher.preprocess.at(size), 2)
     assert identity_error(student.model, teacher.model, pictures) <= 1e-5
     moved(student, 0.03)
@@ -343,7 +343,7 @@ def test_a_tiny_student_is_its_teacher_balances_and_comes_back(tiny, tmp_path, n
     teacher = tiny(f"test_{name}", None)
     config = CodaConfig(rank=3, basis=2, squash="sq", keep=("head",) if name == "vit" else ())
     student = moved(convert(teacher, config))
-    assert student.report["identity_error"] <= 1e-5 and student.method == "coda"
+    assert student.history.conversion.identity_error <= 1e-5 and student.method == "coda"
     set_strength(student.model, beta=0.3)
     pictures = torch.randn(2, 3, *teacher.preprocess.size)
     explanation = explain(student.model, pictures, [0, 1])
@@ -370,7 +370,7 @@ def test_only_the_last_stages(tiny):
     names = {step.name.split(".")[0] for step in plan_for(tiny("test_resnet"), CodaConfig(last_stages=4)).swaps}
     assert "layer1" in names and "conv1" not in names
     student = convert(tiny("test_resnet"), CodaConfig(last_stages=2))
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     explanation = explain(student.model, torch.randn(1, 3, 64, 64), [0])
     assert explanation.balanced().all() and explanation.encoded_inputs.shape[1] == 3
     with pytest.raises(PlanError, match="last_stages=9: ResNet has 5.*--keep"):
@@ -389,7 +389,7 @@ def test_dead_kernels_are_counted_and_shared_ones_refused(teach):
         model[1].weight[:3] = 0
     step = plan_for(teach(model), CodaConfig()).steps[1]
     assert step.reason == "convolution; 3 of its 4 kernels are zero and stay silent"
-    assert convert(teach(model), CodaConfig()).report["identity_error"] <= 1e-5
+    assert convert(teach(model), CodaConfig()).history.conversion.identity_error <= 1e-5
     model[2].weight = model[1].weight
     with pytest.raises(PlanError, match=r"(?s)1 \(.*another module holds the same weight.*--keep"):
         convert(teach(model), CodaConfig())
@@ -399,7 +399,7 @@ def test_a_layer_that_runs_twice_is_converted_once(teach):
     torch.manual_seed(0)
     shared = nn.Conv2d(4, 4, 3, padding=1)
     student = convert(teach(nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU(), shared, nn.Flatten())), CodaConfig())
-    assert student.plan.counts()["CodaConv2d"] == 1 and student.report["identity_error"] <= 1e-5
+    assert student.plan.counts()["CodaConv2d"] == 1 and student.history.conversion.identity_error <= 1e-5
 
 
 def test_dropout_left_on_is_found(teach):

@@ -68,7 +68,7 @@ def test_a_student_is_its_teacher_explains_and_comes_back(name, tmp_path):
     teacher = random_teacher(name, FAMILIES[name][0])
     pictures = noise_pictures(2, teacher.preprocess.size)
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-4
+    assert student.history.conversion.identity_error <= 1e-4
     for strength in ((1.0, 1.0), (1.5, 0.5)):
         set_strength(student.model, *strength)
         explanation = explain(student.model, pictures, [0, 3])
@@ -131,7 +131,7 @@ def test_transformers_models(name, config):
     student = convert(teacher)
     # The embeddings module holds tokens and is given the picture too, but the convolution in it is what reads it.
     assert {kind for kind in student.plan.counts() if "SixChannel" in kind} == {"SixChannelBcosConv2d"}
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 1.5, 0.5)
     assert explain(student.model, noise_pictures(2, (32, 32)), [0, 1]).balanced().all()
 
@@ -148,7 +148,8 @@ def test_open_clip_towers(tower, kind):
     )
     size = 32 if tower == "ViT" else 64
     student = convert(built(model, size))
-    assert {kind, "SixChannelBcosConv2d"} <= set(student.plan.counts()) and student.report["identity_error"] <= 1e-5
+    assert {kind, "SixChannelBcosConv2d"} <= set(student.plan.counts())
+    assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 1.5, 0.5)
     assert explain(student.model, noise_pictures(2, (size, size)), [0, 1]).balanced().all()
 
@@ -181,7 +182,7 @@ def test_query_and_value_biases_of_beit_are_gone_at_beta_0():
     torch.manual_seed(0)
     model = timm.create_model("beit_base_patch16_224", img_size=32, depth=1, embed_dim=24, num_heads=2, num_classes=4)
     student = convert(built(model, 32))
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     pictures = noise_pictures(1, (32, 32))
     constants = explain(student.model, pictures, 0).constants
     assert any("v_bias" in name for name in constants)
@@ -197,7 +198,7 @@ def test_half_precision_teachers_convert_and_stay_half(name, dtype):
     student = convert(teacher)
     assert {parameter.dtype for parameter in student.model.parameters()} == {dtype}
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {dtype}
-    assert student.report["identity_error"] <= 1e-4  # compared in float32
+    assert student.history.conversion.identity_error <= 1e-4  # compared in float32
     assert all(layer.beta.dtype == torch.float32 for _, layer in scheduled_layers(student.model))
     pictures = noise_pictures(2, (64, 64)).to(dtype)
     assert identity_error(student.model, teacher.model, pictures) <= 30 * torch.finfo(dtype).eps
@@ -209,9 +210,9 @@ def test_models_without_memory_convert_and_take_weights_later(name):
     empty = copy.deepcopy(teacher.model).to("meta")
     skeleton = convert(dataclasses.replace(teacher, model=empty))
     assert {parameter.device.type for parameter in skeleton.model.parameters()} == {"meta"}
-    assert "identity_error" not in skeleton.report
+    assert skeleton.history.conversion.identity_error is None
     student = convert(teacher)
-    assert skeleton.plan.digest == student.plan.digest
+    assert skeleton.plan == student.plan
     skeleton.model.load_state_dict(student.model.state_dict(), assign=True)
     pictures = noise_pictures(2, (64, 64))
     assert identity_error(skeleton.model, student.model, pictures) == 0

@@ -49,7 +49,7 @@ def test_a_student_starts_as_its_teacher_and_explanations_add_up(tiny, name, siz
     teacher = tiny(name, size)
     student = convert(teacher, KMeansConfig(prototypes=2, concepts=4))
     assert student.plan.counts() == {"PrototypeLinear": 1, **({"PrototypeMaps": 1} if maps else {})}
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     model, pictures = student.model, noise_pictures(3, teacher.preprocess.size)
     stirred(model.get_classifier())
     assert isinstance(model, SelfExplaining) == maps  # others are explained by gradients, as any model is

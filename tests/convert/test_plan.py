@@ -172,7 +172,7 @@ def test_a_picture_that_no_stem_can_encode_is_encoded_at_the_entrance(teach, way
     plan = {step.name: step.becomes for step in plan_for(teacher, CONFIG).swaps}
     assert plan[""] == "SixChannelInput" and not any(str(kind).startswith("SixChannelBcos") for kind in plan.values())
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-6
+    assert student.history.conversion.identity_error <= 1e-6
     explanation = explain(student.model, noise_pictures(2, (16, 16)), [0, 1])
     assert explanation.encoded_inputs.shape == (2, 6, 16, 16)
     torch.testing.assert_close(explanation.encoded_inputs.unflatten(1, (2, 3)).sum(1), torch.ones(2, 3, 16, 16))
@@ -258,10 +258,13 @@ def test_noise_pictures_are_the_same_everywhere():
     assert a.shape == (2, 3, 32, 48) and torch.equal(a, b) and not torch.equal(a, noise_pictures(2, (32, 48), seed=1))
 
 
-def test_digest_tells_plans_apart(tiny):
+def test_plans_are_told_apart_by_their_swaps_and_arguments(tiny):
     teacher = tiny("test_vit")
-    same, other = plan_for(teacher, CONFIG), plan_for(teacher, BcosConfig(keep=("head",)))
-    assert plan_for(tiny("test_vit"), CONFIG).digest == same.digest != other.digest
+    same, kept, unbounded = (
+        plan_for(teacher, config) for config in (CONFIG, BcosConfig(keep=("head",)), BcosConfig(scale="unbounded"))
+    )
+    assert plan_for(tiny("test_vit"), CONFIG) == same
+    assert kept.swaps != same.swaps != unbounded.swaps and same.counts() == unbounded.counts()
 
 
 def test_settings_and_methods_are_checked():

@@ -26,7 +26,7 @@ TINY = (
 )
 def test_a_real_student_is_its_teacher_on_photographs(real_teachers, real_student, photographs, name, size):
     teacher, student = real_teachers[name], real_student(name)
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     assert identity_error(student.model, teacher.model, photographs(teacher.preprocess.at(size))) <= 1e-5
 
 
@@ -74,7 +74,7 @@ def test_a_tiny_student_is_its_teacher_which_stays_untouched(tiny, name):
     teacher = tiny(f"test_{name}", None)
     before, classes = copy.deepcopy(teacher.model.state_dict()), [type(m) for m in teacher.model.modules()]
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 2.0, 0.0)
     after = teacher.model.state_dict()
     assert [type(m) for m in teacher.model.modules()] == classes
@@ -101,7 +101,7 @@ def test_double_precision_stays_double_and_is_exact(tiny, name):
     teacher = tiny(f"test_{name}")
     teacher.model.double()
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-12
+    assert student.history.conversion.identity_error <= 1e-12
     assert {p.dtype for p in student.model.parameters()} == {torch.float64}
 
 
@@ -153,7 +153,7 @@ def test_scale_setting_reaches_the_layers(tiny):
     outputs = []
     for scale in ("cosine", "unbounded"):
         student = convert(teacher, BcosConfig(scale=scale))
-        assert student.report["identity_error"] <= 1e-5
+        assert student.history.conversion.identity_error <= 1e-5
         set_strength(student.model, 2.0)
         outputs.append(student.model(pictures))
     assert not torch.allclose(*outputs)

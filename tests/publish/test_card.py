@@ -9,6 +9,7 @@ from importlib import resources
 import jinja2.meta
 import pytest
 from bcosify.convert import load
+from bcosify.convert.history import Alignment
 from bcosify.evaluate.record import Measurement, read_evaluation
 from bcosify.publish import card as cards
 from bcosify.publish.card import KINDS, Shown, card_of, load_lines, markdown, task_of, turned
@@ -105,7 +106,7 @@ def test_sections_that_were_not_measured_are_said(made, evaluated):
 
 
 def test_alignment_and_recipe(made):
-    aligned = made.with_report(alignment={"pictures": 12345, "pressure": "B is 2."})
+    aligned = made.with_history(alignment=Alignment(12345, pressure="B is 2."))
     how = sections(card_of(aligned, "org/name", BASE, TERMS, recipe=RECIPE, data="Nine photographs."))[
         "How it was made"
     ]
@@ -119,7 +120,7 @@ def test_alignment_and_recipe(made):
 
 
 def test_aloes_patent_note_and_which_recipe_follows_them(made):
-    aligned = made.with_report(alignment={"pictures": 100})
+    aligned = made.with_history(alignment=Alignment(100))
     for student, recipe, said in (
         (aligned, RECIPE, "its end-to-end phase, too"),
         (aligned, None, "is not recorded"),

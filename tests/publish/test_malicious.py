@@ -231,7 +231,7 @@ def test_settings_of_a_method_that_are_not_in_the_file(folder_of, count):
     for door in ("load", "timm", "transformers"):
         folder = folder_of("kmeans")
         with pytest.raises(CheckpointError, match="(Nothing was (built|loaded)|cannot be built)"):
-            DOORS[door](edited(folder, lambda record: record["config"].update(prototypes=count)))
+            DOORS[door](edited(folder, lambda record: record["swaps"][-1]["args"].update(prototypes=count)))
         shutil.rmtree(folder)
 
 

@@ -63,7 +63,7 @@ def test_a_folder_opens_converts_and_comes_back(tower, tmp_path):
     assert set(teacher.model.state_dict()) == set(build(teacher.source).state_dict()) == keys
     assert teacher.preprocess.std == (0.25,) * 3 and teacher.preprocess.interpolation == "bilinear"
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-4
+    assert student.history.conversion.identity_error <= 1e-4
     shutil.rmtree(folder)
     opened = load(save(student, tmp_path / "out"))
     with torch.no_grad():

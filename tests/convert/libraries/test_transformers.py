@@ -112,7 +112,7 @@ def test_a_folder_opens_converts_and_comes_back(hf_folder, tmp_path, model, conf
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (teacher.model, build_skeleton(teacher.source))]
     assert shapes[0] == shapes[1]
     student = convert(teacher)
-    assert student.report["identity_error"] <= 1e-5
+    assert student.history.conversion.identity_error <= 1e-5
     shutil.rmtree(folder)
     opened = load(save(student, tmp_path / "out"))
     with torch.no_grad():
