@@ -120,7 +120,29 @@ def test_a_circle_over_three_folders_is_found(tmp_path):
     assert not circle(arrows(tmp_path))
 
 
+def module_of(name: str) -> Path | None:
+    """The file that a dotted name below `bcosify` lies in: a module, or what a module holds."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:count])
+        for file in (place.with_suffix(".py"), place / "__init__.py"):
+            if file.is_file():
+                return file
+    return None
+
+
+@pytest.mark.parametrize("folder", ["convert/libraries"])
+def test_no_files_of_a_folder_import_each_other_in_a_circle(folder):
+    files = {file: file.relative_to(ROOT).as_posix() for file in sorted((ROOT / folder).rglob("*.py"))}
+    found = {name: {module_of(one) for one in imported(file)} for file, name in files.items()}
+    graph = {name: {files[file] for file in needs if file in files} - {name} for name, needs in found.items()}
+    assert sum(map(len, graph.values())) > 20 and not circle(graph)
+
+
 def test_the_import_walk_sees_what_is_there():
+    libraries = ROOT / "convert" / "libraries"
+    assert module_of("convert.libraries.timm.models.load") == libraries / "timm" / "models.py"
+    assert module_of("convert.libraries.timm") == libraries / "timm" / "__init__.py"
     assert "explain.linearise.gated_by" in imported(ROOT / "convert" / "layers" / "scale.py")
     assert "convert.layers.BiasScheduled" in imported(ROOT / "convert" / "taps.py")
     assert "core.errors.PlanError" in imported(ROOT / "convert" / "plan.py")
