@@ -141,29 +141,24 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
     with within(header):
         # Weights that come out of a file need no random ones first.
         model = build(source) if random or old else build_on_meta(lambda: build(source))
-    if old:
-        plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
-    else:
-        plan = _saved_plan(folder, record, method, model, header)
-    with within(header):
-        apply_plan(model, plan, preprocess)
-    labels = None if record["labels"] is None else tuple(record["labels"])
-    # Folders written before text towers were kept have no such entry.
-    files = record.get("text")
-    text = None if files is None else SavedText(folder / TEXT, files if check else None)
-    return Student(model, source, preprocess, labels, method.name, config, plan, history, text)
-
-
-def _saved_plan(folder: Path, record: dict[str, Any], method: Method, model: nn.Module, header: Header) -> Plan:
-    """The swaps of a record, each of which this version knows and `model` has a place for."""
-    check_numbers(record["swaps"], header, f"{folder / RECORD}: swaps")
     try:
-        return Plan(method.name, read_swaps(record["swaps"], model))
+        if old:
+            plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
+        else:
+            check_numbers(record["swaps"], header, f"{folder / RECORD}: swaps")
+            plan = Plan(method.name, read_swaps(record["swaps"], model))
+        with within(header):
+            apply_plan(model, plan, preprocess)
     except PlanError as error:
         raise CheckpointError(
             f"{folder / RECORD} has swaps that cannot be carried out: {error}. It was written with "
             f"{_versions_text(record['versions'])}; here are {_versions_text(versions())}. If yours are older, update."
         ) from error
+    labels = None if record["labels"] is None else tuple(record["labels"])
+    # Folders written before text towers were kept have no such entry.
+    files = record.get("text")
+    text = None if files is None else SavedText(folder / TEXT, files if check else None)
+    return Student(model, source, preprocess, labels, method.name, config, plan, history, text)
 
 
 def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Method, Any, Preprocess, Source, History]:

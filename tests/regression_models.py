@@ -36,7 +36,6 @@ from bcosify.convert.trace import noise_pictures
 from bcosify.data.pack import write_shards
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import CLIPImageProcessor
 
 from configs import VISION, WORDS
 from folders import write_hf, write_open_clip, write_tokenizer
@@ -80,6 +79,8 @@ def timm_teacher(name: str, side: int = SIDE, **args: Any) -> Teacher:
 
 def clip_teacher(scratch: Path) -> Teacher:
     """A CLIP of transformers, with its text tower."""
+    from transformers import CLIPImageProcessor
+
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     seen = {"image_size": 16, "patch_size": 4}
     parts = {"text_config": {**WORDS, **small}, "vision_config": {**VISION, **small, **seen}, "projection_dim": 8}

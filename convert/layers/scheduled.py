@@ -11,6 +11,7 @@ the same way.
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import dataclasses
 import functools
 import math
@@ -232,8 +233,44 @@ LayerT = TypeVar("LayerT", bound=Scheduled)
 @functools.cache
 def _joined(mixin: type[nn.Module], source: type[nn.Module], fading: tuple[str, ...]) -> type[nn.Module]:
     name = mixin.__name__ if mixin.__name__.endswith(source.__name__) else mixin.__name__ + source.__name__
-    body: dict[str, object] = {"__module__": mixin.__module__, "__doc__": mixin.__doc__}
+    body: dict[str, object] = {
+        "__module__": mixin.__module__,
+        "__qualname__": f"{mixin.__qualname__}[{source.__module__}.{source.__qualname__}]",
+        "__doc__": mixin.__doc__,
+        "__reduce__": _reduced,
+        JOINED: (mixin, source, fading),
+    }
     return type(name, (mixin, source), body | {constant: _fading(constant) for constant in fading})
+
+
+# Attribute of a joined class: what it was made of.
+JOINED = "_joined_of"
+
+
+def _reduced(layer: nn.Module) -> tuple[Any, ...]:
+    """How to pickle and copy `layer`: its class is made at run time, so no module has it under a name."""
+    kind = type(layer)
+    if JOINED in vars(kind):
+        return _blank, _parts(kind), layer.__getstate__()  # type: ignore[attr-defined]
+    return copyreg.__newobj__, (kind,), layer.__getstate__()  # type: ignore[attr-defined] - a subclass of one
+
+
+def _parts(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """Mixin, source and fading constants of a joined class; the parts of the source where that is joined too."""
+    mixin, source, fading = vars(kind)[JOINED]
+    return mixin, _parts(source) if JOINED in vars(source) else source, fading
+
+
+def _blank(mixin: type[nn.Module], source: type[nn.Module] | tuple[Any, ...], fading: tuple[str, ...]) -> nn.Module:
+    """A module of the joined class with these `_parts`, to be given its state."""
+    kind = _class_of(mixin, source, fading)
+    return kind.__new__(kind)
+
+
+def _class_of(
+    mixin: type[nn.Module], source: type[nn.Module] | tuple[Any, ...], fading: tuple[str, ...]
+) -> type[nn.Module]:
+    return _joined(mixin, _class_of(*source) if isinstance(source, tuple) else source, fading)
 
 
 def join(module: nn.Module, mixin: type[MixinT], fading: tuple[str, ...] = ()) -> MixinT:
