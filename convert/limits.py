@@ -15,10 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules import module as registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.errors import BcosifyError, CheckpointError
+from ..core.torch_internals import TorchDispatchMode, on_registration
 
 __all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
 
@@ -154,10 +153,7 @@ def _registered(header: Header) -> Iterator[None]:
             found[1] += 1
             _check_size(header, *found)
 
-    handles = [
-        registration.register_module_parameter_registration_hook(count),
-        registration.register_module_buffer_registration_hook(count),
-    ]
+    handles = on_registration(count)
     try:
         yield
     finally:
