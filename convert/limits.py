@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from ..core.errors import BcosifyError, CheckpointError
+from ..core.errors import CheckpointError, first_line, translated
 from ..core.torch_internals import TorchDispatchMode, on_registration
 
 __all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
@@ -104,14 +104,14 @@ def within(header: Header) -> Iterator[None]:
     Raises:
         CheckpointError: so; or the settings are none that the library can build.
     """
+
+    def not_built(error: Exception) -> str:
+        return f"{header.path}: the model of its record cannot be built: {first_line(error)}"
+
     with _registered(header), _Sizes(header):
-        try:
+        # Libraries raise anything on settings that they do not know.
+        with translated(Exception, CheckpointError, not_built):
             yield
-        except BcosifyError:
-            raise
-        except Exception as error:  # libraries raise anything on settings that they do not know
-            said = str(error).splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{header.path}: the model of its record cannot be built: {said[0]}") from error
 
 
 class _Sizes(TorchDispatchMode):

@@ -10,6 +10,8 @@ from .errors import near_miss
 
 __all__ = ["mismatches", "relative_error", "untied_state"]
 
+HINTED = 5  # unknown names for which the closest missing one is looked for: for all of a large model, it takes long
+
 Shaped = Tensor | Sequence[int]  # a tensor, or its shape alone
 
 
@@ -20,15 +22,17 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 def mismatches(wanted: Mapping[str, Shaped], found: Mapping[str, Shaped]) -> list[str]:
     """What keeps the tensors `found` from being those `wanted`, a line each: missing, unknown, of another shape."""
-    missing = [f"{name} is missing" for name in wanted if name not in found]
-    left = wanted.keys() - found.keys()
-    unknown = [f"{name} is unknown{near_miss(name, sorted(left), 1)}" for name in found if name not in wanted]
-    misshapen = [
-        f"{name} has shape {_shape(found[name])}, should be {_shape(value)}"
+    absent = [name for name in wanted if name not in found]
+    extra = [name for name in found if name not in wanted]
+    faults = [f"missing {name}" for name in absent]
+    faults += [f"unknown {name}.{near_miss(name, absent, 1)}".removesuffix(".") for name in extra[:HINTED]]
+    faults += [f"unknown {name}" for name in extra[HINTED:]]
+    faults += [
+        f"{name} is {_shape(found[name])}, should be {_shape(value)}"
         for name, value in wanted.items()
         if name in found and _shape(found[name]) != _shape(value)
     ]
-    return [*missing, *unknown, *misshapen]
+    return faults
 
 
 def _shape(value: Shaped) -> tuple[int, ...]:

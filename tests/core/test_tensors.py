@@ -20,10 +20,11 @@ def test_every_mismatch_is_a_line():
     assert mismatches(wanted, dict(reversed(wanted.items()))) == []
     found = {"head.weihgt": (2, 3), "head.bias": (3,), "norm.weight": (4,)}
     assert mismatches(wanted, found) == [
-        "head.weight is missing",
-        "head.weihgt is unknown Did you mean 'head.weight'?",
-        "head.bias has shape (3,), should be (2,)",
+        "missing head.weight",
+        "unknown head.weihgt. Did you mean 'head.weight'?",
+        "head.bias is (3,), should be (2,)",
     ]
+    assert mismatches({}, {"a.b": (1,)}) == ["unknown a.b"]
     tensors = {name: torch.zeros(shape) for name, shape in found.items()}
     assert mismatches(wanted, tensors) == mismatches(wanted, found)
 
