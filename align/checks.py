@@ -14,8 +14,9 @@ from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
 from ..convert.taps import first_tensor
-from ..convert.trace import fitted, noise_pictures, trace_forward
+from ..convert.trace import trace_forward
 from ..core.errors import PlanError, RecipeError, near_miss
+from ..core.pictures import fitted, noise_pictures
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .paths import check_paths

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..convert.layers import scheduled_layers
 from ..convert.taps import find_blocks
+from ..core.torch_internals import allow_programs
 
 __all__ = ["compile_blocks", "eager", "make_eager"]
 
@@ -34,10 +35,7 @@ def compile_blocks(model: nn.Module, taps: tuple[str, ...], moving: bool) -> tup
     """
     names = tuple(n for n in find_blocks(model) if not any(tap.startswith(f"{n}.") for tap in taps))
     if names:
-        # Both are process-wide; they only ever rise.
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, PROGRAMS)
-        config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8 * PROGRAMS)
+        allow_programs(PROGRAMS)
     for _, layer in scheduled_layers(model):
         layer.reads_buffers = moving
     for name in names:

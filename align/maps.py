@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..convert.blocks import blocks_of
 from ..convert.taps import first_tensor, is_channels_last
-from ..convert.trace import fitted, noise_pictures
 from ..core.errors import LedgerError, RecipeError
+from ..core.hooks import hooked
+from ..core.pictures import fitted, noise_pictures
+from ..core.torch_internals import tree_flatten, tree_unflatten
 from ..explain.attribution import SelfExplaining
 from ..explain.linearise import Linearised
 from ..explain.weights import trained_maps
@@ -82,12 +83,8 @@ def teacher_maps(teacher: nn.Module, pictures: Tensor, directions: Tensor) -> Te
                 leaves[at] = mode.follow(leaves[at])
             return tree_unflatten(leaves, tree)
 
-        handles = [block.register_forward_pre_hook(into, with_kwargs=True), block.register_forward_hook(out_of)]
-        try:
+        with hooked(before=[(block, into)], with_kwargs=True), hooked([(block, out_of)]):
             score = (first_tensor(teacher(pictures)) * directions).sum()
-        finally:
-            for handle in handles:
-                handle.remove()
         (gradient, *_), _ = mode.pull(score)
     features = mode.inputs[0].detach()
     added = features * gradient

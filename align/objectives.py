@@ -27,6 +27,7 @@ from ..convert.layers import scheduled_layers
 from ..convert.methods import find_method
 from ..convert.taps import Call, channels_last, check_taps, depth_taps, find_blocks, find_units, first_tensor, record
 from ..core.errors import RecipeError
+from ..core.hooks import hooked
 from .losses import (
     class_divergence,
     cosine_distance,
@@ -272,12 +273,8 @@ class BlockOwn(Objective):
         super().__init__(student, recipe, self.blocks)
 
     def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
-        handles = [self.student.get_submodule(name).register_forward_pre_hook(_cut) for name in self.blocks]
-        try:
+        with hooked(before=((self.student.get_submodule(name), _cut) for name in self.blocks)):
             pairs, ours_output = self._compared(pictures, calls)
-        finally:
-            for handle in handles:
-                handle.remove()
         losses = {name: self._distance(name, *pair) for name, pair in pairs.items()}
         losses["output"] = self._distance("output", ours_output, output)
         return {**losses, "total": torch.stack(list(losses.values())).sum()}

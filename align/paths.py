@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..convert.blocks import blocks_of
 from ..convert.taps import Call, is_channels_last
 from ..core.errors import RecipeError
+from ..core.hooks import hooked
+from ..core.torch_internals import tree_flatten, tree_map, tree_unflatten
 from .recipe import Phase, Recipe
 
 __all__ = ["BLENDED", "LOCAL", "Draw", "blended", "check_paths", "with_own_inputs"]
@@ -43,15 +44,9 @@ def blended(student: nn.Module, teacher: nn.Module, share: float) -> Iterator[No
     too: gradient checkpointing runs blocks again.
     """
     blocks = blocks_of(student) if share else ()
-    handles = [
-        student.get_submodule(name).register_forward_hook(_mixer(teacher.get_submodule(name), share), with_kwargs=True)
-        for name in blocks
-    ]
-    try:
+    mixers = ((student.get_submodule(name), _mixer(teacher.get_submodule(name), share)) for name in blocks)
+    with hooked(mixers, with_kwargs=True):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _mixer(block: nn.Module, share: float) -> Callable[..., Any]:

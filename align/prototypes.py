@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..convert.layers import PrototypeLinear, PrototypeMaps
 from ..convert.layers.prototypes import joined_stages
 from ..core.errors import DataError, RecipeError
+from ..core.hooks import captured_inputs
 from .kmeans import kmeans
 from .losses import class_divergence
 
@@ -81,12 +82,8 @@ class PrototypeFit:
     def _seen(self, pictures: Tensor) -> tuple[Tensor, list[Tensor]]:
         if isinstance(self.model, PrototypeMaps):
             return self.model.pooled_and_stages(pictures)
-        given: list[Tensor] = []
-        hook = self.head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-        try:
+        with captured_inputs(self.head) as given:
             self.model(pictures)
-        finally:
-            hook.remove()
         return given[0], []
 
     def _some_places(self, features: Tensor) -> Tensor:

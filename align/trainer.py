@@ -15,10 +15,10 @@ from typing import Any
 from accelerate.utils import ProjectConfiguration
 
 from ..convert import load, save
-from ..convert.checkpoint import versions
 from ..convert.history import Alignment
 from ..convert.memory import laid_out, memory_format_of
 from ..core.files import check_free
+from ..core.versions import versions
 from ..data.bad import BadSamples
 from ..data.loader import check_batch
 from . import state

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from bcosify.cli.pictures import find_pictures, read_pictures
 from bcosify.convert import Preprocess, load_teacher
-from bcosify.convert.trace import fitted
 from bcosify.core.errors import NotApplicable
+from bcosify.core.pictures import fitted
 from bcosify.data.index import index_shards
 from bcosify.data.loader import held_out_batches
 from bcosify.data.names import expand

@@ -31,8 +31,8 @@ from bcosify.convert.layers import described
 from bcosify.convert.methods import METHODS, find_method
 from bcosify.convert.plan import Method
 from bcosify.convert.student import carrying
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import BcosifyError, PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
 from tqdm import tqdm
 from zoo import Entry, entries, load_entry

@@ -20,7 +20,7 @@ import numpy as np
 import quantus
 import torch
 from bcosify.convert import load_teacher
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import decide
 from bcosify.evaluate.perturbation import FRACTIONS, area, removal_curve

@@ -17,7 +17,7 @@ from bcosify.convert import Preprocess, Source, Teacher, load_teacher
 from bcosify.convert.libraries import build
 from bcosify.convert.libraries.timm.models import load as load_timm
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 
 __all__ = ["Entry", "entries", "load_entry"]
 

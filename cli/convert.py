@@ -57,9 +57,9 @@ def convert(
     from ..convert.layers import ReferenceSized
     from ..convert.memory import laid_out
     from ..convert.methods import find_method
-    from ..convert.trace import noise_pictures
     from ..core.errors import CheckpointError, PlanError
     from ..core.files import check_free
+    from ..core.pictures import noise_pictures
     from ..core.settings import from_assignments
 
     family = find_method(method)

@@ -68,9 +68,9 @@ def evaluate(
 
     from ..align.prepare import teacher_of
     from ..convert import embed_texts, load, token_grid
-    from ..convert.checkpoint import versions
     from ..convert.memory import laid_out
     from ..core.files import check_free, new_folder
+    from ..core.versions import versions
     from ..evaluate import suite
     from ..evaluate.report import gallery_of, report_page
     from ..evaluate.subject import Subject, weights_digest

@@ -9,14 +9,14 @@ is left behind. (Ours; data-dependent initialisation, LSUV, is its ancestor.)
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..core.hooks import hooked
+from ..core.torch_internals import AnyBatchNorm
 from .layers.scheduled import BiasScheduled, Rescalable, scheduled_layers
 
 __all__ = ["Gain", "calibrate"]
@@ -76,26 +76,16 @@ def calibrate(
 
         return hook
 
-    with _hooked(teacher, layers, record):
+    with hooked((teacher.get_submodule(name), record(name)) for name in layers):
         teacher(pictures)
-    with _hooked(student, layers, adjust):
+    with hooked((student.get_submodule(name), adjust(name)) for name in layers):
         student(pictures) if run is None else run()
     return gains
 
 
-@contextlib.contextmanager
-def _hooked(model: nn.Module, names: Iterable[str], hook: Callable[[str], Callable[..., Any]]) -> Iterator[None]:
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _response(module: nn.Module, x: Tensor, output: Tensor) -> Tensor:
     """The layer's own response, before an activation that its class has built in."""
-    return _BatchNorm.forward(module, x) if isinstance(module, _BatchNorm) else output  # type: ignore[arg-type]
+    return AnyBatchNorm.forward(module, x) if isinstance(module, AnyBatchNorm) else output  # type: ignore[arg-type]
 
 
 def _rows(module: nn.Module, response: Tensor) -> Tensor:

@@ -30,7 +30,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,11 +38,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.errors import CheckpointError, PlanError, near_miss
+from ..core.errors import CheckpointError, PlanError
 from ..core.files import file_digest, new_folder
+from ..core.pictures import fitted, noise_pictures
 from ..core.settings import faults, parse
+from ..core.tensors import mismatches, relative_error, untied_state
+from ..core.versions import versions, versions_text
 from . import schema_1
 from .history import History
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
@@ -55,15 +57,13 @@ from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
 from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
 from .student import Student, output_of
-from .trace import fitted, noise_pictures
 
-__all__ = ["load", "read_record", "save", "skeleton", "versions"]
+__all__ = ["load", "read_record", "save", "skeleton"]
 
 SCHEMA = 2
 READ = (schema_1.SCHEMA, SCHEMA)
 RECORD_LIMIT = 2**26  # bytes; a record with the labels of 21,843 classes has 2**20
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
-VERSIONED = ("bcosify", "torch", "timm", "open_clip_torch", "transformers")
 # The probe was computed by the same code on the same weights: only another machine's kernels may differ.
 PROBE_TOLERANCE = 1e-3
 # Strengths that folders may lack: they were written before these came.
@@ -78,7 +78,7 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
     """
     out = Path(out)
     with new_folder(out, overwrite) as folder:
-        save_file(_state(student.model), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(untied_state(student.model), folder / WEIGHTS, metadata={"format": "pt"})
         picture = noise_pictures(1, student.preprocess.size)
         with torch.no_grad(), _in_eval_mode(student.model):
             output = output_of(student.model, fitted(picture, student.model))
@@ -152,7 +152,7 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
     except PlanError as error:
         raise CheckpointError(
             f"{folder / RECORD} has swaps that cannot be carried out: {error}. It was written with "
-            f"{_versions_text(record['versions'])}; here are {_versions_text(versions())}. If yours are older, update."
+            f"{versions_text(record['versions'])}; here are {versions_text(versions())}. If yours are older, update."
         ) from error
     labels = None if record["labels"] is None else tuple(record["labels"])
     # Folders written before text towers were kept have no such entry.
@@ -241,20 +241,6 @@ def _record(student: Student) -> dict[str, Any]:
     }
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict, each tied tensor under its first name only (safetensors refuses shared memory)."""
-    seen: dict[int, str] = {}
-    return {
-        name: tensor.detach().contiguous()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if seen.setdefault(_memory(tensor), name) == name
-    }
-
-
-def _memory(tensor: Tensor) -> int:
-    return tensor.data_ptr() if tensor.numel() and not tensor.is_meta else id(tensor)
-
-
 @contextlib.contextmanager
 def _in_eval_mode(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
@@ -268,7 +254,7 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
 
 def _load_weights(model: nn.Module, folder: Path) -> None:
     path = folder / WEIGHTS
-    wanted = {name: tuple(tensor.shape) for name, tensor in _state(model).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in untied_state(model).items()}
     found = read_header(path).shapes
     # Written before there were these strengths: they are where they start.
     newer = {
@@ -277,15 +263,7 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
         for strength in NEWER_STRENGTHS & set(layer.strengths())
         if f"{name}.{strength}" not in found
     }
-    misfits = [f"{name} is missing" for name in wanted if name not in found and name not in newer]
-    misfits += [
-        f"{name} is unknown{near_miss(name, set(wanted) - set(found), 1)}" for name in found if name not in wanted
-    ]
-    misfits += [
-        f"{name} has shape {found[name]}, should be {shape}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
+    misfits = mismatches(wanted, {**found, **{name: value.shape for name, value in newer.items()}})
     if misfits:
         more = f"; and {len(misfits) - 5} more" if len(misfits) > 5 else ""
         raise CheckpointError(f"{path} does not fit the model: {'; '.join(misfits[:5])}{more}. Nothing was loaded.")
@@ -327,12 +305,12 @@ def _check_probe(folder: Path, record: dict[str, Any], model: nn.Module) -> None
         output = output_of(model, fitted(probe["input"], model)).float()
     if set(probe) != {"input", "output"} or probe["output"].shape != output.shape:
         raise CheckpointError(f"{folder / PROBE} does not hold the {tuple(output.shape)} outputs of this model.")
-    error = float((output - probe["output"]).abs().max() / probe["output"].abs().max().clamp_min(1e-12))
+    error = relative_error(output, probe["output"])
     if not error <= PROBE_TOLERANCE * (1 if parameter.dtype == torch.float32 else 100):
         raise CheckpointError(
             f"{folder}: the model does not compute what it computed when it was saved (probe "
             f"differs by {error:.1e}). Written "
-            f"with {_versions_text(record['versions'])}; here are {_versions_text(versions())}."
+            f"with {versions_text(record['versions'])}; here are {versions_text(versions())}."
         )
 
 
@@ -356,15 +334,6 @@ def _config_from_json(config_class: type, values: dict[str, Any]) -> Any:
     if wrong := list(faults(config_class, values)):
         raise CheckpointError(f"{RECORD}: its settings do not fit --method: {'; '.join(wrong)}.")
     return parse(config_class, values)
-
-
-def versions() -> dict[str, str]:
-    """Name -> installed version of every library whose code decides what a model computes."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED}
-
-
-def _versions_text(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
 def _digest(record: dict[str, Any]) -> str:

@@ -10,18 +10,18 @@ norm of x. Contributions stay what they are: the gate and v change places with t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
+from ..core.hooks import hooked
+from ..core.pictures import fitted, noise_pictures
 from .layers import UncentredBatchNorm
 from .layers.bcos import BcosConv2d, BcosLinear
 from .layers.scheduled import Rescalable
 from .student import IDENTITY_LIMIT, Student, identity_error
-from .trace import fitted, noise_pictures
 
 __all__ = ["fold"]
 
@@ -87,9 +87,6 @@ def _norms_behind_layers(model: nn.Module, picture: Tensor) -> dict[str, str]:
         elif module.bias is None:
             returned.append((output, module))
 
-    with contextlib.ExitStack() as hooks:
-        for module in model.modules():
-            if isinstance(module, Rescalable):
-                hooks.enter_context(module.register_forward_hook(watch))
+    with hooked((module, watch) for module in model.modules() if isinstance(module, Rescalable)):
         model(picture)
     return {names[norm]: names[layer] for norm, layer in found.items() if calls[norm] == calls[layer] == 1}

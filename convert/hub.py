@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import CheckpointError
+from ..core.errors import CheckpointError, first_line
 
 __all__ = ["ARCHITECTURE", "CONFIG", "OPEN_CLIP", "PROBE", "RECORD", "TEXT", "WEIGHTS", "is_student", "student_folder"]
 
@@ -84,9 +84,8 @@ def _snapshot(reference: str, repository: str, revision: str | None, options: di
             f"open_clip:hf-hub:{repository})."
         ) from error
     except OSError as error:  # all that huggingface_hub raises about a hub that it cannot reach, or that says no
-        said = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(
-            f"{reference}: there is no such folder, and the hub's repository {repository} cannot be had ({said[0]}). "
-            "Check the name, the connection, and the token of a private one (HF_TOKEN). What was fetched once is "
-            "read from the cache (HF_HOME) without a connection."
+            f"{reference}: there is no such folder, and the hub's repository {repository} cannot be had "
+            f"({first_line(error)}). Check the name, the connection, and the token of a private one (HF_TOKEN). What "
+            "was fetched once is read from the cache (HF_HOME) without a connection."
         ) from error

@@ -15,10 +15,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.modules import module as registration
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..core.errors import BcosifyError, CheckpointError
+from ..core.errors import CheckpointError, first_line, translated
+from ..core.torch_internals import TorchDispatchMode, on_registration
 
 __all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
 
@@ -105,14 +104,14 @@ def within(header: Header) -> Iterator[None]:
     Raises:
         CheckpointError: so; or the settings are none that the library can build.
     """
+
+    def not_built(error: Exception) -> str:
+        return f"{header.path}: the model of its record cannot be built: {first_line(error)}"
+
     with _registered(header), _Sizes(header):
-        try:
+        # Libraries raise anything on settings that they do not know.
+        with translated(Exception, CheckpointError, not_built):
             yield
-        except BcosifyError:
-            raise
-        except Exception as error:  # libraries raise anything on settings that they do not know
-            said = str(error).splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{header.path}: the model of its record cannot be built: {said[0]}") from error
 
 
 class _Sizes(TorchDispatchMode):
@@ -154,10 +153,7 @@ def _registered(header: Header) -> Iterator[None]:
             found[1] += 1
             _check_size(header, *found)
 
-    handles = [
-        registration.register_module_parameter_registration_hook(count),
-        registration.register_module_buffer_registration_hook(count),
-    ]
+    handles = on_registration(count)
     try:
         yield
     finally:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..core.hooks import hooked
+from ..core.torch_internals import AnyBatchNorm
 
 __all__ = ["randomise"]
 
@@ -36,7 +38,9 @@ def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -
             parameter.add_(noise(parameter, 0.1))
         elif parameter.std() < 1e-3:
             parameter.add_(noise(parameter, 0.02))
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+    norms = [
+        module for module in model.modules() if isinstance(module, AnyBatchNorm) and module.running_mean is not None
+    ]
     seen: set[nn.Module] = set()
 
     def measure(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -44,7 +48,7 @@ def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -
         if norm in seen:
             return
         seen.add(norm)
-        assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+        assert isinstance(norm, AnyBatchNorm) and norm.running_mean is not None and norm.running_var is not None
         values = args[0].transpose(0, 1).flatten(1)
         mean, variance = values.mean(1), values.var(1, correction=0)
         # A channel that is nearly the same everywhere, or next to nothing beside the others, has a variance to divide
@@ -56,7 +60,6 @@ def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -
         norm.running_mean.copy_(mean - (1.5 + noise(mean, 0.1)) * variance.sqrt())
         norm.running_var.copy_(variance * (0.75 + torch.rand(mean.shape, generator=generator).to(mean)))
 
-    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
     model.eval()
     if pictures is None:
         for norm in norms:
@@ -64,7 +67,6 @@ def randomise(model: nn.Module, pictures: Tensor | None = None, seed: int = 0) -
             norm.running_mean.copy_(noise(norm.running_mean, 0.3))
             norm.running_var.copy_(0.5 + 1.5 * torch.rand(norm.running_var.shape, generator=generator))
     elif norms:
-        model(pictures)
-    for hook in hooks:
-        hook.remove()
+        with hooked(before=[(norm, measure) for norm in norms]):
+            model(pictures)
     return model

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import LedgerError, SourceError
+from ..core.pictures import fitted, noise_pictures
+from ..core.tensors import relative_error
 from .history import Conversion, History
 from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
 from .libraries import Preprocess, Source, Teacher, Text, check_plain, load_teacher
 from .methods import find_method, method_of
 from .plan import Plan, apply_plan, plan_conversion
-from .trace import fitted, noise_pictures
 
 __all__ = [
     "Student",
@@ -102,7 +103,7 @@ def convert(teacher: Teacher | str, config: Any = "bcos", *, plan: Plan | None =
     pictures = fitted(torch.cat([noise_pictures(1, size, seed) for seed in (0, 1)]), original)
     with torch.no_grad(), watching(model):
         theirs, ours = output_of(original, pictures), output_of(model, pictures)
-    error = _relative_error(ours, theirs)
+    error = relative_error(ours, theirs)
     if original is not teacher.model:
         _take_precision(model, teacher.model)
     if not error <= IDENTITY_LIMIT:
@@ -154,11 +155,7 @@ def output_of(model: nn.Module, pictures: Tensor) -> Tensor:
 @torch.no_grad()
 def identity_error(student: nn.Module, teacher: nn.Module, pictures: Tensor) -> float:
     """Largest difference of outputs over the teacher's largest output, on pictures (B, 3, H, W)."""
-    return _relative_error(output_of(student, pictures), output_of(teacher, pictures))
-
-
-def _relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-12))
+    return relative_error(output_of(student, pictures), output_of(teacher, pictures))
 
 
 FINGERPRINT = 16  # outputs in a fingerprint
@@ -184,8 +181,7 @@ def check_teacher(student: Student, model: nn.Module) -> None:
     with torch.no_grad():
         output = output_of(model, fitted(noise_pictures(1, student.preprocess.size), model))
     found = torch.tensor(_fingerprint(output))
-    scale = wanted.abs().max().clamp_min(1e-12)
-    if wanted.shape != found.shape or not (wanted - found).abs().max() <= SAME_TEACHER * scale:
+    if wanted.shape != found.shape or not relative_error(found, wanted) <= SAME_TEACHER:
         raise SourceError(
             f"{student.source.reference} is not the teacher that this student was converted from: it computes "
             "something else now, so its files were changed or replaced. Put the old ones back, or convert again."

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.errors import RecipeError, near_miss
+from ..core.hooks import hooked
 from .blocks import WEIGHT_LAYERS, blocks_of
 from .layers import BiasScheduled
 
@@ -80,12 +81,8 @@ def record(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in names]
-    try:
+    with hooked(((model.get_submodule(name), watch(name)) for name in names), with_kwargs=True):
         yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def first_tensor(output: Any) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..core.errors import PlanError
+from ..core.hooks import hooked
 from ..core.pictures import fitted, noise_pictures
 from ..explain.linearise import Linearised
 
@@ -63,11 +62,11 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
         return (args[0].detach(), *args[1:])
 
     try:
-        with torch.no_grad(), _hooked((module, watch(name)) for name, module in _own_parameters(model)):
+        with torch.no_grad(), hooked(before=((module, watch(name)) for name, module in _own_parameters(model))):
             model(picture)
         readers = _innermost(readers)
         # What still moves with the picture once its readers do not let it through came in another way.
-        with _hooked((model.get_submodule(name), cut) for name in readers), Linearised(model) as mode:
+        with hooked(before=((model.get_submodule(name), cut) for name in readers)), Linearised(model) as mode:
             leaves = _leaves(model(mode.follow(picture)))
         moves = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
     except Exception as error:
@@ -109,17 +108,6 @@ def _readable(model: nn.Module) -> nn.Module:
 
 def _zero(tensor: Tensor) -> Tensor:
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
-
-
-@contextlib.contextmanager
-def _hooked(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """Forward pre-hooks that are gone afterwards, also after an exception."""
-    handles = [module.register_forward_pre_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -6,8 +6,9 @@ message alone (no traceback) and exits with 1; wrong usage exits with 2.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 __all__ = [
     "BcosifyError",
@@ -20,7 +21,9 @@ __all__ = [
     "RecipeError",
     "SourceError",
     "TargetError",
+    "first_line",
     "near_miss",
+    "translated",
 ]
 
 
@@ -68,3 +71,35 @@ def near_miss(word: str, known: Iterable[str], count: int = 3) -> str:
     """` Did you mean 'a', 'b'?` with the known words closest to `word`; empty where none is close."""
     close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
     return f" Did you mean {', '.join(repr(item) for item in close)}?" if close else ""
+
+
+def first_line(error: BaseException, count: int = 1) -> str:
+    """The first line of what an error says, or the first `count` lines in one; its class where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:count]) or type(error).__name__
+
+
+@contextlib.contextmanager
+def translated(
+    errors: type[Exception] | tuple[type[Exception], ...],
+    to: type[BcosifyError],
+    message: Callable[[Exception], str],
+    *,
+    ours: type[BcosifyError] = BcosifyError,
+    chained: bool = True,
+) -> Iterator[None]:
+    """Inside, what a library raises becomes one of our errors. Of several in one `with`, the last has the first word.
+
+    Args:
+        errors: what is translated.
+        to: what it becomes.
+        message: makes the message from the error: what failed, what the library said, and what to type next.
+        ours: errors of this class pass as they are.
+        chained: whether a traceback shows the library's error too; False where that may hold a secret.
+    """
+    try:
+        yield
+    except ours:
+        raise
+    except errors as error:
+        raise to(message(error)) from (error if chained else None)

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from ..core.errors import DataError
+from ..core.torch_internals import end_workers
 from .bad import BadSample
 from .index import ShardIndex
 from .order import batch_indices
@@ -140,8 +140,7 @@ class Batches:
         finally:
             # A traceback may hold them, and the garbage collector ends them in any order: it closes a queue, and then
             # the queue's thread closes the same descriptor once more, which by then may be another's.
-            if isinstance(batches, _MultiProcessingDataLoaderIter):
-                batches._shutdown_workers()
+            end_workers(batches)
         if failed:
             raise failed.pop()
 

@@ -19,7 +19,7 @@ from webdataset.writer import ShardWriter
 
 from ..core.errors import DataError
 from ..core.files import check_free, new_folder
-from .pictures import decode, reason
+from .pictures import decode, is_plain_jpeg, reason
 from .progress import tracked
 from .tar import PICTURES
 
@@ -126,13 +126,10 @@ def _as_jpeg(path: Path, size: int | None, quality: int) -> bytes | Exception:
     """The picture as an RGB JPEG, or why it cannot be read."""
     try:
         data = path.read_bytes()
-        with Image.open(io.BytesIO(data)) as source:
-            upright = source.getexif().get(0x0112, 1) == 1
-            plain = source.format == "JPEG" and source.mode == "RGB" and upright
         picture = decode(data)
         shorter = min(picture.size)
         if size is None or shorter <= size:
-            if plain:
+            if is_plain_jpeg(data):
                 return data
         else:
             width, height = (max(size, round(side * size / shorter)) for side in picture.size)

@@ -26,13 +26,13 @@ from PIL import ExifTags, Image
 
 from ..core.errors import DataError
 
-__all__ = ["PictureWarning", "check_picture", "decode", "read_picture", "reason"]
+__all__ = ["PictureWarning", "check_picture", "decode", "is_plain_jpeg", "read_picture", "reason"]
 
 # 32-bit values have no agreed range: white is the first of these that no value exceeds.
 WHITES = {"integers": (255, 65535, 2**31 - 1), "floats": (1, 255, 65535)}
 OVERSHOOT = 0.1  # of white: how far values may lie outside, as resampling leaves them; they are clipped
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -77,6 +77,14 @@ def decode(data: bytes, name: str = "") -> Image.Image:
     return image if method is None else image.transpose(method)
 
 
+def is_plain_jpeg(data: bytes) -> bool:
+    """Whether `data` is an RGB JPEG that `decode` neither turns nor says anything about."""
+    if not data.startswith(JPEG):
+        return False
+    with Image.open(io.BytesIO(data)) as image:
+        return image.format == "JPEG" and image.mode == "RGB" and _orientation(image, "") == 1
+
+
 def reason(error: Exception) -> str:
     """What Pillow said, without the memory addresses that it sometimes says too."""
     return f"{type(error).__name__}: {re.sub(r' <[^>]* at 0x[^>]*>', '', str(error))}"
@@ -108,7 +116,7 @@ def _without_exif(data: bytes) -> bytes:
 
 
 def _orientation(image: Image.Image, name: str) -> int:
-    """1 to 8, as EXIF counts them. Where EXIF is damaged anywhere, its orientation is not trusted either."""
+    """1 to 8, as EXIF counts them; 0 where EXIF is damaged anywhere: its orientation is not trusted then."""
     try:
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
@@ -117,7 +125,7 @@ def _orientation(image: Image.Image, name: str) -> int:
         return orientation
     except Exception:
         _warn(f"{name}its EXIF is damaged, so its orientation is ignored")
-        return 1
+        return 0
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:

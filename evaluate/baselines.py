@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..convert.taps import find_blocks
-from ..convert.trace import fitted
 from ..core.errors import NotApplicable, TargetError, near_miss
+from ..core.hooks import hooked
+from ..core.pictures import fitted
 from ..explain import explain
 from ..explain.attribution import main_output
 from .decisions import Decisions
@@ -242,15 +243,11 @@ def _grad_cam(subject: Subject, images: Tensor, decisions: Decisions, seed: int)
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         kept[:] = [args[0] if args[0].dim() == 3 else output]
 
-    handle = last.register_forward_hook(keep)
-    try:
-        with torch.enable_grad():
-            # The picture asks for a gradient, so that activations have one in frozen models too.
-            score = decisions.scores(main_output(subject.model(images.requires_grad_())))
-            (features,) = kept
-            (gradient,) = torch.autograd.grad(score.sum(), features)
-    finally:
-        handle.remove()
+    with hooked([(last, keep)]), torch.enable_grad():
+        # The picture asks for a gradient, so that activations have one in frozen models too.
+        score = decisions.scores(main_output(subject.model(images.requires_grad_())))
+        (features,) = kept
+        (gradient,) = torch.autograd.grad(score.sum(), features)
     if features.dim() == 3:
         rows, columns = _grid(subject, images)
         features, gradient = (_patches(tokens, rows, columns) for tokens in (features, gradient))

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..convert.taps import channels_last, depth_taps, find_blocks, record
-from ..convert.trace import fitted
 from ..core.errors import BcosifyError
 from ..core.files import cache_root, new_file
+from ..core.pictures import fitted
 from ..explain.attribution import main_output
 from .subject import Subject, weights_digest
 

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..convert.trace import fitted
 from ..core.errors import DataError, LedgerError, NotApplicable
 from ..core.files import new_file
+from ..core.pictures import fitted
 from ..explain import explain
 from . import fidelity, localisation, perturbation, probes
 from .baselines import Method, find_method, maps_of

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import Student, fold
-from ..convert.checkpoint import versions
 from ..convert.library_files import class_count
-from ..convert.trace import fitted, noise_pictures
-from ..core.errors import CheckpointError, near_miss
+from ..core.errors import CheckpointError, first_line, near_miss, translated
 from ..core.files import check_free, new_file
+from ..core.pictures import fitted, noise_pictures
 from ..core.quiet import quiet
+from ..core.tensors import relative_error
+from ..core.versions import versions
 from ..explain.attribution import MapsOf, SelfExplaining
 
 __all__ = ["FORMATS", "Exported", "Format", "export"]
@@ -89,7 +90,7 @@ def export(
     names = ("logits" if class_count(student) else "features", *(("contributions",) if explain else ()))
     facts = {"bcosify": json.dumps(_facts(student))}
     with new_file(out) as scratch:
-        with _said_plainly(student, format, explain), quiet(logging.ERROR):
+        with _export_errors(student, format, explain), quiet(logging.ERROR):
             chosen.write(graph, _inputs(student, 2, explain), names, facts, scratch)
             error = _difference(chosen.open(scratch), graph if explain else model, student, explain)
         if not error <= chosen.tolerance:
@@ -134,9 +135,7 @@ def _difference(program: Callable[..., tuple[Tensor, ...]], graph: nn.Module, st
         with torch.no_grad():
             expected = graph(*inputs)
         for ours, theirs in zip(program(*inputs), _several(expected), strict=True):
-            scale = theirs.abs().max().clamp_min(1e-12)
-            same = ours.shape == theirs.shape
-            worst = max(worst, float((ours - theirs).abs().max() / scale) if same else float("inf"))
+            worst = max(worst, relative_error(ours, theirs) if ours.shape == theirs.shape else float("inf"))
     return worst
 
 
@@ -207,18 +206,21 @@ FORMATS: dict[str, Format] = {
 
 
 @contextlib.contextmanager
-def _said_plainly(student: Student, format: str, explain: bool) -> Iterator[None]:
+def _export_errors(student: Student, format: str, explain: bool) -> Iterator[None]:
     """Turns what the exporters raise into one error with what to do next."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except ImportError as error:
-        raise CheckpointError(f"--format {format} needs {error.name}. Run: pip install 'bcosify[export]'") from error
-    except Exception as error:  # exporters raise anything on a call that they do not know
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+    def missing(error: Exception) -> str:
+        return f"--format {format} needs {getattr(error, 'name', None)}. Run: pip install 'bcosify[export]'"
+
+    def refused(error: Exception) -> str:
         other = "leave --explain out" if explain else f"pass --format {'torch' if format == 'onnx' else 'onnx'}"
-        raise CheckpointError(
+        return (
             f"{student.source.reference}: cannot be written as {format}{' with explanations' if explain else ''}: "
-            f"{said} Nothing was written; {other}."
-        ) from error
+            f"{first_line(error)} Nothing was written; {other}."
+        )
+
+    with (  # exporters raise anything on a call that they do not know
+        translated(Exception, CheckpointError, refused, ours=CheckpointError),
+        translated(ImportError, CheckpointError, missing, ours=CheckpointError),
+    ):
+        yield

@@ -18,9 +18,9 @@ from huggingface_hub import CommitOperationAdd, HfApi, RepoFile, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils.sha import git_hash
 
-from ..convert.checkpoint import versions
-from ..core.errors import BcosifyError, PublishError
+from ..core.errors import PublishError, translated
 from ..core.files import file_digest
+from ..core.versions import versions
 from .staging import Release
 
 __all__ = ["Published", "Target", "publish"]
@@ -83,10 +83,10 @@ def publish(release: Release, target: Target, endpoint: str | None = None) -> Pu
             "there is no token. `hf auth login` keeps one, or set HF_TOKEN. It must be allowed to write."
         )
     api = HfApi(endpoint=endpoint, token=token, library_name="bcosify", library_version=versions()["bcosify"])
-    with _said_plainly(target, token, "The hub has confirmed no commit; what it has of the files is not sent again."):
+    with _publish_errors(target, token, "The hub has confirmed no commit; what it has of the files is not sent again."):
         sent, tags = _send(api, release, target)
     after = f"Commit {sent.commit[:8]} was made, and not tagged yet: do not use it before the same command has ended."
-    with _said_plainly(target, token, after if sent.changed else "There was nothing to commit."):
+    with _publish_errors(target, token, after if sent.changed else "There was nothing to commit."):
         there = _files(api, target.repo, sent.commit)
         _check_arrived(release, sent.changed, there, f"{target.repo} at commit {sent.commit[:8]}")
         tag = None if target.create_pr else _tag(api, target.repo, sent.commit, target.tag, tags)
@@ -201,17 +201,21 @@ SERVER = "the hub has a fault of its own ({status}), also after {tries} tries. R
 
 
 @contextlib.contextmanager
-def _said_plainly(target: Target, token: str, left: str) -> Iterator[None]:
+def _publish_errors(target: Target, token: str, left: str) -> Iterator[None]:
     """Turns whatever the client raises into one PublishError that also says what is `left` on the hub."""
-    try:
+
+    def offline(error: Exception) -> str:
+        return "HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, or pass --dry-run."
+
+    def answered(error: Exception) -> str:
+        return f"{target.repo}: {_meaning(_cause(error), target)}. {left}".replace(token, "<token>")
+
+    # The client's own error may hold the token, so no traceback shows it.
+    with (
+        translated(Exception, PublishError, answered, chained=False),
+        translated(OfflineModeIsEnabled, PublishError, offline),
+    ):
         yield
-    except BcosifyError:
-        raise
-    except OfflineModeIsEnabled as error:
-        raise PublishError("HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it, or pass --dry-run.") from error
-    except Exception as error:
-        text = _meaning(_cause(error), target)
-        raise PublishError(f"{target.repo}: {text}. {left}".replace(token, "<token>")) from None
 
 
 def _cause(error: BaseException) -> BaseException:

@@ -32,7 +32,7 @@ from bcosify.convert import (
 from bcosify.convert.layers import strength_spans
 from bcosify.convert.libraries import Preprocess, Source, build
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 from bcosify.data.pack import write_shards
 from PIL import Image
 from safetensors.torch import save_file

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...core.hooks import hooked
 from .dampening import DampenedSkip, skipping
 
 __all__ = ["ClassMaps", "LastMap", "LastMapChannelsLast", "LastTokens", "PlaceClassifier", "PlaceNorm"]
@@ -125,15 +126,8 @@ class ClassMaps(nn.Module):
         """(B, C, h, w): what the model computes before it pools; the little that it does afterwards goes unused."""
         ((_, part),) = self._parts(LastMap)
         found: list[Tensor] = []
-
-        def take(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - a hook
-            found.append(output)
-
-        handle = part.register_forward_hook(take)
-        try:
+        with hooked([(part, lambda module, args, output: found.append(output))]):
             super().forward(x, *args, **kwargs)  # type: ignore[misc]
-        finally:
-            handle.remove()
         return part.to_maps(found[-1], (x.shape[-2], x.shape[-1]))
 
     def _parts(self, kind: type[PartT]) -> list[tuple[str, PartT]]:

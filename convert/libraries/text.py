@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...core.errors import SourceError
+from ...core.errors import SourceError, first_line
+from ...core.tensors import untied_state
 
 __all__ = ["RECORD", "WEIGHTS", "Text", "TextTower", "embed_texts", "probabilities"]
 
@@ -80,21 +81,13 @@ class TextTower:
         try:
             return self.tokenizer()
         except Exception as error:  # libraries raise anything here, from ImportError to TypeError
-            said = str(error).splitlines() or [type(error).__name__]
             raise SourceError(
-                f"the tokenizer of this {self.library} text tower cannot be had ({said[0]}). Convert the model again "
-                "where its tokenizer files can be reached: they are then kept in the student's folder."
+                f"the tokenizer of this {self.library} text tower cannot be had ({first_line(error)}). Convert the "
+                "model again where its tokenizer files can be reached: they are then kept in the student's folder."
             ) from error
 
     def save(self, folder: Path) -> None:
-        # A tied tensor is written once, under its first name: safetensors refuses shared memory.
-        seen: dict[int, str] = {}
-        state = {
-            name: tensor.detach().contiguous()
-            for name, tensor in self.model.state_dict().items()
-            if seen.setdefault(tensor.data_ptr(), name) == name
-        }
-        save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(untied_state(self.model), folder / WEIGHTS, metadata={"format": "pt"})
         self.write(folder)
         record = {"library": self.library, "logit_scale": self.logit_scale, "logit_bias": self.logit_bias}
         (folder / RECORD).write_text(json.dumps({**record, "record": self.record}, indent=2))

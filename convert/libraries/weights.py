@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ...core.errors import BcosifyError, SourceError
+from ...core.tensors import mismatches
 from ..plan import class_path
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "is_whole",
     "load_weights",
     "mismatch_error",
-    "mismatches",
     "read_weights",
     "with_weights",
 ]
@@ -122,18 +122,6 @@ def assign_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         owner, _, leaf = name.rpartition(".")
         if first[name] != name:
             setattr(model.get_submodule(owner), leaf, taken[first[name]])
-
-
-def mismatches(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the tensors `found` from being those `wanted`, one line each: missing, unknown, of another shape."""
-    faults = [f"missing {key}" for key in wanted if key not in found]
-    faults += [f"unknown {key}" for key in found if key not in wanted]
-    faults += [
-        f"{key} is {tuple(found[key].shape)}, should be {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in found and found[key].shape != wanted[key].shape
-    ]
-    return faults
 
 
 def mismatch_error(path: Path, model: str, faults: Sequence[str]) -> SourceError:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import PlanError
+from ...core.hooks import hooked
+from ...core.pictures import fitted, noise_pictures
+from ...core.torch_internals import written_times
 from ..blocks import blocks_of
 from ..plan import check_whole, class_path
 from ..randomise import randomise
-from ..trace import fitted, noise_pictures
 from . import kinds
 
 __all__ = ["Anatomy", "Head", "Layout", "look"]
@@ -131,7 +133,7 @@ def _watched(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], Tens
     def begin(name: str):  # noqa: ANN202 - a hook
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
             tensor = _first(args, kwargs)
-            versions[name] = 0 if tensor is None else tensor._version
+            versions[name] = 0 if tensor is None else written_times(tensor)
 
         return hook
 
@@ -141,15 +143,14 @@ def _watched(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], Tens
             given = None if tensor is None else _Value.of(tensor)
             returned = _Value.of(output) if isinstance(output, Tensor) else None
             calls.pop(name, None)
-            calls[name] = _Call(given, returned, tensor is not None and tensor._version != versions[name])
+            calls[name] = _Call(given, returned, tensor is not None and written_times(tensor) != versions[name])
 
         return hook
 
-    for name, module in model.named_modules():
-        if name:
-            module.register_forward_pre_hook(begin(name), with_kwargs=True)
-            module.register_forward_hook(end(name), with_kwargs=True)
-    output = model(pictures)
+    parts = [(name, module) for name, module in model.named_modules() if name]
+    before, after = ([(module, hook(name)) for name, module in parts] for hook in (begin, end))
+    with hooked(after, before=before, with_kwargs=True):
+        output = model(pictures)
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise PlanError("it does not return one vector a picture")
     return calls, output

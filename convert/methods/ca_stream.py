@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from ...core.errors import PlanError, near_miss
+from ...core.pictures import fitted, noise_pictures
 from ..layers import CaStream, CaStreamForToken, adopt, join
 from ..libraries import Preprocess
 from ..plan import Decision, Method
 from ..swaps import Swap, swap
-from ..trace import Trace, fitted, noise_pictures
+from ..trace import Trace
 from .timm_stages import check_timm, head_reads, last_stages, seen_stages
 
 __all__ = ["METHOD", "CaStreamConfig"]

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import PlanError
+from ...core.hooks import captured_inputs
+from ...core.pictures import fitted, noise_pictures
 from ..layers import PrototypeLinear, PrototypeMaps, join
 from ..layers.stages import places
 from ..libraries import Preprocess
 from ..plan import Decision, Method, class_path
 from ..randomise import randomise
 from ..swaps import swap
-from ..trace import Trace, fitted, noise_pictures
+from ..trace import Trace
 from .kinds import LINEARS
 from .timm_stages import check_timm, last_stages, seen_stages
 
@@ -113,12 +115,8 @@ def _averages(model: Any, size: tuple[int, int]) -> tuple[tuple[int, ...], tuple
 
 def _fed(model: Any, picture: Tensor) -> Tensor:
     """What the classifier is given."""
-    given: list[Tensor] = []
-    hook = model.get_classifier().register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    try:
+    with captured_inputs(model.get_classifier()) as given:
         model(picture)
-    finally:
-        hook.remove()
     if not given:
         raise PlanError(f"the forward pass of {type(model).__name__} does not call its classifier")
     return given[0]

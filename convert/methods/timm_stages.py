@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ...core.errors import PlanError
+from ...core.tensors import relative_error
 from ..layers.stages import at_one_place, features_of, is_column, places, stage_count
 from ..plan import check_whole
 
@@ -76,4 +77,4 @@ def _tried(model: Any, features: Tensor, pre_logits: bool = True) -> Tensor | No
 def _same(expected: Tensor, found: Tensor | None) -> bool:
     if found is None or found.shape != expected.shape:
         return False
-    return bool((found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp_min(1e-12))
+    return relative_error(found, expected) <= 1e-4

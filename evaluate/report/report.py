@@ -12,7 +12,7 @@ import torch
 from markupsafe import Markup
 from torchvision.transforms.functional import to_pil_image
 
-from ...convert.trace import fitted
+from ...core.pictures import fitted
 from ...explain import Explanation, explain, signed_map
 from ..decisions import ClassDecisions
 from ..record import Evaluation

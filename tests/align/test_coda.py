@@ -10,7 +10,7 @@ from bcosify.align.recipe import load_recipe
 from bcosify.convert import CodaConfig, convert, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 
 
 @pytest.mark.parametrize(("recipe", "name"), [("coda/cnn", "test_resnet"), ("coda/vit", "test_vit")])

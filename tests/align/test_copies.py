@@ -17,7 +17,7 @@ from bcosify.align.prepare import checkpoint_gradients
 from bcosify.convert import BcosConfig, CodaConfig, convert, load_teacher, set_strength
 from bcosify.convert.layers import BcosConv2d, BcosLinear, CodaConv2d, CodaLinear, UncentredBatchNorm, batch_statistics
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel

@@ -17,8 +17,8 @@ from bcosify.align.recipe import Phase, Recipe, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, load_teacher, save, set_strength
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import DataError, RecipeError
+from bcosify.core.pictures import noise_pictures
 from bcosify.data.pack import write_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st

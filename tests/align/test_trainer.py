@@ -25,8 +25,8 @@ from bcosify.align.stepper import Stepper
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
 from bcosify.convert.memory import laid_out
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import BcosifyError, CheckpointError, DataError, RecipeError
+from bcosify.core.pictures import noise_pictures
 from safetensors.torch import load_file
 
 from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows

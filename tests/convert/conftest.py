@@ -11,7 +11,7 @@ import pytest
 import torch
 from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 from PIL import Image
 from torch import Tensor, nn
 

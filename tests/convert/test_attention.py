@@ -9,8 +9,8 @@ import torch
 from bcosify.convert import BcosConfig, convert, plan_for, set_strength
 from bcosify.convert.layers import BcosLinear, BiasScheduled, SeparateAttention, adopt
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
 from open_clip.modified_resnet import AttentionPool2d
 from torch import Tensor, nn

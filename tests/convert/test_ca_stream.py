@@ -8,8 +8,8 @@ import pytest
 import torch
 from bcosify.convert import CaStreamConfig, convert, load, load_teacher, save
 from bcosify.convert.layers import Stream, set_strength
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import CheckpointError, PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import DirectionTarget, SelfExplaining, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st

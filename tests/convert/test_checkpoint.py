@@ -195,11 +195,11 @@ def swap(state, old, new):
 
 
 DAMAGE = {
-    "missing": (lambda s: s.pop("head.weight"), "head.weight is missing"),
-    "unknown": (lambda s: s.update(extra=torch.zeros(1)), "extra is unknown"),
-    "misspelt": (lambda s: swap(s, "head.weight", "head.weihgt"), "head.weihgt is unknown Did you mean 'head.weight'"),
-    "shape": (lambda s: s.update({"head.bias": torch.zeros(3)}), r"head.bias has shape \(3,\), should be \(1000,\)"),
-    "no beta": (lambda s: s.pop("norm.beta"), "norm.beta is missing"),
+    "missing": (lambda s: s.pop("head.weight"), "missing head.weight"),
+    "unknown": (lambda s: s.update(extra=torch.zeros(1)), "unknown extra"),
+    "misspelt": (lambda s: swap(s, "head.weight", "head.weihgt"), "unknown head.weihgt. Did you mean 'head.weight'"),
+    "shape": (lambda s: s.update({"head.bias": torch.zeros(3)}), r"head.bias is \(3,\), should be \(1000,\)"),
+    "no beta": (lambda s: s.pop("norm.beta"), "missing norm.beta"),
     "many": (lambda s: [s.pop(key) for key in [*s] if ".mlp." in key], "and [0-9]+ more"),
 }
 

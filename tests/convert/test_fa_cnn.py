@@ -13,8 +13,8 @@ from bcosify.convert.blocks import blocks_of
 from bcosify.convert.layers import ClassMaps, DampenedSkip, LastMap, PlaceClassifier, PlaceNorm, adopt, at_start
 from bcosify.convert.layers.dampening import FORMS, skipping
 from bcosify.convert.methods.anatomy import look
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import DirectionTarget, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st

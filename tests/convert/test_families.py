@@ -29,8 +29,8 @@ from bcosify.convert import (
 from bcosify.convert.layers import BcosConv2d, batch_statistics, scheduled_layers
 from bcosify.convert.methods import find_method
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
 from torch import nn
 

@@ -8,8 +8,8 @@ from bcosify.convert import KMeansConfig, convert, load, load_teacher, save
 from bcosify.convert.layers import PrototypeLinear
 from bcosify.convert.layers.prototypes import joined_stages
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import SelfExplaining, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -9,7 +9,7 @@ import timm
 import torch
 from bcosify.convert import convert, fold, load, load_teacher, save, set_strength
 from bcosify.convert.memory import laid_out, memory_format_of
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import TopTarget, explain
 from torch import nn
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from bcosify.convert import BcosConfig, convert, plan_for
 from bcosify.convert.methods import find_method
-from bcosify.convert.trace import noise_pictures, trace_forward
+from bcosify.convert.trace import trace_forward
 from bcosify.core.errors import PlanError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
 from torch import nn
 

@@ -16,9 +16,10 @@ from bcosify.core.errors import CheckpointError, DataError
 from bcosify.data.index import index_shards
 from bcosify.data.names import expand
 from bcosify.data.pack import write_shards
-from bcosify.data.pictures import decode
+from bcosify.data.pictures import PictureWarning, decode
 from PIL import Image
 
+from exif import CAT, DAMAGED, jpeg_with_exif, png_with_exif
 from tars import samples_of
 
 
@@ -70,6 +71,18 @@ def test_a_turned_jpeg_is_stored_upright(tmp_path):
     (sample,) = samples_of(tmp_path / "out" / "00000.tar")
     stored = Image.open(io.BytesIO(sample["jpg"]))
     assert stored.size == (300, 451) and stored.getexif().get(0x0112, 1) == 1
+
+
+def test_a_picture_with_damaged_exif_is_packed_without_it(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jpg").write_bytes(jpeg_with_exif(DAMAGED))
+    (tmp_path / "in" / "b.png").write_bytes(png_with_exif(b"text"))
+    with pytest.warns(PictureWarning, match="EXIF is damaged"):
+        written = write_shards(tmp_path / "in", tmp_path / "out", size=None)
+    assert written.pictures == 2 and not written.skipped
+    for sample in samples_of(tmp_path / "out" / "00000.tar"):
+        stored = Image.open(io.BytesIO(sample["jpg"]))
+        assert stored.size == CAT.shape[1::-1] and 0x0112 not in stored.getexif()
 
 
 def test_keys_are_unique_and_survive_webdataset(tmp_path):

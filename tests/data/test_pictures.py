@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import skimage.data
 from bcosify.core.errors import DataError
 from bcosify.data.pictures import PictureWarning, check_picture, decode, read_picture
 from PIL import Image, ImageOps
 
-CAT = skimage.data.chelsea()[::8, ::8]  # (38, 57, 3)
+from exif import CAT, DAMAGED, encoded, exif_block, jpeg_with_exif, png_with_exif
+
 GREY = np.asarray(Image.fromarray(CAT).convert("L"))
 
 
@@ -25,12 +25,6 @@ def warnings_are_errors():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
-
-
-def encoded(picture: Image.Image, format: str, **options) -> bytes:
-    stream = io.BytesIO()
-    picture.save(stream, format, **options)
-    return stream.getvalue()
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -205,24 +199,6 @@ def test_a_deep_picture_is_turned_too():
     assert np.array_equal(grey(decode(data)), np.rot90(GREY, -1))
 
 
-def exif_block(resolution: tuple[int, int]) -> bytes:
-    """EXIF with orientation 6 and a signed rational."""
-    head = b"II*\0" + struct.pack("<I", 8)
-    entries = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0) + struct.pack("<HHII", 0x011A, 10, 1, 38)
-    return head + struct.pack("<H", 2) + entries + struct.pack("<I", 0) + struct.pack("<iI", *resolution)
-
-
-def png_with_exif(block: bytes, checksum: int | None = None) -> bytes:
-    data = encoded(Image.fromarray(CAT), "PNG")
-    body = b"eXIf" + block
-    checksum = zlib.crc32(body) if checksum is None else checksum
-    return data[:33] + struct.pack(">I", len(block)) + body + struct.pack(">I", checksum) + data[33:]
-
-
-def jpeg_with_exif(block: bytes) -> bytes:
-    return encoded(Image.fromarray(CAT), "JPEG", exif=b"Exif\0\0" + block)
-
-
 def test_whole_exif_as_these_tests_write_it():
     for data in (jpeg_with_exif(exif_block((72, 1))), png_with_exif(exif_block((72, 1)))):
         assert decode(data).size == CAT.shape[:2]
@@ -231,8 +207,8 @@ def test_whole_exif_as_these_tests_write_it():
 @pytest.mark.parametrize(
     "data",
     [
-        jpeg_with_exif(exif_block((-1, 0))),
-        png_with_exif(exif_block((-1, 0))),
+        jpeg_with_exif(DAMAGED),
+        png_with_exif(DAMAGED),
         png_with_exif(b"no exif at all"),
         png_with_exif(exif_block((72, 1)), checksum=1),
     ],

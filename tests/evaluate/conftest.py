@@ -9,7 +9,7 @@ import pytest
 import torch
 from bcosify.convert import load_teacher, token_grid
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
+from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate.subject import Subject
 from torch import nn
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from bcosify.convert import BcosConfig, convert, load_teacher, set_strength
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import DataError
+from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate import suite
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page

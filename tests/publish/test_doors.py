@@ -33,8 +33,8 @@ from bcosify.convert import (
 from bcosify.convert.layers import BcosLinear, scheduled_layers
 from bcosify.convert.libraries.timm.models import load as load_timm
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import CheckpointError
+from bcosify.core.pictures import noise_pictures
 from PIL import Image
 from torch import Tensor
 

@@ -23,8 +23,8 @@ from bcosify.convert import (
     set_strength,
 )
 from bcosify.convert.randomise import randomise
-from bcosify.convert.trace import noise_pictures
 from bcosify.core.errors import CheckpointError
+from bcosify.core.pictures import noise_pictures
 from bcosify.explain import ClassTarget, explain
 from bcosify.publish import export as module
 from bcosify.publish.export import FORMATS, export

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from ....core.errors import CheckpointError, SourceError
+from ....core.errors import SourceError, first_line, translated
 
 __all__ = ["FAILURES", "translate_errors"]
 
@@ -20,19 +20,23 @@ def translate_errors(name: str) -> Iterator[None]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     reached = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
-    try:
-        yield
-    except (SourceError, CheckpointError):
-        raise
-    except HFValidationError as error:
-        raise SourceError(f"open_clip:{name}: no name of a hub repository (ORG/NAME): {error}") from error
-    except reached as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise SourceError(
-            f"open_clip:{name}: the files cannot be reached ({said[0]}). Check the name and the connection, or pass "
-            "--weights FILE.safetensors, or --no-pretrained for random weights, or use a local folder: "
+
+    def no_name(error: Exception) -> str:
+        return f"open_clip:{name}: no name of a hub repository (ORG/NAME): {error}"
+
+    def unreachable(error: Exception) -> str:
+        return (
+            f"open_clip:{name}: the files cannot be reached ({first_line(error)}). Check the name and the connection, "
+            "or pass --weights FILE.safetensors, or --no-pretrained for random weights, or use a local folder: "
             "open_clip:local-dir:PATH."
-        ) from error
-    except FAILURES as error:
-        said = " ".join(line.strip() for line in str(error).splitlines()[:3]) or type(error).__name__
-        raise SourceError(f"open_clip:{name}: open_clip cannot build it: {said}") from error
+        )
+
+    def not_built(error: Exception) -> str:
+        return f"open_clip:{name}: open_clip cannot build it: {first_line(error, 3)}"
+
+    with (
+        translated(FAILURES, SourceError, not_built),
+        translated(reached, SourceError, unreachable),
+        translated(HFValidationError, SourceError, no_name),
+    ):
+        yield

@@ -14,9 +14,10 @@ from torch import nn
 
 from ....core.errors import SourceError
 from ....core.quiet import quiet
+from ....core.tensors import mismatches
 from ..base import Source, Teacher
 from ..timm.models import check_buildable
-from ..weights import mismatch_error, mismatches, read_weights
+from ..weights import mismatch_error, read_weights
 from .errors import translate_errors
 from .files import locate
 from .preprocess import preprocess_of

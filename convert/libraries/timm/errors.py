@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from ....core.errors import SourceError
+from ....core.errors import SourceError, first_line, translated
 
 __all__ = ["translate_errors"]
 
@@ -17,16 +17,18 @@ def translate_errors(name: str) -> Iterator[None]:
     """Turns what timm and the hub raise into one SourceError with what to do next."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    try:
-        yield
-    except SourceError:
-        raise
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise SourceError(
-            f"timm:{name}: the weights cannot be reached ({said[0]}). Check the connection, or pass "
+    reached = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError)
+    failures = (RuntimeError, TypeError, ValueError, AssertionError, KeyError, SafetensorError)
+
+    def unreachable(error: Exception) -> str:
+        return (
+            f"timm:{name}: the weights cannot be reached ({first_line(error)}). Check the connection, or pass "
             "--weights FILE.safetensors, or --no-pretrained for random weights, or use a local "
             "folder: timm:local-dir:PATH."
-        ) from error
-    except (RuntimeError, TypeError, ValueError, AssertionError, KeyError, SafetensorError) as error:
-        raise SourceError(f"timm:{name}: timm cannot build it: {error}") from error
+        )
+
+    def not_built(error: Exception) -> str:
+        return f"timm:{name}: timm cannot build it: {error}"
+
+    with translated(failures, SourceError, not_built), translated(reached, SourceError, unreachable):
+        yield

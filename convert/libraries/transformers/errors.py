@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from safetensors import SafetensorError
 
-from ....core.errors import CheckpointError, SourceError
+from ....core.errors import SourceError, first_line, translated
 
 __all__ = ["FAILURES", "quiet", "translate_errors"]
 
@@ -36,20 +36,23 @@ def translate_errors(reference: str) -> Iterator[None]:
     """Turns what transformers and the hub raise into one SourceError with what to do next."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    try:
-        yield
-    except (SourceError, CheckpointError):
-        raise
-    except HFValidationError as error:
-        raise SourceError(
-            f"{reference}: no such folder, and no name of a hub repository (ORG/NAME): {error}"
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError) as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise SourceError(
-            f"{reference}: the files cannot be reached ({said[0]}). Check the name and the connection, "
+    reached = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
+
+    def no_name(error: Exception) -> str:
+        return f"{reference}: no such folder, and no name of a hub repository (ORG/NAME): {error}"
+
+    def unreachable(error: Exception) -> str:
+        return (
+            f"{reference}: the files cannot be reached ({first_line(error)}). Check the name and the connection, "
             "or use a local folder: hf:PATH."
-        ) from error
-    except FAILURES as error:
-        said = str(error).splitlines() or [type(error).__name__]
-        raise SourceError(f"{reference}: transformers cannot open it: {said[0]}") from error
+        )
+
+    def not_opened(error: Exception) -> str:
+        return f"{reference}: transformers cannot open it: {first_line(error)}"
+
+    with (
+        translated(FAILURES, SourceError, not_opened),
+        translated(reached, SourceError, unreachable),
+        translated(HFValidationError, SourceError, no_name),
+    ):
+        yield
