@@ -46,9 +46,15 @@ SOURCES = {
     "depthwise, dilated": (lambda: nn.Conv2d(8, 8, 3, padding=4, dilation=2, groups=8, bias=False), (6, 8, 9, 9)),
     "dilated": (lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), (6, 8, 9, 9)),
 }
+
+
+def in_turn(values: list) -> list[tuple]:
+    """Every kind with one of `values`, which take turns."""
+    return list(zip(SOURCES, values * len(SOURCES), strict=False))
+
+
 kinds = pytest.mark.parametrize("kind", SOURCES)
-# Every kind, by B in turn.
-kinds_and_strengths = pytest.mark.parametrize(("kind", "b"), zip(SOURCES, [1.5, 2.0] * len(SOURCES), strict=False))
+kinds_and_strengths = pytest.mark.parametrize(("kind", "b"), in_turn([1.5, 2.0]))
 LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
 # Pictures, and the share of a block that each fills: one block, several with a smaller one behind, a picture each.
 SIZES = {"one block": (6, 0.02), "some a block": (5, 0.4), "one a block": (2, 1.1)}
@@ -136,7 +142,7 @@ def test_a_double_backward_over_zero_patches_and_dead_filters_is_finite(kind, b)
     assert first.isfinite().all() and all(gradient.isfinite().all() for gradient in second)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), zip(SOURCES, [torch.bfloat16, torch.float16] * len(SOURCES), strict=False))
+@pytest.mark.parametrize(("kind", "dtype"), in_turn([torch.bfloat16, torch.float16]))
 def test_gradients_under_autocast_are_those_of_float32_to_rounding(kind, dtype):
     layer, _, x = both(kind, 2.0)
     pull = torch.randn_like(layer(x))
@@ -180,7 +186,7 @@ def test_a_compiled_layer_is_the_same(kind, b):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize(("kind", "reentrant"), zip(SOURCES, [False, True] * len(SOURCES), strict=False))
+@pytest.mark.parametrize(("kind", "reentrant"), in_turn([False, True]))
 def test_a_checkpointed_layer_is_the_same(kind, reentrant):
     layer, _, x = both(kind, 2.0)
     pull = torch.randn_like(layer(x))
