@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.torch_internals import convolution_backward
+
 __all__ = ["transposed"]
 
 Pair = tuple[int, int]
@@ -36,7 +38,7 @@ class _Transposed(torch.autograd.Function):
         # Of the input only size and layout are read.
         layout = torch.channels_last if grad.stride(1) == 1 else torch.contiguous_format
         x = torch.empty(size, dtype=grad.dtype, device=grad.device, memory_format=layout)
-        return _backward(grad, x, weight, window, groups, (True, False))[0]
+        return convolution_backward(grad, x, weight, *window, groups, (True, False))[0]
 
     @staticmethod
     def backward(ctx: Any, tangent: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
@@ -46,12 +48,7 @@ class _Transposed(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_grad = F.conv2d(tangent, weight, None, stride, padding, dilation, ctx.groups)
         if ctx.needs_input_grad[1]:
-            of_weight = _backward(grad, tangent, weight, ctx.window, ctx.groups, (False, True))[1]
+            of_weight = convolution_backward(
+                grad, tangent, weight, stride, padding, dilation, ctx.groups, (False, True)
+            )[1]
         return of_grad, of_weight, None, None, None
-
-
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, window: Window, groups: int, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    settings: tuple[Any, ...] = (None, *window, False, (0, 0), groups, (*wanted, False))
-    return torch.ops.aten.convolution_backward(grad, x, weight, *settings)

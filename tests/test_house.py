@@ -131,7 +131,7 @@ def module_of(name: str) -> Path | None:
     return None
 
 
-@pytest.mark.parametrize("folder", ["convert/libraries"])
+@pytest.mark.parametrize("folder", ["convert/libraries", "convert/kernels"])
 def test_no_files_of_a_folder_import_each_other_in_a_circle(folder):
     files = {file: file.relative_to(ROOT).as_posix() for file in sorted((ROOT / folder).rglob("*.py"))}
     found = {name: {module_of(one) for one in imported(file)} for file, name in files.items()}
@@ -139,11 +139,17 @@ def test_no_files_of_a_folder_import_each_other_in_a_circle(folder):
     assert sum(map(len, graph.values())) > 20 and not circle(graph)
 
 
+def test_kernels_know_no_layers():
+    files = sorted((ROOT / "convert" / "kernels").glob("*.py"))
+    names = {name for file in files for name in imported(file) if name.startswith("convert.")}
+    assert names and all(name.startswith("convert.kernels.") for name in names)
+
+
 def test_the_import_walk_sees_what_is_there():
     libraries = ROOT / "convert" / "libraries"
     assert module_of("convert.libraries.timm.models.load") == libraries / "timm" / "models.py"
     assert module_of("convert.libraries.timm") == libraries / "timm" / "__init__.py"
-    assert "explain.linearise.gated_by" in imported(ROOT / "convert" / "layers" / "scale.py")
+    assert "explain.linearise.gated_by" in imported(ROOT / "convert" / "kernels" / "bcos.py")
     assert "convert.layers.BiasScheduled" in imported(ROOT / "convert" / "taps.py")
     assert "core.errors.PlanError" in imported(ROOT / "convert" / "plan.py")
 

@@ -5,7 +5,7 @@ from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistic
 from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear
 from .ca_stream import CaStream, CaStreamForToken, Stream
 from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
-from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash, aligned
+from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash
 from .convolution import DynamicConv2d
 from .dampening import DampenedSkip, Dampening
 from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
@@ -18,7 +18,6 @@ from .reference import (
     recording,
     reference_gains,
 )
-from .scale import bcos_scale
 from .scheduled import (
     STRENGTHS,
     BiasScheduled,
@@ -39,8 +38,6 @@ from .stem import (
     SixChannelCodaConv2d,
     SixChannelCodaConv2dSame,
     SixChannelInput,
-    from_six_channels,
-    six_channels,
 )
 from .watch import watching
 
@@ -83,22 +80,18 @@ __all__ = [
     "Stream",
     "UncentredBatchNorm",
     "adopt",
-    "aligned",
     "at_start",
     "batch_statistics",
-    "bcos_scale",
     "described",
     "estimate_gains",
     "estimate_statistics",
     "fold_gains",
-    "from_six_channels",
     "join",
     "mean_sizes",
     "recording",
     "reference_gains",
     "scheduled_layers",
     "set_strength",
-    "six_channels",
     "strength_spans",
     "watching",
 ]

@@ -22,19 +22,16 @@ without biases are of degree 1 too: X-DNN, Hesse et al., NeurIPS 2021.)
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import torch
-import torch.distributed
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
-from ...explain.linearise import carries_bias, with_mean
-from .convolution import applied, in_blocks, unobserved, with_moving_squares
-from .scheduled import Rescalable, faded, is_exactly
+from ..kernels.dispatch import is_exactly
+from ..kernels.moments import carrying, over_processes, proportion, with_moments
+from ..kernels.squares import with_moving_squares
+from .scheduled import Rescalable, faded
 
 __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
 
@@ -90,10 +87,10 @@ class UncentredBatchNorm(Rescalable):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return self._respond(x)
-        x, mean, variance = _with_moments(x)
+        x, mean, variance = with_moments(x)
         centre = self._buffers["running_mean"]
         assert centre is not None
-        moments = self._moments = _over_processes(mean, variance, centre)
+        moments = self._moments = over_processes(mean, variance, centre)
         self.training = False
         try:
             return self._respond(x)
@@ -114,7 +111,8 @@ class UncentredBatchNorm(Rescalable):
         parameter = self._parameters.get("bias")
         source = self._buffers["running_mean"] if parameter is None else parameter
         assert source is not None
-        rho = _carrying(self._proportion(squares / x.shape[1]) * (carry / expected), source).to(y.dtype)
+        rms = proportion(squares / x.shape[1], self._window, self._strength("spread"))
+        rho = carrying(rms * (carry / expected), source).to(y.dtype)
         y = y + shift.to(y.dtype).view(-1, *[1] * (y.dim() - 2)) * rho
         for part in ("drop", "act"):
             y = getattr(self, part)(y) if hasattr(self, part) else y
@@ -130,19 +128,6 @@ class UncentredBatchNorm(Rescalable):
         expected = (variance + mean.square()).mean().clamp_min(torch.finfo(torch.float32).tiny).sqrt()
         return (shift if bias is None else shift + bias), expected
 
-    def _proportion(self, energy: Tensor) -> Tensor:
-        """rms(x), from the mean square (B, 1, ...) of every place: of the whole map, of windows, or between the two."""
-        places = energy.shape[2:]
-        whole = _root(energy.mean(tuple(range(2, energy.dim())), keepdim=True)) if places else _root(energy)
-        sides = [_places(self._window, side) for side in places]
-        if not places or not self._window or all(k >= 2 * side - 1 for k, side in zip(sides, places, strict=True)):
-            return whole
-        spread = self._strength("spread")
-        pool = F.avg_pool2d if len(places) == 2 else F.avg_pool1d
-        near = pool(energy, sides, 1, [k // 2 for k in sides], count_include_pad=False)
-        near = _root(near)
-        return near if is_exactly(spread, 0) else near * (1 - spread) + whole * spread
-
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
         """Moves the buffers by `momentum`, or to the mean over all batches where it is None (as torch does)."""
@@ -154,89 +139,6 @@ class UncentredBatchNorm(Rescalable):
             buffer = self._buffers[name]
             assert buffer is not None
             buffer.lerp_(value.to(buffer.dtype), share)
-
-
-@carries_bias
-def _carrying(proportion: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001 - explanation mode reads its name
-    """`proportion` (B, 1, ...), by which the shift counts."""
-    return proportion
-
-
-def _root(energy: Tensor) -> Tensor:
-    """Its square root; in explanation mode linear in `energy`, as the factor is a constant there."""
-    return energy * energy.clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-
-
-def _places(window: float, side: int) -> int:
-    """The odd number of places that a window has along a side of the map."""
-    places = window if window >= 1 else window * side
-    return min(2 * math.floor(places / 2) + 1, 2 * side - 1)
-
-
-class _WithMoments(torch.autograd.Function):
-    """x beside mean and variance of every channel, so that the gradients of all three meet in one pass over x."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return x.view_as(x), *_moments(x)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001 - torch's own signature
-        ctx.save_for_backward(inputs[0], output[1])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, grad_mean: Tensor, grad_variance: Tensor):  # noqa: ANN001, ANN205 - torch's own signature
-        x, mean = ctx.saved_tensors
-        count = x.numel() / x.shape[1]
-        slope = grad_variance * (2 / count)
-        shift = grad_mean / count - mean * slope
-        shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
-        slope, shift = (each.to(x.dtype).view(shape) for each in (slope, shift))
-        if not unobserved(grad, x, slope):
-            return grad.addcmul(x, slope) + shift
-        # Nobody else has this gradient: only the layer's own norm reads x behind this function.
-        for part, of_part in zip(in_blocks(grad), in_blocks(x), strict=True):
-            part.addcmul_(of_part, slope).add_(shift)
-        return grad
-
-
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) of the channels of x (B, C, ...), in float32 at least."""
-    wide, others = torch.promote_types(x.dtype, torch.float32), [dim for dim in range(x.dim()) if dim != 1]
-    if x.device.type != "cpu":
-        variance, mean = torch.var_mean(x.to(wide), others, correction=0)
-        return mean, variance
-    if x.dtype == wide and x.stride(1) == 1 and unobserved(x):
-        return torch.batch_norm_update_stats(x, None, None, 0.0)  # quick in this layout only
-    parts = in_blocks(x)
-    # About a value in their midst: a mean square less the square of a large mean would have few digits left.
-    centre = parts[0].to(wide).mean(others, keepdim=True)
-    apart = (part.to(wide) - centre for part in parts)
-    sums = zip(*((part.sum(others), part.square_().sum(others)) for part in apart), strict=True)
-    mean, square = (torch.stack(each).sum(0) / (x.numel() / x.shape[1]) for each in sums)
-    return mean + centre.flatten(), _variance(mean, square)
-
-
-def _variance(mean: Tensor, square: Tensor) -> Tensor:
-    return (square - mean.square()).clamp_min(0)
-
-
-@with_mean
-def _with_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, C, ...), to be read on, and mean and variance (C,) of its channels, in float32 at least."""
-    return applied(_WithMoments, x)
-
-
-def _over_processes(mean: Tensor, variance: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance (C,) over the batches of all processes, from this one's, exchanged about `centre`."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        mean = mean - centre
-        sums = all_reduce(torch.stack([mean, variance + mean.square()]))
-        mean, square = sums / torch.distributed.get_world_size()
-        return mean + centre, _variance(mean, square)
-    return mean, variance
 
 
 @contextlib.contextmanager

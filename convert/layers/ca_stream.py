@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ...explain.linearise import Linearised
-from .scheduled import BiasScheduled, without_autocast
+from ..kernels.precision import without_autocast
+from .scheduled import BiasScheduled
 from .stages import at_one_place, features_of, places
 
 __all__ = ["CaStream", "CaStreamForToken", "Stream"]

@@ -27,7 +27,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .scheduled import Scheduled, is_exactly
+from ..kernels.dispatch import is_exactly
+from .scheduled import Scheduled
 
 __all__ = ["FORMS", "DampenedSkip", "Dampening", "skipping"]
 

@@ -23,7 +23,7 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from .convolution import with_squares
+from ..kernels.squares import with_squares
 from .scheduled import Rescalable
 
 __all__ = [

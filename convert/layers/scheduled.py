@@ -10,19 +10,19 @@ the same way.
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...explain.linearise import partly_carried
+from ..kernels.dispatch import is_exactly
 
 __all__ = [
     "STRENGTHS",
@@ -31,17 +31,14 @@ __all__ = [
     "Scheduled",
     "adopt",
     "at_start",
-    "autocast_dtype",
     "biased",
     "described",
     "faded",
     "faded_and_carried",
-    "is_exactly",
     "join",
     "scheduled_layers",
     "set_strength",
     "strength_spans",
-    "without_autocast",
 ]
 
 
@@ -192,26 +189,6 @@ def biased(y: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
         return y
     behind = y.dim() - 1 - dim % y.dim()
     return y + bias.to(y.dtype).view(-1, *[1] * behind)
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast rounds to on x's device; None where it is off, or the device (meta) has none."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
-
-
-def without_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Inside, autocast rounds nothing on x's device."""
-    device = x.device.type
-    return (
-        torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-    )
-
-
-def is_exactly(strength: float | Tensor, value: float) -> bool:
-    """Whether a short cut may be taken; never for a buffer, which only the device could tell."""
-    return not isinstance(strength, Tensor) and strength == value
 
 
 def _fading(name: str) -> property:

@@ -31,13 +31,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...explain.linearise import input_colours, input_encoding, linear_in, with_statistics
+from ..kernels.six_channels import (
+    encoding_weights,
+    from_six_channels,
+    six_channel_products,
+    with_six_channel_norms,
+)
+from ..kernels.windows import Pads, Pair
 from .bcos import BcosConv2d, BcosConv2dSame
 from .coda import CodaConv2d, CodaConv2dSame
-from .convolution import DynamicConv2d, Window, input_gradient, sum_of_squares, zero_padded
+from .convolution import DynamicConv2d
 
 __all__ = [
     "SixChannel",
@@ -46,58 +51,7 @@ __all__ = [
     "SixChannelCodaConv2d",
     "SixChannelCodaConv2dSame",
     "SixChannelInput",
-    "from_six_channels",
-    "six_channels",
 ]
-
-
-@input_encoding
-def six_channels(x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, int, int] = (0, 0, 0, 0)) -> Tensor:
-    """Normalised x (B, 3, H, W) -> [r, 1-r] (B, 6, H+t+b, W+l+r), r in [0, 1]; `padding` (l, r, t, b) is the mean
-    colour.
-
-    `mean` and `std` are (3,).
-    """
-    r = (F.pad(x, padding) if any(padding) else x) * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
-    return torch.cat([r, 1 - r], dim=1)
-
-
-def _gradient(size: torch.Size, grad: Tensor, kernel: Tensor, stride: Any, dilation: Any) -> Tensor:
-    """At six channels of `size`, from `grad` (B, K, H', W') at the response of `kernel` to them."""
-    return input_gradient(size, grad, kernel, Window(stride, (0, 0), dilation))
-
-
-@linear_in(six_channels, _gradient)
-def six_channel_products(
-    x: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    padding: tuple[int, int, int, int],
-    kernel: Tensor,
-    stride: tuple[int, int],
-    dilation: tuple[int, int],
-) -> Tensor:
-    """(B, K, H', W'): kernel (K, 6, k, l) on `six_channels(x, mean, std, padding)`, by a product of three channels."""
-    colour, complement = kernel.chunk(2, dim=1)
-    middle, width = mean.view(-1, 1, 1), std.view(-1, 1, 1)
-    constant = (colour * middle + complement * (1 - middle)).sum((1, 2, 3))
-    x, native = zero_padded(x, padding)
-    return F.conv2d(x, (colour - complement) * width, constant, stride, native, dilation)
-
-
-@with_statistics
-def with_six_channel_squares(
-    x: Tensor, mean: Tensor, std: Tensor, padding: tuple[int, int, int, int]
-) -> tuple[Tensor, Tensor]:
-    """x (B, 3, H, W) and the sum of squares (B, 1, 1, H+t+b, W+l+r) over `six_channels(x, mean, std, padding)`."""
-    from_middle = torch.addcmul((mean - 0.5).view(-1, 1, 1), F.pad(x, padding), std.view(-1, 1, 1))
-    return x, 2 * sum_of_squares(from_middle.unsqueeze(1), 2) + len(mean) / 2
-
-
-@input_colours
-def from_six_channels(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:  # noqa: ARG001 - read by explanation mode
-    """Normalised x (B, 3, H, W), itself; in explanation mode as a linear function of [r, 1-r] (B, 6, H, W)."""
-    return x
 
 
 def _constants(mean: tuple[float, ...], std: tuple[float, ...], like: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -136,15 +90,8 @@ class SixChannel(DynamicConv2d):
             raise ValueError("the first convolution must read three channels, ungrouped, with zero padding")
         for name, constant in zip(("mean", "std"), _constants(mean, std, weight), strict=True):
             self.register_buffer(name, constant, persistent=False)
-        # float64: the folded constant is a sum over the whole patch. From the buffers: it must undo what forward does.
-        w = weight.detach().double()
-        mu, sigma = (constant.to(w).view(-1, 1, 1) for constant in (self.mean, self.std))
-        constant = (w / (2 * sigma) - w * mu / sigma).sum((1, 2, 3))
-        if bias is not None:
-            constant = constant + bias.detach().double()
-        a = (constant / w[0].numel()).view(-1, 1, 1, 1)
-        half = w / (2 * sigma)
-        six = torch.cat([half + a, a - half], dim=1).to(weight.dtype)
+        # From the buffers: it must undo what forward does.
+        six = encoding_weights(weight, bias, self.mean, self.std)
         self.weight = nn.Parameter(six, requires_grad=weight.requires_grad)
         self._parameters["bias"] = None
         self.in_channels = 6
@@ -155,23 +102,20 @@ class SixChannel(DynamicConv2d):
                 f"expected a normalised picture (B, 3, H, W), got {tuple(x.shape)}: the six "
                 f"channels are made inside the model"
             )
-        return self._respond(x, (0, 0))
+        return self.respond(x, (0, 0))
 
-    def products(
-        self, x: Tensor, padding: tuple[int, int], *kernels: Tensor, bias: Tensor | None = None
-    ) -> list[Tensor]:
-        assert bias is None  # it is in the kernels
-        kernel, *more = kernels
-        if more:  # at once: what is encoded twice is explained twice
-            (together,) = self.products(x, padding, torch.cat(kernels))
-            return list(together.split([*map(len, kernels)], dim=1))
-        return [six_channel_products(*self._encoding(x), kernel, self.stride, self.dilation)]
+    def product(self, x: Tensor, padding: Pair, kernel: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG002
+        assert bias is None  # it is in the kernel
+        return six_channel_products(*self._encoding(x), kernel, self.stride, self.dilation)
 
-    def with_patch_norms(self, x: Tensor, padding: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        x, squares = with_six_channel_squares(*self._encoding(x))
-        return x, self.under_patches(squares, padding)
+    def products(self, x: Tensor, padding: Pair, *kernels: Tensor) -> list[Tensor]:
+        # At once: what is encoded twice is explained twice.
+        return list(self.product(x, padding, torch.cat(kernels)).split([*map(len, kernels)], dim=1))
 
-    def _encoding(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int, int, int]]:
+    def with_patch_norms(self, x: Tensor, padding: Pair) -> tuple[Tensor, Tensor]:
+        return with_six_channel_norms(*self._encoding(x), self.kernel_size, self.window(padding))
+
+    def _encoding(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Pads]:
         """The arguments of `six_channels`."""
         return x, self.mean.to(x.dtype), self.std.to(x.dtype), self.pads(*x.shape[-2:])
 

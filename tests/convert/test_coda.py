@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for, save, set_strength
+from bcosify.convert.kernels import alignment, memory
+from bcosify.convert.kernels.alignment import Layout
+from bcosify.convert.kernels.alignment import aligned as response
 from bcosify.convert.layers import (
     CodaConv2d,
     CodaLinear,
     DynamicConv2d,
     adopt,
-    coda,
-    convolution,
     scheduled_layers,
     watching,
 )
-from bcosify.convert.layers import aligned as response
-from bcosify.convert.layers.coda import Layout
 from bcosify.core.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
 from hypothesis import given, settings
@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from convolutions import convolutions, source_pads
+from pairs import pairs
 
 SQUASHES = ("l2", "sq")
 both = pytest.mark.parametrize("squash", SQUASHES)
@@ -130,18 +131,13 @@ def test_the_start_is_the_source_and_has_a_gradient(squash, data, rank, basis):
         assert (layer.directions if layer.mixing is None else layer.mixing).grad.any()
 
 
-def patch_norm(layer: DynamicConv2d, x: Tensor, padding: tuple[int, int]) -> Tensor:
-    """(B, G, 1, H', W') by the layer's own pooling."""
-    return layer.under_patches(x.unflatten(1, (layer.groups, -1)).square().sum(2, keepdim=True), padding).sqrt()
-
-
 def bounded(layer: nn.Module, x: Tensor) -> Tensor:
-    """|y| over gain * |x|, by the layer's own patch norm; dead units and patches are 0."""
-    padded, padding = layer.padded(x) if isinstance(layer, DynamicConv2d) else (x, None)
-    norm = x.norm(dim=-1, keepdim=True) if padding is None else patch_norm(layer, padded, padding)
-    y = layer(x) if padding is None else layer(x).unflatten(1, (layer.groups, -1))
-    gain = layer.gain if padding is None else layer.gain.view(layer.groups, -1, 1, 1)
-    return (y.abs() / (gain * norm)).nan_to_num(0)
+    """|y| over gain * |x|; dead units and patches are 0."""
+    if not isinstance(layer, DynamicConv2d):
+        return (layer(x).abs() / (layer.gain * x.norm(dim=-1, keepdim=True))).nan_to_num(0)
+    norm = torch.stack([patches.norm(dim=-1) for patches in patches_of(x, layer)], 1).unsqueeze(2)
+    y = layer(x).unflatten(1, (layer.groups, -1)).flatten(3)
+    return (y.abs() / (layer.gain.view(layer.groups, -1, 1) * norm)).nan_to_num(0)
 
 
 @both
@@ -220,13 +216,42 @@ def in_double(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer).double()
 
 
-@both
-@pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.parametrize("block", [1, 50, 2**16])
-def test_blocks_and_layouts_and_inference_are_the_materialised_form(kind, form, block, squash, monkeypatch):
-    monkeypatch.setattr(convolution, "BLOCK", block)
-    monkeypatch.setattr(coda, "ROWS", block)
+FORMS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# Pictures, and the share of a block that each fills: one block, several with a smaller one behind, a picture each.
+SIZES = {"one block": (6, 0.02), "some a block": (5, 0.4), "one a block": (2, 1.1)}
+LARGE = ["linear", "conv", "grouped", "depthwise"]
+
+
+@pytest.mark.parametrize(("kind", "form", "size", "squash"), pairs(k=LARGE, form=FORMS, size=SIZES, squash=SQUASHES))
+def test_blocks_of_any_size_are_the_plain_formula(kind, form, size, squash):
+    torch.manual_seed(0)
+    source, (_, channels, *_) = LAYERS[kind][0]().double(), LAYERS[kind][1]
+    layer = aligned(source, CodaLinear if kind == "linear" else CodaConv2d, squash=squash)
+    (count, share), rows = SIZES[size], kind == "linear" or (kind == "conv" and form == "nhwc")
+    places = share * (alignment.ROWS if rows else memory.BLOCK) / len(layer.weight)
+    if kind == "linear":
+        x = torch.randn(count, math.ceil(places), source.in_features).double()
+    else:
+        side = math.ceil(places**0.5) + 1
+        x = torch.randn(count, channels, side, side).double().contiguous(memory_format=FORMS[form])
+        layer = layer.to(memory_format=FORMS[form])
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    def run(x: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    # Transforms see the plain formula.
+    y, pull_back = torch.func.vjp(run, x, *(parameter.detach() for parameter in parameters))
+    pull, leaf = torch.randn_like(y), x.requires_grad_()
+    ours = torch.autograd.grad(layer(leaf), [leaf, *parameters], pull)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), y, rtol=1e-9, atol=1e-10 * float(y.abs().max()))
+    for found, wanted in zip(ours, pull_back(pull), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-10 * float(wanted.detach().abs().max()))
+
+
+@pytest.mark.parametrize(("kind", "form", "squash"), pairs(kind=LAYERS, form=FORMS, squash=SQUASHES))
+def test_layouts_and_inference_are_the_materialised_form(kind, form, squash):
     torch.manual_seed(0)
     make, shape = LAYERS[kind]
     source, x = make(), torch.randn(shape)
@@ -236,7 +261,7 @@ def test_blocks_and_layouts_and_inference_are_the_materialised_form(kind, form, 
     slow, y64 = in_double(layer), x.double().requires_grad_()
     wanted = materialised(y64, slow, 0, False) if kind == "linear" else slow_conv(y64, slow)
     if kind != "linear":
-        x, layer = x.contiguous(memory_format=form), layer.to(memory_format=form)
+        x, layer = x.contiguous(memory_format=FORMS[form]), layer.to(memory_format=FORMS[form])
     before, leaf = x.clone(), x.clone().requires_grad_()
     y = layer(leaf)
     wanted = wanted.view(y.shape)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bcosify.convert.layers import convolution
-from bcosify.convert.layers.convolution import Window, sums_over, sums_under
+from bcosify.convert.kernels.windows import Window, pools, sums, sums_over, sums_under
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,7 +38,7 @@ def test_sums_are_those_of_a_kernel_of_ones(shape, layout, channels):
     x = maps(layout, channels)
     wanted = by_ones(x, kernel, window)
     torch.testing.assert_close(sums_under(x, kernel, window), wanted)
-    torch.testing.assert_close(convolution._sums(x, kernel, *window), wanted)
+    torch.testing.assert_close(sums(x, kernel, window), wanted)
 
 
 @pytest.mark.parametrize("exporting", [False, True])
@@ -52,7 +51,7 @@ def test_pools_are_the_same(exporting, shape, layout):
     x = maps(layout, 3)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.compiler, "is_exporting", lambda: exporting)
-        found = convolution._pools(x, kernel, window.stride, window.padding)
+        found = pools(x, kernel, window)
     torch.testing.assert_close(found, by_ones(x, kernel, window))
 
 

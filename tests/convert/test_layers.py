@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from bcosify.convert.kernels.bcos import bcos, bcos_scale
 from bcosify.convert.layers import (
     BcosConv2d,
     BcosConv2dSame,
@@ -16,7 +17,6 @@ from bcosify.convert.layers import (
     UncentredBatchNorm,
     adopt,
     batch_statistics,
-    bcos_scale,
     estimate_statistics,
     scheduled_layers,
     set_strength,
@@ -33,11 +33,22 @@ often = settings(max_examples=50, deadline=None, derandomize=True)
 
 
 def slow_bcos(patches: Tensor, weight: Tensor, b: float) -> Tensor:
-    """(..., K) patches, (C, K) weight -> (..., C): |cos|^(b-1) * w.x, cosines one by one; 0 where a norm is 0."""
-    o = patches @ weight.T
-    norms = patches.norm(dim=-1, keepdim=True) * weight.norm(dim=-1)
-    cosine = torch.where(norms > 0, o / norms, 0.0)
-    return cosine.abs() ** (b - 1) * o
+    """(..., K) patches, (C, K) weight -> (..., C): the plain formula of patches that are written out."""
+    return bcos(patches @ weight.T, patches.square().sum(-1, keepdim=True), weight.square().sum(-1), b)
+
+
+def test_the_plain_formula_is_the_papers():
+    """y = |x| |cos|^B sgn(cos) for a filter of norm one (eq. 3), and 0 where a norm is 0."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 1, 6).double(), F.normalize(torch.randn(3, 6).double(), dim=-1)
+    x[0] = 0
+    for b in (1.0, 1.5, 2.0, 3.0):
+        cosine = F.cosine_similarity(x, w, dim=-1)
+        wanted = x.norm(dim=-1) * cosine.abs() ** b * cosine.sign()
+        torch.testing.assert_close(slow_bcos(x.squeeze(1), w, b), wanted, rtol=1e-9, atol=1e-9)
+        # w may have any norm, of which y is a multiple.
+        torch.testing.assert_close(slow_bcos(x.squeeze(1), 5 * w, b), 5 * wanted, rtol=1e-9, atol=1e-9)
+    assert not slow_bcos(x.squeeze(1), 0 * w, 2.0).any() and not slow_bcos(x.squeeze(1), w, 2.0)[0].any()
 
 
 def slow_conv(layer: nn.Conv2d, x: Tensor, b: float, beta: float) -> Tensor:

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 
-import bcosify.convert.layers.batch_norm as batch_norm
 import pytest
 import torch
 import torch.nn.functional as F
-from bcosify.convert.layers import (
-    BcosConv2d,
-    BcosLinear,
-    UncentredBatchNorm,
-    adopt,
-    bcos_scale,
-    convolution,
-    depthwise,
-    set_strength,
-    watching,
-)
+from bcosify.convert.kernels import depthwise, memory, moments
+from bcosify.convert.kernels.bcos import bcos, bcos_scale
+from bcosify.convert.layers import BcosConv2d, BcosLinear, UncentredBatchNorm, adopt, set_strength, watching
 from bcosify.explain import Linearised
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from pairs import pairs
+
 
 class Plain(nn.Module):
-    """|cos|^(B-1) * w.x by torch's own functions, nothing saved or shared on purpose."""
+    """The kernel's plain formula, of products and norms by torch's own functions."""
 
     def __init__(self, source: nn.Module, b: float) -> None:
         super().__init__()
@@ -35,14 +29,10 @@ class Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         source, w2 = self.source, self.weight.flatten(1).square().sum(1)
         if isinstance(source, nn.Linear):
-            o, q = F.linear(x, self.weight), x.square().sum(-1, keepdim=True)
-        else:
-            geometry = (source.stride, source.padding, source.dilation, source.groups)
-            o = F.conv2d(x, self.weight, None, *geometry)
-            q = F.conv2d(x.square(), torch.ones_like(self.weight), None, *geometry)
-            w2 = w2.view(-1, 1, 1)
-        cosine = (o.square() / (q.clamp_min(1e-24) * w2.clamp_min(1e-24)) + 1e-30).sqrt()
-        return cosine ** (self.b - 1) * o
+            return bcos(F.linear(x, self.weight), x.square().sum(-1, keepdim=True), w2, self.b)
+        geometry = (source.stride, source.padding, source.dilation, source.groups)
+        q = F.conv2d(x.square(), torch.ones_like(self.weight), None, *geometry)
+        return bcos(F.conv2d(x, self.weight, None, *geometry), q, w2.view(-1, 1, 1), self.b)
 
 
 SOURCES = {
@@ -56,8 +46,18 @@ SOURCES = {
     "depthwise, dilated": (lambda: nn.Conv2d(8, 8, 3, padding=4, dilation=2, groups=8, bias=False), (6, 8, 9, 9)),
     "dilated": (lambda: nn.Conv2d(8, 12, 3, padding=2, dilation=2, bias=False), (6, 8, 9, 9)),
 }
+
+
+def in_turn(values: list) -> list[tuple]:
+    """Every kind with one of `values`, which take turns."""
+    return list(zip(SOURCES, values * len(SOURCES), strict=False))
+
+
 kinds = pytest.mark.parametrize("kind", SOURCES)
-strengths = pytest.mark.parametrize("b", [1.5, 2.0])
+kinds_and_strengths = pytest.mark.parametrize(("kind", "b"), in_turn([1.5, 2.0]))
+LAYOUTS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+# Pictures, and the share of a block that each fills: one block, several with a smaller one behind, a picture each.
+SIZES = {"one block": (6, 0.02), "some a block": (5, 0.4), "one a block": (2, 1.1)}
 
 
 def both(kind: str, b: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Plain, Tensor]:
@@ -70,70 +70,41 @@ def both(kind: str, b: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Mo
     return layer, Plain(source, b), torch.randn(shape, dtype=dtype)
 
 
+def sized(kind: str, size: str) -> tuple[int, ...]:
+    """The shape of an input that fills blocks so."""
+    source, (_, channels, *_) = SOURCES[kind][0](), SOURCES[kind][1]
+    count, share = SIZES[size]
+    elements = share * (depthwise.BLOCK if "depthwise" in kind else memory.BLOCK)
+    if isinstance(source, nn.Linear):
+        return count, math.ceil(elements / source.out_features), source.in_features
+    side = math.ceil((elements / source.out_channels) ** 0.5 * (1 if "depthwise" in kind else source.stride[0])) + 1
+    return count, channels, side, side
+
+
 def gradients(layer: nn.Module, x: Tensor, pull: Tensor) -> tuple[Tensor, ...]:
     leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     y = layer(leaf)
     return (y.detach(), *torch.autograd.grad(y, [leaf, layer.weight], pull))
 
 
-@pytest.fixture(params=[1, 50, 2**16], ids=lambda block: f"block{block}")
-def block(request, monkeypatch):
-    """Blocks of one picture, of some, and of all."""
-    for module in (convolution, depthwise):
-        monkeypatch.setattr(module, "BLOCK", request.param)
-
-
-@kinds
-@strengths
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.usefixtures("block")
-def test_values_and_gradients_are_the_plain_formulas(kind, b, layout):
-    layer, plain, x = both(kind, b)
+@pytest.mark.parametrize(("kind", "b", "layout", "size"), pairs(k=SOURCES, b=[1.5, 2.0], layout=LAYOUTS, size=SIZES))
+def test_values_and_gradients_are_the_plain_formulas_for_any_layout_and_size(kind, b, layout, size):
+    # A CPU takes ten times as long for depthwise convolutions in float64.
+    dtype, tolerance = (torch.float32, 1e-5) if "depthwise" in kind else (torch.float64, 1e-10)
+    layer, plain, _ = both(kind, b, dtype)
+    x = torch.randn(sized(kind, size), dtype=dtype)
     if x.dim() == 4:
-        layer, plain, x = (each.to(memory_format=layout) for each in (layer, plain, x))
-    pull = torch.randn_like(plain(x))
-    for ours, theirs in zip(gradients(layer, x, pull), gradients(plain, x, pull), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
-
-
-@kinds
-@strengths
-@pytest.mark.usefixtures("block")
-def test_inference_is_the_same_and_leaves_its_input_alone(kind, b):
-    layer, plain, x = both(kind, b)
-    before = x.clone()
+        layer, plain, x = (each.to(memory_format=LAYOUTS[layout]) for each in (layer, plain, x))
+    before, pull = x.clone(), torch.randn_like(plain(x))
+    ours = gradients(layer, x, pull)
+    for found, wanted in zip(ours, gradients(plain, x, pull), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
     with torch.no_grad():
         inferred = layer(x)
     with torch.inference_mode():
         also = layer(x)
     assert torch.equal(x, before) and torch.equal(inferred, also)
-    torch.testing.assert_close(inferred, plain(x), rtol=1e-5, atol=1e-6)
-
-
-@kinds
-@strengths
-@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-def test_a_layer_has_first_and_second_derivatives(kind, b, check):
-    layer, _, x = both(kind, b, torch.float64)
-    x = x[:2, ..., :5, :5].contiguous() if x.dim() == 4 else x[:1, :2].contiguous()
-
-    def run(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.func.functional_call(layer, {"weight": weight}, (x,))
-
-    assert check(run, (x.requires_grad_(), layer.weight), fast_mode=True)
-
-
-@kinds
-@strengths
-def test_a_double_backward_over_zero_patches_and_dead_filters_is_finite(kind, b):
-    layer, _, x = both(kind, b)
-    with torch.no_grad():
-        layer.weight[0] = 0
-        x[0] = 0
-    x.requires_grad_()
-    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    second = torch.autograd.grad(first.square().sum(), [x, layer.weight])
-    assert first.isfinite().all() and all(gradient.isfinite().all() for gradient in second)
+    torch.testing.assert_close(inferred, ours[0], rtol=tolerance, atol=tolerance)
 
 
 @kinds
@@ -146,8 +117,32 @@ def test_a_frozen_layer_passes_the_same_gradient_on(kind):
     assert torch.equal(torch.autograd.grad(layer(x), x, pull)[0], wanted)
 
 
-@kinds
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@kinds_and_strengths
+def test_a_layer_has_first_and_second_derivatives(kind, b):
+    layer, _, x = both(kind, b, torch.float64)
+    x = x[:2, ..., :5, :5].contiguous() if x.dim() == 4 else x[:1, :2].contiguous()
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, {"weight": weight}, (x,))
+
+    inputs = (x.requires_grad_(), layer.weight)
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
+
+
+@kinds_and_strengths
+def test_a_double_backward_over_zero_patches_and_dead_filters_is_finite(kind, b):
+    layer, _, x = both(kind, b)
+    with torch.no_grad():
+        layer.weight[0] = 0
+        x[0] = 0
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    second = torch.autograd.grad(first.square().sum(), [x, layer.weight])
+    assert first.isfinite().all() and all(gradient.isfinite().all() for gradient in second)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), in_turn([torch.bfloat16, torch.float16]))
 def test_gradients_under_autocast_are_those_of_float32_to_rounding(kind, dtype):
     layer, _, x = both(kind, 2.0)
     pull = torch.randn_like(layer(x))
@@ -161,9 +156,12 @@ def test_gradients_under_autocast_are_those_of_float32_to_rounding(kind, dtype):
         torch.testing.assert_close(ours.float(), theirs, rtol=0.05, atol=0.03 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("source", [nn.Linear(5, 4), nn.Conv2d(5, 4, 3), nn.Conv2d(5, 5, 3, groups=5)], ids=str)
-@pytest.mark.parametrize("beta", [0.5, 1.0])
+BIASED = [nn.Linear(5, 4), nn.Conv2d(5, 4, 3), nn.Conv2d(5, 5, 3, groups=5)]
+
+
+@pytest.mark.parametrize(
+    ("source", "beta", "dtype"), pairs(source=BIASED, beta=[0.5, 1.0], dtype=[torch.bfloat16, torch.float16]), ids=str
+)
 def test_a_layer_with_a_bias_returns_what_its_source_does_under_autocast(source, beta, dtype):
     mixin = BcosLinear if isinstance(source, nn.Linear) else BcosConv2d
     layer = adopt(copy.deepcopy(source), mixin)
@@ -175,8 +173,7 @@ def test_a_layer_with_a_bias_returns_what_its_source_does_under_autocast(source,
     torch.testing.assert_close(found.float(), layer(x), rtol=0.05, atol=0.05)
 
 
-@kinds
-@strengths
+@kinds_and_strengths
 def test_a_compiled_layer_is_the_same(kind, b):
     torch.compiler.reset()  # each case is a program of the same code
     layer, _, x = both(kind, b)
@@ -189,8 +186,7 @@ def test_a_compiled_layer_is_the_same(kind, b):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
-@kinds
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("kind", "reentrant"), in_turn([False, True]))
 def test_a_checkpointed_layer_is_the_same(kind, reentrant):
     layer, _, x = both(kind, 2.0)
     pull = torch.randn_like(layer(x))
@@ -201,8 +197,7 @@ def test_a_checkpointed_layer_is_the_same(kind, reentrant):
         torch.testing.assert_close(ours, theirs)
 
 
-@kinds
-@strengths
+@kinds_and_strengths
 def test_transforms_of_functions_see_the_layer(kind, b):
     layer, _, x = both(kind, b)
 
@@ -248,8 +243,7 @@ def kept(run, *besides: Tensor) -> int:  # noqa: ANN001
     return sum(found.values())
 
 
-@kinds
-@strengths
+@kinds_and_strengths
 def test_a_layer_keeps_input_weight_output_and_norms(kind, b):
     layer, _, x = both(kind, b)
     x.requires_grad_()
@@ -272,10 +266,8 @@ def test_a_training_batch_norm_keeps_its_input_and_numbers_for_every_channel():
     assert kept(lambda: norm(x), x, *norm.parameters()) <= 4 * 16 * 8
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.usefixtures("block")
-def test_a_training_batch_norm_has_the_plain_formulas_gradients(beta, layout):
+@pytest.mark.parametrize(("beta", "layout", "size"), pairs(beta=[0.0, 0.4, 1.0], layout=LAYOUTS, size=SIZES))
+def test_a_training_batch_norm_has_the_plain_formulas_gradients(beta, layout, size):
     torch.manual_seed(0)
     norm = adopt(nn.BatchNorm2d(5), UncentredBatchNorm).double()
     set_strength(norm, beta=beta)
@@ -283,7 +275,7 @@ def test_a_training_batch_norm_has_the_plain_formulas_gradients(beta, layout):
         for parameter in norm.parameters():
             parameter.normal_()
     weight, bias = norm._parameters["weight"], norm._parameters["bias"]
-    x = (torch.randn(6, 5, 4, 4).double() + 0.5).contiguous(memory_format=layout).requires_grad_()
+    x = (maps(size, torch.float64) + 0.5).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
     gain = weight / (x.var((0, 2, 3), correction=0) + norm.eps).sqrt()
     plain = x * gain.view(-1, 1, 1) + beta * (bias - gain * x.mean((0, 2, 3))).view(-1, 1, 1)
     ours = norm.train()(x)
@@ -293,11 +285,17 @@ def test_a_training_batch_norm_has_the_plain_formulas_gradients(beta, layout):
         torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"])
-@pytest.mark.usefixtures("block")
-def test_a_spread_that_is_small_beside_its_mean_keeps_its_digits(layout):
+def maps(size: str, dtype: torch.dtype) -> Tensor:
+    """Five channels that fill blocks so."""
+    count, share = SIZES[size]
+    side = math.ceil((share * memory.BLOCK / 5) ** 0.5)
+    return torch.randn(count, 5, side, side, dtype=dtype)
+
+
+@pytest.mark.parametrize(("layout", "size"), [("nhwc", "one block"), *(("nchw", size) for size in SIZES)])
+def test_a_spread_that_is_small_beside_its_mean_keeps_its_digits(layout, size):
     torch.manual_seed(0)
-    x = (torch.randn(6, 5, 4, 4) * 0.01 + 100).contiguous(memory_format=layout)
+    x = (maps(size, torch.float32) * 0.01 + 100).contiguous(memory_format=LAYOUTS[layout])
     norm = adopt(nn.BatchNorm2d(5, momentum=1.0), UncentredBatchNorm).train()
     norm(x)
     torch.testing.assert_close(norm._buffers["running_mean"], x.double().mean((0, 2, 3)).float())
@@ -309,9 +307,9 @@ def test_processes_tell_each_other_statistics_without_losing_digits(monkeypatch)
     """Two processes with the same batch: what is summed is twice what one has."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(batch_norm, "all_reduce", lambda sums: 2 * sums)
+    monkeypatch.setattr(moments, "all_reduce", lambda sums: 2 * sums)
     mean, variance = torch.tensor([100.0, -3.0]), torch.tensor([1e-4, 2.0])
-    found = batch_norm._over_processes(mean, variance, mean + torch.tensor([0.002, 0.5]))
+    found = moments.over_processes(mean, variance, mean + torch.tensor([0.002, 0.5]))
     torch.testing.assert_close(found, (mean, variance), rtol=1e-4, atol=0)
 
 
@@ -355,8 +353,7 @@ def test_outputs_that_are_written_to_are_found_and_train_as_others(writer):
     torch.testing.assert_close(*found)
 
 
-@kinds
-@strengths
+@kinds_and_strengths
 def test_an_explanation_holds_the_scale_and_keeps_the_output(kind, b):
     layer, plain, x = both(kind, b, torch.float64)
     with Linearised(layer) as mode:

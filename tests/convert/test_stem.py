@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from bcosify.convert.layers import SixChannelBcosConv2d, SixChannelBcosConv2dSame, adopt, set_strength, six_channels
+from bcosify.convert.kernels.six_channels import six_channels
+from bcosify.convert.layers import SixChannelBcosConv2d, SixChannelBcosConv2dSame, adopt, set_strength
 from bcosify.explain import Linearised
 from hypothesis import given, settings
 from hypothesis import strategies as st
