@@ -17,6 +17,7 @@ from ..convert.taps import first_tensor
 from ..convert.trace import trace_forward
 from ..core.errors import PlanError, RecipeError, near_miss
 from ..core.pictures import fitted, noise_pictures
+from ..core.torch_internals import AnyBatchNorm
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .paths import check_paths
@@ -36,7 +37,7 @@ AUTO = {
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return any(isinstance(module, AnyBatchNorm) for module in model.modules())
 
 
 def _has_layer_norm(model: nn.Module) -> bool:

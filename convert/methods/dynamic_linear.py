@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from ...core.errors import PlanError
+from ...core.torch_internals import AnyBatchNorm
 from ..layers import (
     BiasScheduled,
     SeparateAttention,
@@ -108,7 +109,7 @@ def fading_bias(module: nn.Module, preprocess: Preprocess, given: FadingArgument
     adopt(module, BiasScheduled, given.constants)
 
 
-@swap("common.uncentred_batch_norm", UncentredBatchNorm, nn.modules.batchnorm._BatchNorm)
+@swap("common.uncentred_batch_norm", UncentredBatchNorm, AnyBatchNorm)
 def uncentred_batch_norm(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
     adopt(module, UncentredBatchNorm)
 
