@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -88,7 +90,10 @@ def evaluate(
         most_passes=most_passes,
         seed=seed,
     )
-    student = model if isinstance(model, Student) else load(model)
+    if isinstance(model, Student):  # it may be moved and laid out anew here, and stays as it is for others
+        student = dataclasses.replace(model, model=copy.deepcopy(model.model))
+    else:
+        student = load(model)
     preprocess = student.preprocess.at(image_size)
     index = find_pictures(data)
     fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), student.labels)
