@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import shutil
@@ -13,10 +12,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 
-from ..convert import Student, check_teacher, load, reload_teacher
-from ..convert.layers import at_start
+from ..convert import Student, load
 from ..convert.libraries import find_library
-from ..convert.plan import apply_plan
 from ..core.errors import CheckpointError, DataError, RecipeError
 from ..core.files import new_file
 from ..data.index import ShardIndex, index_shards
@@ -36,24 +33,8 @@ __all__ = [
     "find_data",
     "prepare_folder",
     "start_from",
-    "teacher_of",
     "without_checkpointing",
 ]
-
-
-def teacher_of(student: Student, weights: Path | None, converted: bool = False) -> nn.Module:
-    """The frozen original: a copy of the student while it is still identical, else from its source.
-
-    Where it is asked for as `converted`, its layers are the student's at their start: the same function.
-    """
-    if at_start(student.model) and student.history.unchanged:
-        model = copy.deepcopy(student.model)
-    else:
-        model = reload_teacher(student.source, weights).model
-        check_teacher(student, model)
-        if converted:
-            apply_plan(model, student.plan, student.preprocess)
-    return model.eval().requires_grad_(False)
 
 
 def start_from(student: Student, folder: Path | None) -> None:

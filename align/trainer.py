@@ -14,7 +14,7 @@ from typing import Any
 
 from accelerate.utils import ProjectConfiguration
 
-from ..convert import load, save
+from ..convert import load, save, teacher_of
 from ..convert.history import Alignment
 from ..convert.memory import laid_out, memory_format_of
 from ..core.files import check_free
@@ -32,7 +32,7 @@ from .log import strengths, write_row
 from .measure import evaluated, explained
 from .objectives import FITS
 from .pictures import Pictures
-from .prepare import checkpoint_gradients, find_data, prepare_folder, start_from, teacher_of
+from .prepare import checkpoint_gradients, find_data, prepare_folder, start_from
 from .prototype_sheet import write_prototypes
 from .run import AlignConfig, AlignRun, Outcome
 from .stopping import agreement_of, signals_noted

@@ -1,22 +1,76 @@
-"""Inherently interpretable vision models from pretrained ones. Its stages are `bcosify.convert`, `bcosify.align`...
+"""Inherently interpretable vision models from pretrained ones: the verbs of the command, as functions.
 
-`bcosify.load` opens a converted model, and lets timm, transformers and open_clip open them too (see `bcosify.publish`).
+    import bcosify
+
+    bcosify.convert("timm:resnet50.a1_in1k", out="runs/resnet50")
+    bcosify.align("runs/resnet50", data="shards/*.tar")
+    bcosify.explain("runs/resnet50/aligned", ["cat.jpg"], target="tabby", out="maps")
+
+Options have the names that they have in the command (`bcosify VERB --help`); results are objects, and nothing is
+printed. `convert`, `align`, `explain`, `evaluate` and `publish` are packages too, with the parts of each stage.
+`load` opens a converted model, and lets timm, transformers and open_clip open them too (see `bcosify.publish`).
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .publish import load
+    from .align import align as align
+    from .align import demo as demo
+    from .convert import convert as convert
+    from .convert import inspect as inspect
+    from .data import shards as shards
+    from .evaluate import compare as compare
+    from .evaluate import evaluate as evaluate
+    from .explain import explain as explain
+    from .publish import export as export
+    from .publish import load as load
+    from .publish import publish as publish
 
-__all__ = ["load"]
+    __version__: str
+
+# Verbs that are packages: calling one calls its function of the same name.
+PACKAGES = ("align", "convert", "evaluate", "explain", "publish")
+# The other names, and where they are.
+PLACES = {
+    "compare": (".evaluate", "compare"),
+    "demo": (".align", "demo"),
+    "export": (".publish", "export"),
+    "inspect": (".convert", "inspect"),
+    "load": (".publish", "load"),
+    "shards": (".data", "shards"),
+}
+__all__ = [
+    "__version__",
+    "align",
+    "compare",
+    "convert",
+    "demo",
+    "evaluate",
+    "explain",
+    "export",
+    "inspect",
+    "load",
+    "publish",
+    "shards",
+]
 
 
 def __getattr__(name: str) -> Any:
-    """`load` on its first use: importing one stage must not import all libraries."""
-    if name == "load":
-        from .publish import load
+    """A verb on its first use: importing bcosify, or one stage of it, must not import all libraries."""
+    if name == "__version__":
+        from importlib.metadata import version
 
-        return load
+        return version("bcosify")
+    if name in PACKAGES:
+        return importlib.import_module(f".{name}", __name__)
+    if name in PLACES:
+        place, there = PLACES[name]
+        return getattr(importlib.import_module(place, __name__), there)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bcosify.cli.pictures import find_pictures, read_pictures
 from bcosify.convert import Preprocess, load_teacher
 from bcosify.core.errors import NotApplicable
 from bcosify.core.pictures import fitted
 from bcosify.data.index import index_shards
+from bcosify.data.labelled import find_pictures, read_pictures
 from bcosify.data.loader import held_out_batches
 from bcosify.data.names import expand
 from bcosify.data.views import to_model_input

@@ -35,11 +35,10 @@ from bcosify.align.learner import Learner
 from bcosify.align.measure import evaluated
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.pictures import Pictures
-from bcosify.align.prepare import teacher_of
 from bcosify.align.recipe import Recipe, load_recipe, scaled
 from bcosify.align.run import AlignConfig, AlignRun, Outcome
 from bcosify.align.schedule import strengths_at
-from bcosify.convert import convert, load, load_teacher, save, set_strength
+from bcosify.convert import convert, load, load_teacher, save, set_strength, teacher_of
 from bcosify.convert.history import Alignment
 from bcosify.convert.layers import batch_statistics
 from bcosify.convert.methods import find_method

@@ -7,6 +7,9 @@ from typing import Any
 
 from .console import console, show_table
 
+# What --json prints of an `Aligned`.
+RESULT = ("out", "pictures", "start", "final", "curve", "bad_pictures", "seconds", "stopped", "guarded", "kept")
+
 
 def align(
     run: str,
@@ -56,63 +59,57 @@ def align(
     """
     from accelerate import PartialState
 
-    from ..align.checks import choose_recipe
-    from ..align.recipe import load_recipe, scaled
-    from ..align.trainer import AlignConfig
-    from ..align.trainer import align as align_model
-    from ..convert import load
-    from ..convert.hub import student_folder
-    from ..convert.layers import described
-    from ..core.errors import CheckpointError
+    from ..align import align as align_run
 
-    folder = student_folder(run)
-    if out is None and not Path(run).expanduser().is_dir():
-        raise CheckpointError(f"--out FOLDER is missing: {run} is no folder here that the aligned model could lie in.")
-    if recipe == "auto":
-        recipe = choose_recipe(load(folder))
-    resolved = load_recipe(recipe, [*(set or ()), *([] if keep is None else [f"keep={keep}"])])
-    resolved = resolved if pictures is None else scaled(resolved, pictures)
-    config = AlignConfig(
-        folder,
-        data,
-        out or folder / "aligned",
-        resolved,
-        val,
-        resume,
-        overwrite,
+    done = align_run(
+        run,
+        data=data,
+        recipe=recipe,
+        set=set or (),
+        pictures=pictures,
+        keep=keep,
+        val=val,
+        out=out,
         weights=weights,
         init_from=init_from,
-        trackers=tuple(tracker or ()),
+        tracker=tracker or (),
+        resume=resume,
+        overwrite=overwrite,
         stream=stream,
         cache=cache,
+        progress=True,
     )
-    result = align_model(config)
     if not PartialState().is_main_process:
         return None  # one of several processes speaks
-    curve = result["curve"]
-    columns = [name for name in curve[-1] if name not in ("phase", "objective")]
-    rows = [[point.get(name, "") for name in columns] for point in curve]
-    show_table(f"held-out fidelity, {recipe}", [name.replace("_", " ") for name in columns], rows)
-    if result["bad_pictures"]:
-        console.print(f"{result['bad_pictures']} broken pictures: see {config.work / 'bad_samples.jsonl'}")
-    if result["guarded"]:
+    columns = [name for name in done.curve[-1] if name not in ("phase", "objective")]
+    rows = [[point.get(name, "") for name in columns] for point in done.curve]
+    show_table(f"held-out fidelity, {done.recipe_name}", [name.replace("_", " ") for name in columns], rows)
+    if done.bad_pictures:
+        console.print(f"{done.bad_pictures} broken pictures: see {done.work / 'bad_samples.jsonl'}")
+    if done.guarded:
+        last = done.final or {}
         console.print(
-            f"agreement fell below min_agreement {resolved.min_agreement}: the run ended early, with the student of "
-            f"{result['final'].get('weights_of', result['pictures'])} pictures"
+            f"agreement fell below min_agreement {done.recipe.min_agreement}: the run ended early, with the student of "
+            f"{last.get('weights_of', done.pictures)} pictures"
         )
-    if result["kept"] and not result["stopped"]:
-        kept = result["kept"]
-        place = described({name: kept[name] for name in ("b", "beta", "carry", "window", "spread") if name in kept})
-        below = kept["agreement"] < kept["floor"]
-        found = (
-            "no student stayed above it, so the start is handed on," if below else "the furthest student above it is"
-        )
-        console.print(
-            f"floor {kept['floor']:g}: {found} at {place}, after {kept['pictures']} pictures; it agrees on "
-            f"{kept['agreement']:.3f} ({kept['share_of_path']:.0%} of the way)"
-        )
-    if result["stopped"]:
-        console.print(f"stopped by a signal at {result['pictures']} pictures; go on with the same command and --resume")
+    if done.kept and not done.stopped:
+        _show_floor(done.kept)
+    if done.stopped:
+        console.print(f"stopped by a signal at {done.pictures} pictures; go on with the same command and --resume")
     else:
-        console.print(f"wrote {result['out']}")
-    return result
+        console.print(f"wrote {done.out}")
+    facts = vars(done)
+    return {name: facts[name] for name in RESULT}
+
+
+def _show_floor(kept: dict[str, Any]) -> None:
+    """Where a run with a floor ended."""
+    from ..convert.layers import described
+
+    place = described({name: kept[name] for name in ("b", "beta", "carry", "window", "spread") if name in kept})
+    below = kept["agreement"] < kept["floor"]
+    found = "no student stayed above it, so the start is handed on," if below else "the furthest student above it is"
+    console.print(
+        f"floor {kept['floor']:g}: {found} at {place}, after {kept['pictures']} pictures; it agrees on "
+        f"{kept['agreement']:.3f} ({kept['share_of_path']:.0%} of the way)"
+    )

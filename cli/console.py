@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["console", "show_table"]
+if TYPE_CHECKING:
+    from ..evaluate.report.tables import Table as Cells
+
+__all__ = ["console", "show_cells", "show_table"]
 
 # Piped output has no width of its own; rich would fold every table to 80 columns.
 console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 160)
@@ -28,6 +31,12 @@ def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+def show_cells(title: str, columns: Sequence[str], table: Cells) -> None:
+    """Prints a table of measurements, with their intervals."""
+    rows = [[f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row] for row in table.rows]
+    show_table(title, columns, rows)
 
 
 def _text(cell: Any) -> str:

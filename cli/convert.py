@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -53,67 +52,43 @@ def convert(
         json: print the result as JSON on stdout.
     """
     from ..convert import convert as convert_model
-    from ..convert import load_teacher, lossy_steps, plan_for, save
-    from ..convert.layers import ReferenceSized
-    from ..convert.memory import laid_out
-    from ..convert.methods import find_method
-    from ..core.errors import CheckpointError, PlanError
-    from ..core.files import check_free
-    from ..core.pictures import noise_pictures
-    from ..core.settings import from_assignments
+    from ..convert import plan_for
+    from ..core.errors import CheckpointError
 
-    family = find_method(method)
-    config = from_assignments(family.config_class, set or (), keep=keep or [])
-    ends = dict(family.ends(config))
-    if b is not None:
-        if "b" not in ends or not 1 <= b < float("inf"):
-            known = "B is at least 1 (1 is the source model, 2 the usual end)" if "b" in ends else "it has no B"
-            raise PlanError(f"--b {b} --method {method}: {known}.")
-        ends["b"] = b
-    if calibrate and calibration_pictures < 1:
-        raise PlanError(f"--calibration-pictures {calibration_pictures}: at least one is needed; 64 are enough.")
-    if not dry_run:
-        if out is None:
-            raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
-        check_free(out, overwrite)
-    teacher = load_teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
-    plan = plan_for(teacher, config)
+    which = {"method": method, "keep": keep or (), "set": set or ()}
+    source = {"pretrained": pretrained, "weights": weights, "head": head, "image_size": image_size}
     if dry_run:
+        plan = plan_for(reference, **which, **source)
         if not json:
             rows = [(step.name or "(whole model)", step.found, step.becomes or "-", step.reason) for step in plan.steps]
             show_table(f"{reference}: plan for {method}", ["layer", "is", "becomes", "why"], rows)
-        return {
-            "reference": reference,
-            "method": method,
-            "counts": plan.counts(),
-            "steps": [
-                {"name": step.name, "found": step.found, "becomes": step.becomes, "reason": step.reason}
-                for step in plan.steps
-            ],
-        }
-    assert out is not None
-    student = convert_model(teacher, config, plan=plan)
-    if calibrate and not any(isinstance(layer, ReferenceSized) for layer in student.model.modules()):
-        raise PlanError(f"--calibrate: no layer of a {method} student has a gain. Leave it out, and align.")
-    del teacher  # the student is the same function, and a large model need not be held twice
-    pictures = _pictures(calibrate, calibration_pictures, student) if calibrate else None
-    if pictures is not None:
-        laid_out(student.model)
-    shown = noise_pictures(2, student.preprocess.size) if pictures is None else pictures
-    costs = lossy_steps(student, shown, ends) if ends else []
-    if pictures is not None:
-        student = _calibrated(student, pictures, ends)
-    conversion = dataclasses.replace(student.history.conversion, lossy_steps=tuple(costs))
-    save(student.with_history(conversion=conversion), out, overwrite)
-    swapped = ", ".join(f"{count} {name}" for name, count in plan.counts().items())
-    console.print(f"{reference}: {swapped}")
-    console.print(f"identity at {student.start}: relative error {conversion.identity_error:.1e}")
-    what = "noise pictures" if pictures is None else f"{len(pictures)} pictures from {calibrate}"
+        shown = ("name", "found", "becomes", "reason")
+        steps = [{name: getattr(step, name) for name in shown} for step in plan.steps]
+        return {"reference": reference, "method": method, "counts": plan.counts(), "steps": steps}
+    if out is None:
+        raise CheckpointError("--out FOLDER is missing (or pass --dry-run to see the plan only).")
+    student = convert_model(
+        reference,
+        **which,
+        **source,
+        out=out,
+        calibrate=calibrate,
+        calibration_pictures=calibration_pictures,
+        b=b,
+        costs=True,
+        overwrite=overwrite,
+    )
+    counts, measured = student.plan.counts(), student.history.conversion
+    costs, error = list(measured.lossy_steps), measured.identity_error
+    console.print(f"{reference}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    console.print(f"identity at {student.start}: relative error {error:.1e}")
+    calibration = student.history.calibration
+    what = "noise pictures" if calibration is None else f"{calibration.pictures} pictures from {calibrate}"
     if costs:
         show_table(
             f"What each step costs before alignment ({what})",
             ["step", "cosine to teacher"],
-            [(r["step"], r["cosine"]) for r in costs],
+            [(row["step"], row["cosine"]) for row in costs],
         )
     if student.text is not None:
         console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
@@ -122,36 +97,7 @@ def convert(
         "reference": reference,
         "out": str(out),
         "method": method,
-        "counts": plan.counts(),
-        "identity_error": conversion.identity_error,
+        "counts": counts,
+        "identity_error": error,
         "lossy_steps": costs,
     }
-
-
-def _pictures(shards: str, count: int, student: Any) -> Any:
-    """The first `count` pictures of `shards`, as the model takes them."""
-    import torch
-
-    from ..data.index import index_shards
-    from ..data.loader import held_out_batches
-    from ..data.names import expand
-    from ..data.views import to_model_input
-
-    preprocess = student.preprocess
-    batches = held_out_batches(
-        index_shards(expand(shards)), size=preprocess.size[0], crop_pct=preprocess.crop_pct, limit=count, workers=0
-    )
-    return to_model_input(torch.cat([batch.pictures for batch in batches]), preprocess.mean, preprocess.std)
-
-
-def _calibrated(student: Any, pictures: Any, ends: dict[str, float]) -> Any:
-    import copy
-
-    from ..convert import set_strength
-    from ..convert.history import Calibration
-    from ..convert.student import carrying, with_reference_gains
-
-    original, ends = copy.deepcopy(student.model), ends | carrying(student.model)
-    set_strength(student.model, **ends)
-    gains = with_reference_gains(student.model, original, [pictures])
-    return student.with_history(calibration=Calibration(len(pictures), ends, len(gains)))

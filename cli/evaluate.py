@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .console import console, show_table
+from .console import console, show_cells
 
-CHEAP = ("input-x-gradient", "integrated-gradients", "grad-cam", "occlusion")
+if TYPE_CHECKING:
+    from ..evaluate import Evaluation
 
 
 def evaluate(
@@ -61,125 +61,38 @@ def evaluate(
         overwrite: replace the folder if it exists.
         json: print the evaluation as JSON on stdout.
     """
-    import dataclasses
-    import shutil
+    from ..evaluate import evaluate as evaluate_model
 
-    import torch
-
-    from ..align.prepare import teacher_of
-    from ..convert import embed_texts, load, token_grid
-    from ..convert.memory import laid_out
-    from ..core.files import check_free, new_folder
-    from ..core.versions import versions
-    from ..evaluate import suite
-    from ..evaluate.report import gallery_of, report_page
-    from ..evaluate.subject import Subject, weights_digest
-    from .pictures import class_indices, find_pictures, read_pictures
-
-    check_free(out, overwrite)
-    settings = suite.Settings(
-        _methods(against or CHEAP),
-        removals=_removals(removals or ["patches:grey"]),
+    evaluation = evaluate_model(
+        model,
+        data=data,
+        masks=masks,
+        labels=labels,
+        against=against,
+        pictures=pictures,
         grids=grids,
         most_passes=most_passes,
+        removals=removals,
+        out=out,
+        weights=weights,
+        image_size=image_size,
+        batch_size=batch_size,
+        device=device,
         seed=seed,
+        overwrite=overwrite,
+        progress=True,
     )
-    student = load(model)
-    preprocess = student.preprocess.at(image_size)
-    index = find_pictures(data)
-    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), student.labels)
-    shown = index if masks is None else find_pictures(masks)
-    explained_on = read_pictures(shown, preprocess, count=pictures, masks=masks is not None, seed=seed)
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    teacher, ours = (
-        Subject(
-            name,
-            laid_out(found.eval().requires_grad_(False)).to(place),
-            partial(token_grid, student.source),
-            preprocess.mean,
-            preprocess.std,
-            student.labels is not None,
-            batch_size,
-        )
-        for name, found in (("teacher", teacher_of(student, weights)), ("student", student.model))
-    )
-    texts = None
-    if student.text is not None and fidelity_on.label_names:
-        texts = embed_texts(student.text, fidelity_on.label_names)
-    # What a stopped evaluation found is beside its report, and is gone when the report is there.
-    work = out.with_name(f"{out.name}.run")
-    with new_folder(out, overwrite) as folder:
-        evaluation, explained = suite.evaluate(
-            teacher,
-            ours,
-            fidelity_on,
-            explained_on,
-            settings,
-            model={
-                "reference": student.source.reference,
-                "method": student.method,
-                "size": preprocess.size,
-                "teacher_weights": weights_digest(teacher.model),
-                "student_weights": weights_digest(ours.model),
-                "versions": versions(),
-            },
-            data={"data": index.digest, "masks": None if masks is None else shown.digest, "labels": labels},
-            texts=texts,
-            work=work,
-        )
-        evaluation.write(folder)
-        gallery = gallery_of(explained, student.labels)
-        names = [f"{who}: {method}" for who, method in explained.maps]
-        title = f"{student.source.reference}, {student.method} student"
-        about = (
-            f"{len(fidelity_on):,} pictures for fidelity, {len(explained_on):,} explained, at {preprocess.size[0]} px."
-        )
-        (folder / "report.html").write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
-    shutil.rmtree(work, ignore_errors=True)
     _summary(evaluation)
     console.print(f"wrote {out / 'evaluation.json'} and {out / 'report.html'}")
     return dataclasses.asdict(evaluation)
 
 
-def _methods(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
-    """(model, method) pairs of --against; raises TargetError for what is none."""
-    from ..core.errors import TargetError
-    from ..evaluate.baselines import METHODS, find_method
-
-    if list(words) == ["none"]:
-        return ()
-    words = list(METHODS) if list(words) == ["all"] else [name for word in words for name in word.split(",")]
-    pairs = []
-    for word in words:
-        who, _, method = word.rpartition(":")
-        if who not in ("", "teacher", "student"):
-            raise TargetError(f"--against {word}: there is no model {who!r}. Pass teacher:METHOD or student:METHOD.")
-        pairs.append((who or "teacher", find_method(method).name))
-    return tuple(pairs)
-
-
-def _removals(words: Sequence[str]) -> tuple[tuple[int | None, str], ...]:
-    """(unit, fill) pairs of --removals."""
-    from ..core.errors import TargetError
-
-    pairs: list[tuple[int | None, str]] = []
-    for word in words:
-        unit, _, fill = word.partition(":")
-        if unit not in ("patches", "pixels"):
-            raise TargetError(f"--removals {word}: no unit {unit!r}. Pass patches:FILL or pixels:FILL.")
-        pairs.append((1 if unit == "pixels" else None, fill or "grey"))
-    return tuple(pairs)
-
-
-def _summary(evaluation: Any) -> None:
+def _summary(evaluation: Evaluation) -> None:
     from ..evaluate.report.tables import fidelity_table, method_tables, turned
 
     # A terminal is narrow: metrics down, methods across.
     maps = {section: turned(table) for section, table in method_tables(evaluation).items() if table.rows}
     for title, table in {"fidelity": fidelity_table(evaluation), **maps}.items():
         if table.rows:
-            rows = [
-                [f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row] for row in table.rows
-            ]
             heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]
-            show_table(title, heads, rows)
+            show_cells(title, heads, table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -34,20 +35,9 @@ def export(
         overwrite: replace the file if it exists.
         json: print the result as JSON on stdout.
     """
-    import dataclasses
+    from ..publish import export as export_model
 
-    from ..convert import load
-    from ..core.errors import CheckpointError, near_miss
-    from ..core.files import check_free
-    from ..publish.export import FORMATS
-    from ..publish.export import export as export_student
-
-    if format not in FORMATS:
-        raise CheckpointError(f"--format {format}: there are {', '.join(FORMATS)}.{near_miss(format, FORMATS)}")
-    name = Path(model.partition("@")[0]).name
-    out = Path(f"{name}{FORMATS[format].suffix}") if out is None else out
-    check_free(out, overwrite)
-    written = export_student(load(model), out, format, explain, overwrite)
+    written = export_model(model, out, format, explain, overwrite)
     console.print(f"{', '.join(written.inputs)} -> {', '.join(written.outputs)}; any number of pictures")
     console.print(f"compared with the model: largest difference {written.error:.1e} of the largest output")
     console.print(f"wrote {written.out} ({written.bytes / 1e6:.1f} MB)")

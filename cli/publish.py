@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .console import console, show_table
+
+if TYPE_CHECKING:
+    from ..publish.hub import Published
+    from ..publish.staging import Release
 
 
 def publish(
@@ -53,62 +56,55 @@ def publish(
         overwrite: replace that folder if it exists.
         json: print the result as JSON on stdout.
     """
-    from ..core.files import check_free, new_folder
-    from ..publish.hub import Target
-    from ..publish.hub import publish as upload
-    from ..publish.staging import Request, stage
+    from ..publish import publish as publish_folder
 
-    request = Request(folder, repo, license, license_link, evaluation, picture, data)
-    target = Target(repo, private, create_pr, revision, tag)
-    if out is not None:
-        check_free(out, overwrite)
-    with tempfile.TemporaryDirectory(prefix="bcosify-publish-") as scratch:
-        release = stage(request, Path(scratch))
-        _show(release)
-        published = None if dry_run else upload(release, target, endpoint)
-        if out is not None:
-            with new_folder(out, overwrite) as kept:
-                _copy(Path(scratch), kept)
+    done = publish_folder(
+        folder,
+        repo,
+        evaluation=evaluation,
+        picture=picture,
+        data=data,
+        license=license,
+        license_link=license_link,
+        private=private,
+        create_pr=create_pr,
+        revision=revision,
+        tag=tag,
+        endpoint=endpoint,
+        dry_run=dry_run,
+        out=out,
+        overwrite=overwrite,
+        staged=_show,
+    )
+    published = done.published
     if published is None:
         console.print(f"dry run: nothing was sent{f'; all of it is in {out}' if out else ''}")
+        facts: dict[str, Any] = {"dry_run": True}
     else:
         _tell(published)
-    for door, code in release.doors.items():
+        facts = {name: getattr(published, name) for name in ("url", "commit", "tag", "changed", "untouched")}
+    for door, code in done.doors.items():
         console.print(f"\n{door}:\n{code.rstrip()}")
     return {
         "repo": repo,
-        "files": release.files,
-        "license": release.licence.card_fields(),
-        "headline": release.headline,
-        "doors": release.doors,
-        **(
-            {"dry_run": True}
-            if published is None
-            else {
-                "url": published.url,
-                "commit": published.commit,
-                "tag": published.tag,
-                "changed": list(published.changed),
-                "untouched": list(published.untouched),
-            }
-        ),
+        "files": done.files,
+        "license": done.licence.card_fields(),
+        "headline": done.headline,
+        "doors": done.doors,
+        **facts,
     }
 
 
-def _show(release: Any) -> None:
+def _show(release: Release) -> None:
     console.print(f"{release.repo}: {sum(release.files.values()) / 2**20:.1f} MiB, licence {release.licence.id}")
-    show_table(
-        "what is published",
-        ["file", "bytes"],
-        [(name, f"{size}") for name, size in release.files.items()],
-    )
+    show_table("what is published", ["file", "bytes"], [(name, f"{size}") for name, size in release.files.items()])
     if release.anew:
         console.print("the model was saved once more: it was of an older version, or named a folder of this machine")
     if release.left_out:
         console.print(f"not part of the model, so left out: {', '.join(release.left_out)}")
 
 
-def _tell(published: Any) -> None:
+def _tell(published: Published) -> None:
     if published.changed:
         console.print(f"published {len(published.changed)} files in commit {published.commit[:8]}")
     else:
@@ -116,9 +112,3 @@ def _tell(published: Any) -> None:
     if published.untouched:
         console.print(f"also in the repository, not of this release: {', '.join(published.untouched)}")
     console.print(f"{published.url}{f' (tag {published.tag})' if published.tag else ''}")
-
-
-def _copy(source: Path, target: Path) -> None:
-    import shutil
-
-    shutil.copytree(source, target, dirs_exist_ok=True)

@@ -1,10 +1,12 @@
-"""reference -> Teacher -> plan -> Student -> folder."""
+"""reference -> Teacher -> plan -> Student -> folder. Called, the package converts: `bcosify.convert(...)`."""
 
 from __future__ import annotations
 
+from ..core.lazy import call_as_verb
 from .calibrate import calibrate
 from .checkpoint import load, save, skeleton
 from .fold import fold
+from .inspection import StudentFacts, TeacherFacts, inspect
 from .layers import set_strength
 from .libraries import (
     Preprocess,
@@ -22,8 +24,10 @@ from .methods.ca_stream import CaStreamConfig
 from .methods.coda import CodaConfig
 from .methods.fa_cnn import FaCnnConfig
 from .methods.kmeans import KMeansConfig
+from .original import teacher_of
 from .plan import Plan
-from .student import Student, check_teacher, convert, identity_error, lossy_steps, plan_for
+from .student import Student, check_teacher, identity_error, lossy_steps
+from .verb import convert, plan_for
 
 __all__ = [
     "BcosConfig",
@@ -35,7 +39,9 @@ __all__ = [
     "Preprocess",
     "Source",
     "Student",
+    "StudentFacts",
     "Teacher",
+    "TeacherFacts",
     "Text",
     "calibrate",
     "check_teacher",
@@ -43,6 +49,7 @@ __all__ = [
     "embed_texts",
     "fold",
     "identity_error",
+    "inspect",
     "load",
     "load_teacher",
     "lossy_steps",
@@ -52,5 +59,8 @@ __all__ = [
     "save",
     "set_strength",
     "skeleton",
+    "teacher_of",
     "token_grid",
 ]
+
+call_as_verb(__name__)

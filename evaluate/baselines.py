@@ -24,7 +24,7 @@ from ..convert.taps import find_blocks
 from ..core.errors import NotApplicable, TargetError, near_miss
 from ..core.hooks import hooked
 from ..core.pictures import fitted
-from ..explain import explain
+from ..explain import explain_scores
 from ..explain.attribution import main_output
 from .decisions import Decisions
 from .subject import Subject
@@ -97,7 +97,7 @@ def _method(
 
 @_method("explanation", 2, "this project; on unconverted models AttnLRP's rules, arXiv 2402.05602")
 def _explanation(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
-    return explain(subject.model, images, decisions.target(), check=False).contributions[:, 0]
+    return explain_scores(subject.model, images, decisions.target(), check=False).contributions[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------------- captum

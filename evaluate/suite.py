@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from ..core.errors import DataError, LedgerError, NotApplicable
 from ..core.files import new_file
 from ..core.pictures import fitted
-from ..explain import explain
+from ..data.labelled import Pictures
+from ..explain import explain_scores
 from . import fidelity, localisation, perturbation, probes
 from .baselines import Method, find_method, maps_of
 from .decisions import ClassDecisions, Decisions, decide
@@ -34,7 +35,7 @@ from .randomisation import cascade, rank_correlation
 from .record import Curve, Evaluation, Measurement, Seconds, read_evaluation
 from .subject import Subject, outputs_of
 
-__all__ = ["Explained", "Pictures", "Settings", "evaluate"]
+__all__ = ["Explained", "Pictures", "Settings", "evaluate_subjects"]
 
 OURS = "explanation"
 
@@ -80,50 +81,6 @@ class Settings:
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
         return tuple(dict.fromkeys([("teacher", OURS), ("student", OURS), *self.methods]))
-
-
-class Images(Protocol):
-    """N normalised pictures: a tensor (N, 3, H, W), or what reads them when they are asked for."""
-
-    def __len__(self) -> int: ...
-
-    def split(self, split_size: int, /) -> Iterable[Tensor]:
-        """Batches (B, 3, H, W) in order, the last one however small."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pictures:
-    """What to measure on.
-
-    Attributes:
-        images: (N, 3, H, W) normalised; pictures for fidelity alone may be read batch by batch.
-        keys: names of the pictures.
-        masks: (N, H, W) in [0, 1], or None.
-        labels: (N,) classes; `label_names` may name them.
-        labels_are_classes: whether a label is an index of the classifier's outputs.
-        digest: of pictures and preprocessing, for caches.
-    """
-
-    images: Any  # Tensor or Images
-    keys: tuple[str, ...]
-    masks: Tensor | None = None
-    labels: Tensor | None = None
-    label_names: tuple[str, ...] | None = None
-    labels_are_classes: bool = False
-    digest: str | None = None
-
-    def __post_init__(self) -> None:
-        if not len(self.images):
-            raise DataError("There are no pictures to evaluate on. Pass --data with some.")
-        if self.masks is not None and self.masks.shape != (len(self.images), *self.images.shape[-2:]):
-            raise DataError(
-                f"Masks {tuple(self.masks.shape)} do not fit pictures {tuple(self.images.shape)}: a mask is as high "
-                "and as wide as its picture."
-            )
-
-    def __len__(self) -> int:
-        return len(self.images)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -229,7 +186,7 @@ def _before(folder: Path | None, facts: dict[str, Any]) -> Evaluation:
     return Evaluation(**facts, measurements=())
 
 
-def evaluate(
+def evaluate_subjects(
     teacher: Subject,
     student: Subject,
     fidelity_on: Pictures,
@@ -465,7 +422,7 @@ def _ledger(notes: _Notes, explained: Explained, model: str) -> None:
     try:
         for rows in torch.arange(len(pictures)).split(subject.batch_size):
             images = fitted(pictures.images[rows], subject.model)
-            found = explain(subject.model, images, decisions.rows(rows).target(), check=False)
+            found = explain_scores(subject.model, images, decisions.rows(rows).target(), check=False)
             residuals.append(found.residual.abs() / found.scores.abs().clamp_min(1))
             parts = found.input_part.abs(), found.constant_part.abs()
             shares.append(parts[1] / (parts[0] + parts[1]).clamp_min(1e-12))

@@ -1,6 +1,14 @@
-"""Explain what a model computed: contributions of the input, named constants, and a proof that they add up."""
+"""Explain what a model computed: contributions of the input, named constants, and a proof that they add up.
 
-from .attribution import Explanation, SelfExplaining, attribute, explain
+Called, the package explains: `bcosify.explain(MODEL, PICTURES)`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..core.lazy import call_as_verb, lazy_exports
+from .attribution import Explanation, SelfExplaining, attribute, explain_scores
 from .linearise import Linearised, gated, input_colours, input_encoding
 from .render import overlay, panel, rgba, signed_map
 from .targets import (
@@ -15,12 +23,17 @@ from .targets import (
     find_class,
 )
 
+if TYPE_CHECKING:
+    from .results import ScoreLedger
+    from .verb import explain
+
 __all__ = [
     "ClassTarget",
     "DirectionTarget",
     "Explanation",
     "Linearised",
     "PatchFeature",
+    "ScoreLedger",
     "SelfExplaining",
     "SelfTarget",
     "SimilarityTarget",
@@ -29,6 +42,7 @@ __all__ = [
     "ZeroShotTarget",
     "attribute",
     "explain",
+    "explain_scores",
     "find_class",
     "gated",
     "input_colours",
@@ -38,3 +52,7 @@ __all__ = [
     "rgba",
     "signed_map",
 ]
+
+# The verb opens models, and `convert` reads the rules of this package: it is imported when it is first used.
+__getattr__ = lazy_exports(__name__, {"ScoreLedger": ".results", "explain": ".verb"})
+call_as_verb(__name__)

@@ -28,7 +28,7 @@ from ..core.errors import LedgerError, TargetError
 from .linearise import Linearised
 from .targets import ClassTarget, Target
 
-__all__ = ["Explanation", "MapsOf", "SelfExplaining", "attribute", "explain", "main_output"]
+__all__ = ["Explanation", "MapsOf", "SelfExplaining", "attribute", "explain_scores", "main_output"]
 
 # In which entry models that return several tensors by name put logits or pooled features, best first.
 OUTPUT_NAMES = ("logits", "image_embeds", "image_features", "pooler_output", "x_norm_clstoken")
@@ -137,7 +137,7 @@ class SelfExplaining(Protocol):
         ...
 
 
-def explain(
+def explain_scores(
     model: nn.Module,
     images: Tensor,
     target: Target | int | Sequence[int] | Tensor,
@@ -163,7 +163,7 @@ def explain(
     if batch_size is not None and batch_size < len(images):
         return _joined(
             [
-                explain(model, images[rows], target.rows(rows), check=check, tolerance=tolerance)
+                explain_scores(model, images[rows], target.rows(rows), check=check, tolerance=tolerance)
                 for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
             ]
         )
@@ -174,7 +174,7 @@ def explain(
         return explanation
     if len(images) > 1 and not cause:
         # Some models do not keep pictures along the first axis, so that shares cannot be told apart in a batch.
-        single = explain(model, images, target, check=False, batch_size=1)
+        single = explain_scores(model, images, target, check=False, batch_size=1)
         if single.balanced(tolerance).all() and torch.allclose(single.scores, explanation.scores, 1e-3, 1e-4):
             return single
     if check:
@@ -208,7 +208,7 @@ def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -
     """
     if isinstance(target, Tensor) and target.dim() == 1:
         target = ClassTarget(target[:, None])
-    explanation = explain(model, inputs, target)
+    explanation = explain_scores(model, inputs, target)
     if explanation.scores.shape[1] != 1:
         raise TargetError(f"attribute() takes one score a picture, not {explanation.scores.shape[1]}; use explain().")
     if explanation.encoded_inputs is None or explanation.encoded_gradients is None:

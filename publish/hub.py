@@ -23,7 +23,7 @@ from ..core.files import file_digest
 from ..core.versions import versions
 from .staging import Release
 
-__all__ = ["Published", "Target", "publish"]
+__all__ = ["Published", "Target", "upload"]
 
 # A server's own fault may be over in a moment; the client itself tries uploads again, but not commits and tags.
 TRIES, PAUSE = 3, 1.0
@@ -64,7 +64,7 @@ class Published:
     untouched: tuple[str, ...] = ()
 
 
-def publish(release: Release, target: Target, endpoint: str | None = None) -> Published:
+def upload(release: Release, target: Target, endpoint: str | None = None) -> Published:
     """Uploads `release`.
 
     Args:

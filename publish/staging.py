@@ -25,7 +25,7 @@ from ..core.pictures import fitted, noise_pictures
 from ..data.pictures import read_picture
 from ..evaluate.record import Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
-from ..explain import Explanation, SelfTarget, TopTarget, explain, panel
+from ..explain import Explanation, SelfTarget, TopTarget, explain_scores, panel
 from .card import Shown, card_of, load_lines
 from .licences import Licence, base_of, choose_licence
 
@@ -203,7 +203,7 @@ def _explained(student: Student, picture: Path | None, size: Any, out: Path) -> 
     opened = None if picture is None else preprocess.transform()(read_picture(picture))
     inputs = noise_pictures(1, preprocess.size) if opened is None else opened[None]
     target = TopTarget() if class_count(student) else SelfTarget()
-    explanation = explain(student.model, fitted(inputs, student.model), target)
+    explanation = explain_scores(student.model, fitted(inputs, student.model), target)
     if opened is None:
         return None
     caption = _caption(student, explanation)

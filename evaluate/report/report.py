@@ -13,7 +13,7 @@ from markupsafe import Markup
 from torchvision.transforms.functional import to_pil_image
 
 from ...core.pictures import fitted
-from ...explain import Explanation, explain, signed_map
+from ...explain import Explanation, explain_scores, signed_map
 from ..decisions import ClassDecisions
 from ..record import Evaluation
 from ..suite import Explained
@@ -81,7 +81,9 @@ def gallery_of(explained: Explained, labels: Sequence[str] | None, count: int = 
     rows = torch.arange(count)
     decisions = explained.decisions.rows(rows)
     ledgers = {
-        name: explain(subject.model, fitted(pictures.images[:count], subject.model), decisions.target(), check=False)
+        name: explain_scores(
+            subject.model, fitted(pictures.images[:count], subject.model), decisions.target(), check=False
+        )
         for name, subject in explained.subjects.items()
     }
     names = None

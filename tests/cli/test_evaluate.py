@@ -111,9 +111,9 @@ def test_bad_input_is_said_and_nothing_is_written(student, tmp_path, capsys, mem
 
 
 def test_a_box_counts_as_a_mask_and_a_broken_picture_is_named(student, tmp_path):
-    from bcosify.cli.pictures import find_pictures, read_pictures
     from bcosify.convert import load
     from bcosify.core.errors import DataError
+    from bcosify.data.labelled import find_pictures, read_pictures
 
     preprocess = load(student).preprocess
     with_box = read_pictures(find_pictures(str(write(tmp_path / "a.tar", json=facts))), preprocess, count=2, masks=True)

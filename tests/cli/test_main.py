@@ -161,13 +161,13 @@ def test_errors_end_with_their_message_alone(run, monkeypatch, error, code, said
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr("bcosify.convert.load_teacher", fail)
+    monkeypatch.setattr("bcosify.convert.inspection.load_teacher", fail)
     found, out, err = run("inspect", "timm:test_vit")
     assert (found, out) == (code, "") and said in err and "Traceback" not in err
 
 
 def test_bugs_are_not_hidden(monkeypatch):
-    monkeypatch.setattr("bcosify.convert.load_teacher", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("bcosify.convert.inspection.load_teacher", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["inspect", "timm:test_vit"])
 
@@ -232,7 +232,7 @@ def test_calibrating_what_has_no_gains_is_refused(run, shards, tmp_path):
 @pytest.mark.parametrize("json_too", [False, True])
 def test_a_dry_run_shows_every_layer_and_writes_nothing(run, tmp_path, monkeypatch, json_too):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("bcosify.convert.save", lambda *_, **__: pytest.fail("saved"))
+    monkeypatch.setattr("bcosify.convert.verb.save", lambda *_, **__: pytest.fail("saved"))
     words = ["--json"] if json_too else []
     code, out, err = run("convert", *TINY, "--keep", "fc", "--dry-run", "--out", tmp_path / "student", *words)
     assert code == 0 and not list(tmp_path.iterdir())
@@ -247,7 +247,7 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
     out = tmp_path / "student"
     out.mkdir() if kind == "folder" else out.write_text("mine")
     with monkeypatch.context() as patch:
-        patch.setattr("bcosify.convert.load_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
+        patch.setattr("bcosify.convert.verb.load_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
         code, _, err = run("convert", *TINY, "--out", out)
     assert code == 1 and "exists already. Nothing was written" in err and "--overwrite" in err
     assert run("convert", *TINY, "--out", out, "--overwrite")[0] == 0
@@ -380,8 +380,8 @@ def test_explain_prints_only_json_on_stdout_and_its_ledger_adds_up(run, student,
 
 
 def test_explain_holds_one_batch_of_pictures_at_a_time(run, student, pictures, tmp_path, monkeypatch):
-    module = importlib.import_module("bcosify.cli.explain")
-    read, held, alive = module._read, [], []
+    module = importlib.import_module("bcosify.explain.verb")
+    read, held, alive = module.read_picture, [], []
 
     def noted(file: Path):
         picture = read(file)
@@ -389,7 +389,7 @@ def test_explain_holds_one_batch_of_pictures_at_a_time(run, student, pictures, t
         alive.append(sum(one() is not None for one in held))
         return picture
 
-    monkeypatch.setattr(module, "_read", noted)
+    monkeypatch.setattr(module, "read_picture", noted)
     many = [tmp_path / f"{number}.png" for number in range(5)]
     for file in many:
         shutil.copy(pictures / "chelsea.png", file)
@@ -411,7 +411,7 @@ def test_explain_leaves_nothing_of_a_run_with_a_broken_picture(run, student, pic
 
 
 def test_explain_refuses_before_any_work(run, student, pictures, tmp_path, monkeypatch):
-    monkeypatch.setattr("bcosify.explain.explain", lambda *_, **__: pytest.fail("explained first"))
+    monkeypatch.setattr("bcosify.explain.verb.explain_scores", lambda *_, **__: pytest.fail("explained first"))
     (tmp_path / "maps").mkdir()
     for words, said in (
         ((student, pictures / "chelsea.png", "--out", tmp_path / "maps"), "exists already"),
@@ -438,7 +438,9 @@ def test_shards_prints_its_json_once(run, pictures, tmp_path):
 
 
 def test_align_refuses_before_any_work(run, student, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr("bcosify.align.prepare.reload_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
+    monkeypatch.setattr(
+        "bcosify.convert.original.reload_teacher", lambda *_, **__: pytest.fail("loaded a teacher first")
+    )
     for words, said in (
         ((student, "--data", shards, "--recipe", "smok"), "Did you mean 'smoke'"),
         ((student, "--data", tmp_path / "none.tar", "--recipe", "smoke"), "none.tar"),

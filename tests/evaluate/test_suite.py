@@ -50,7 +50,7 @@ def pair(tiny_subject):
 
 @pytest.fixture(scope="module")
 def measured(pair):
-    return suite.evaluate(*pair(), pictures(), pictures(), QUICK, progress=False)
+    return suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, progress=False)
 
 
 def test_every_metric_is_there_with_an_interval_or_a_reason(measured):
@@ -81,7 +81,7 @@ def test_every_metric_is_there_with_an_interval_or_a_reason(measured):
 
 def test_the_same_seed_gives_the_same_numbers_and_batches_do_not_matter(pair, measured):
     teacher, student = (dataclasses.replace(subject, batch_size=5) for subject in pair())
-    again, _ = suite.evaluate(teacher, student, pictures(), pictures(), QUICK, progress=False)
+    again, _ = suite.evaluate_subjects(teacher, student, pictures(), pictures(), QUICK, progress=False)
     equal = []
     for one, other in zip(measured[0].measurements, again.measurements, strict=True):
         assert dataclasses.replace(one, value=0, low=0, high=0) == dataclasses.replace(other, value=0, low=0, high=0)
@@ -114,13 +114,13 @@ def test_a_stopped_evaluation_goes_on_where_it_was(pair, measured, tmp_path, mon
 
     monkeypatch.setattr(suite, "_removal", stop)
     with pytest.raises(KeyboardInterrupt):
-        suite.evaluate(*pair(), pictures(), pictures(), QUICK, **facts)
+        suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **facts)
     kept = read_evaluation(tmp_path / "work")
     assert kept.find("deletion_auc", "teacher", "explanation")
     assert kept.find("deletion_auc", "student", "explanation") is None
     monkeypatch.setattr(suite, "_removal", removal)
     monkeypatch.setattr(suite, "_fidelity", lambda *_: pytest.fail("fidelity was done before"))
-    evaluation, explained = suite.evaluate(*pair(), pictures(), pictures(), QUICK, **facts)
+    evaluation, explained = suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **facts)
     assert evaluation.seconds[: len(kept.seconds)] == kept.seconds
     assert [step.step for step in evaluation.seconds] == [step.step for step in measured[0].seconds]
     assert evaluation.measurements == measured[0].measurements and evaluation.curves == measured[0].curves
@@ -128,7 +128,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was(pair, measured, tmp_path, mon
         assert torch.equal(explained.maps[key], maps)
     # Other weights are another evaluation: nothing is taken over.
     monkeypatch.setattr(suite, "_fidelity", fidelity)
-    other, _ = suite.evaluate(*pair(), pictures(), pictures(), QUICK, **{**facts, "model": {"weights": "v"}})
+    other, _ = suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **{**facts, "model": {"weights": "v"}})
     assert other.seconds != evaluation.seconds and other.measurements == evaluation.measurements
 
 
@@ -154,7 +154,7 @@ def test_what_is_no_record_is_refused(tmp_path, written, said):
 
 def test_what_does_not_apply_is_said_and_is_no_zero(pair):
     """A CNN has no attention, these pictures no masks and no labels."""
-    evaluation, explained = suite.evaluate(
+    evaluation, explained = suite.evaluate_subjects(
         *pair("test_resnet"), pictures(masks=None), pictures(4, masks=None), QUICK, progress=False
     )
     assert ("teacher", "rollout") not in explained.maps
@@ -168,7 +168,7 @@ def test_what_does_not_apply_is_said_and_is_no_zero(pair):
 
 
 def test_one_picture_has_no_interval_and_nothing_to_compare_with(pair):
-    evaluation, _ = suite.evaluate(*pair(), pictures(1), pictures(1), QUICK, progress=False)
+    evaluation, _ = suite.evaluate_subjects(*pair(), pictures(1), pictures(1), QUICK, progress=False)
     cosine = evaluation.find("centred_cosine", "both")
     assert cosine is not None and cosine.value is None and "no others" in cosine.reason
     energy = evaluation.find("energy_in_mask", "student", "explanation")
@@ -184,7 +184,7 @@ def test_a_model_without_classes_has_no_top_1(tiny_subject):
         tiny_subject(model=model, classifier=False, name=name)
         for name, model in zip(("teacher", "student"), models, strict=True)
     ]
-    evaluation, _ = suite.evaluate(
+    evaluation, _ = suite.evaluate_subjects(
         *subjects, pictures(), pictures(), dataclasses.replace(QUICK, methods=()), progress=False
     )
     for metric in ("top1_agreement", "kl"):
@@ -193,14 +193,14 @@ def test_a_model_without_classes_has_no_top_1(tiny_subject):
     gain = evaluation.find("average_gain", "teacher", "explanation")
     assert gain is not None and gain.value is None
     with pytest.raises(DataError, match="One picture has no mean"):
-        suite.evaluate(*subjects, pictures(), pictures(1), QUICK, progress=False)
+        suite.evaluate_subjects(*subjects, pictures(), pictures(1), QUICK, progress=False)
 
 
 def test_models_that_do_not_belong_together_are_refused(pair, subject_of):
     teacher, _ = pair()
     stranger = subject_of(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), name="student")
     with pytest.raises(DataError, match="do not belong together"):
-        suite.evaluate(
+        suite.evaluate_subjects(
             teacher, dataclasses.replace(stranger, tokens=None), pictures(), pictures(), QUICK, progress=False
         )
 
@@ -219,7 +219,7 @@ def test_a_teacher_of_nan_is_refused(pair):
     with torch.no_grad():
         teacher.model.head.weight.fill_(torch.nan)
     with pytest.raises(DataError, match="NaN"):
-        suite.evaluate(teacher, student, pictures(), pictures(), QUICK, progress=False)
+        suite.evaluate_subjects(teacher, student, pictures(), pictures(), QUICK, progress=False)
 
 
 # ------------------------------------------------------------------------------------------------------------ page

@@ -26,8 +26,8 @@ from bcosify.convert.randomise import randomise
 from bcosify.core.errors import CheckpointError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import ClassTarget, explain
-from bcosify.publish import export as module
-from bcosify.publish.export import FORMATS, export
+from bcosify.publish import formats as module
+from bcosify.publish.formats import FORMATS, export
 from torch import Tensor
 
 from configs import VISION

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import Student, fold
+from ..convert import Student, fold, load
 from ..convert.library_files import class_count
 from ..core.errors import CheckpointError, first_line, near_miss, translated
 from ..core.files import check_free, new_file
@@ -69,22 +69,42 @@ class Exported:
 
 
 def export(
-    student: Student, out: Path, format: str = "onnx", explain: bool = False, overwrite: bool = False
+    model: Student | str | Path,
+    out: str | Path | None = None,
+    format: str = "onnx",  # noqa: A002 - as in the command
+    explain: bool = False,
+    overwrite: bool = False,
 ) -> Exported:
-    """Writes `student` as one file of `format`, or nothing.
+    """Writes a student as one file of `format`, or nothing.
 
     The graph takes `pixel_values` (B, 3, H, W) of the student's own size, normalised, and returns `logits` (B, K), or
     `features` (B, D) of a student without classes. With `explain` it also takes `classes` (B,), whole numbers, and also
     returns `contributions` (B, H, W): what every pixel adds to that output, as `explain` says it. Only students that
     hold their maps in the forward pass can be written so.
 
+    Args:
+        model: a Student, or a converted model: a folder, or ORG/REPO[@rev] on the hub.
+        out: the file; default the name of that folder or repository with the suffix of the format, here.
+
     Raises:
         CheckpointError: no such format, `out` exists, a package is missing, the library cannot write this model, or
             what it wrote computes something else. Nothing is left behind.
     """
     if format not in FORMATS:
-        raise CheckpointError(f"no format {format!r}.{near_miss(format, FORMATS)} There are: {', '.join(FORMATS)}.")
+        raise CheckpointError(
+            f"no format {format!r}.{near_miss(format, FORMATS)} For --format there are {', '.join(FORMATS)}."
+        )
+    if out is None:
+        if isinstance(model, Student):
+            raise CheckpointError("out is missing: a Student has no name that the file could have. Pass out=FILE.")
+        out = f"{Path(str(model).partition('@')[0]).name}{FORMATS[format].suffix}"
+    out = Path(out)
     check_free(out, overwrite)
+    student = model if isinstance(model, Student) else load(model)
+    return _export(student, out, format, explain)
+
+
+def _export(student: Student, out: Path, format: str, explain: bool) -> Exported:
     chosen, model = FORMATS[format], student.model.eval().requires_grad_(False)
     graph = _explaining(student, model) if explain else fold(student).requires_grad_(False)
     names = ("logits" if class_count(student) else "features", *(("contributions",) if explain else ()))

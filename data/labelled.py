@@ -1,58 +1,118 @@
-"""Shards to what `bcosify evaluate` measures on: normalised pictures, with masks and labels where samples hold them."""
+"""Shards to what is measured on: normalised pictures, with masks and labels where samples hold them."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
 
 from ..core.errors import DataError
+from ..core.pictures import denormalise
+from .index import ShardIndex, index_shards
+from .names import expand
+from .order import order
+from .pictures import decode, reason
 
-__all__ = ["class_indices", "find_pictures", "read_pictures"]
+__all__ = ["Images", "Pictures", "Preparation", "class_indices", "find_pictures", "read_pictures"]
 
 MASKS = ("mask.png", "mask.webp", "mask.jpg")
+
+
+class Preparation(Protocol):
+    """How a picture becomes a model's input, such as `convert.Preprocess`."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]: ...
+
+    @property
+    def std(self) -> tuple[float, float, float]: ...
+
+    def transform(self) -> Callable[[Image.Image], Tensor]: ...
+
+
+class Images(Protocol):
+    """N normalised pictures: a tensor (N, 3, H, W), or what reads them when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def split(self, split_size: int, /) -> Iterable[Tensor]:
+        """Batches (B, 3, H, W) in order, the last one however small."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pictures:
+    """What to measure on.
+
+    Attributes:
+        images: (N, 3, H, W) normalised; pictures for fidelity alone may be read batch by batch.
+        keys: names of the pictures.
+        masks: (N, H, W) in [0, 1], or None.
+        labels: (N,) classes; `label_names` may name them.
+        labels_are_classes: whether a label is an index of the classifier's outputs.
+        digest: of pictures and preprocessing, for caches.
+    """
+
+    images: Any  # Tensor or Images
+    keys: tuple[str, ...]
+    masks: Tensor | None = None
+    labels: Tensor | None = None
+    label_names: tuple[str, ...] | None = None
+    labels_are_classes: bool = False
+    digest: str | None = None
+
+    def __post_init__(self) -> None:
+        if not len(self.images):
+            raise DataError("There are no pictures to evaluate on. Pass --data with some.")
+        if self.masks is not None and self.masks.shape != (len(self.images), *self.images.shape[-2:]):
+            raise DataError(
+                f"Masks {tuple(self.masks.shape)} do not fit pictures {tuple(self.images.shape)}: a mask is as high "
+                "and as wide as its picture."
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
     """Pictures of an index, read when they are asked for: as many as there are need not fit into memory."""
 
-    index: Any
+    index: ShardIndex
     positions: Sequence[int]
-    transform: Callable[[Any], Any]
+    transform: Callable[[Image.Image], Tensor]
 
     def __len__(self) -> int:
         return len(self.positions)
 
-    def split(self, split_size: int, /) -> Iterator[Any]:
-        import torch
-
+    def split(self, split_size: int, /) -> Iterator[Tensor]:
         for start in range(0, len(self), split_size):
             batch = self.positions[start : start + split_size]
             yield torch.stack([self.transform(_picture(self.index, i)) for i in batch])
 
 
-def find_pictures(data: str) -> Any:
+def find_pictures(data: str | Path | Sequence[str | Path]) -> ShardIndex:
     """The index of shards; raises DataError where there are none."""
-    from ..data.index import index_shards
-    from ..data.names import expand
-
     return index_shards(expand(data))
 
 
 def read_pictures(
-    index: Any,
-    preprocess: Any,
+    index: ShardIndex,
+    preprocess: Preparation,
     *,
     count: int | None = None,
     masks: bool = False,
     label: str | None = None,
     seed: int = 0,
-) -> Any:
-    """`evaluate.suite.Pictures` of an index.
+) -> Pictures:
+    """The pictures of an index.
 
     Args:
         count: so many pictures, drawn by `seed`, read into memory; None: all, read batch by batch.
@@ -62,11 +122,6 @@ def read_pictures(
     Raises:
         DataError: a picture cannot be read; a mask is missing or of another size; a label is missing.
     """
-    import torch
-
-    from ..data.order import order
-    from ..evaluate.suite import Pictures
-
     positions = list(range(len(index)))
     if count is not None and count < len(index):
         positions = sorted(int(i) for i in order(len(index), seed, 0)[:count])
@@ -84,7 +139,7 @@ def read_pictures(
     )
 
 
-def class_indices(pictures: Any, labels: Sequence[str] | None) -> Any:
+def class_indices(pictures: Pictures, labels: Sequence[str] | None) -> Pictures:
     """The same pictures; label numbers count as the classifier's own classes where it has that many."""
     if pictures.labels is None or pictures.label_names is not None or labels is None:
         return pictures
@@ -96,9 +151,7 @@ def class_indices(pictures: Any, labels: Sequence[str] | None) -> Any:
     return dataclasses.replace(pictures, labels_are_classes=True)
 
 
-def _picture(index: Any, i: int) -> Any:
-    from ..data.pictures import decode, reason
-
+def _picture(index: ShardIndex, i: int) -> Image.Image:
     try:
         return decode(index.read(i))
     except Exception as error:
@@ -109,11 +162,8 @@ def _picture(index: Any, i: int) -> Any:
         ) from error
 
 
-def _mask(index: Any, i: int, preprocess: Any, transform: Callable[[Any], Any]) -> Any:
+def _mask(index: ShardIndex, i: int, preprocess: Preparation, transform: Callable[[Image.Image], Tensor]) -> Tensor:
     """(H, W) in [0, 1], through the picture's own resizing and cropping."""
-    import torch
-    from PIL import Image, ImageDraw
-
     size = _picture(index, i).size
     kind = next((name for name in MASKS if name in index.extensions(i)), None)
     if kind is not None:
@@ -131,11 +181,11 @@ def _mask(index: Any, i: int, preprocess: Any, transform: Callable[[Any], Any]) 
             f"--masks: {index.key(i)} in {index.file(i).path}: the mask has {mask.size[0]}x{mask.size[1]} pixels, its "
             f"picture {size[0]}x{size[1]}. A mask must be as large as its picture."
         )
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std))
-    return (transform(Image.merge("RGB", [mask] * 3)) * std + mean).mean(0).clamp(0, 1)
+    seen = transform(Image.merge("RGB", [mask] * 3))
+    return denormalise(seen, preprocess.mean, preprocess.std).mean(0).clamp(0, 1)
 
 
-def _facts(index: Any, i: int) -> dict[str, Any]:
+def _facts(index: ShardIndex, i: int) -> dict[str, Any]:
     """The json of a sample; empty where it has none."""
     if "json" not in index.extensions(i):
         return {}
@@ -146,9 +196,8 @@ def _facts(index: Any, i: int) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _labels(index: Any, positions: Sequence[int], key: str) -> tuple[Any, tuple[str, ...] | None]:
+def _labels(index: ShardIndex, positions: Sequence[int], key: str) -> tuple[Tensor, tuple[str, ...] | None]:
     """(N,) labels, and their names where they are words."""
-    import torch
 
     def label(i: int) -> Any:
         found = index.read(i, "cls").decode().strip() if key == "cls" and "cls" in index.extensions(i) else None

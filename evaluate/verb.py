@@ -1,0 +1,198 @@
+"""`bcosify.evaluate`: a converted model and shards become an Evaluation and its report, with the command's options."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_grid
+from ..convert.memory import laid_out
+from ..core.errors import TargetError
+from ..core.files import check_free, new_folder
+from ..core.versions import versions
+from ..data.labelled import class_indices, find_pictures, read_pictures
+from .baselines import METHODS, find_method
+from .record import Evaluation
+from .report import gallery_of, report_page
+from .subject import Subject, weights_digest
+from .suite import Explained, Settings, evaluate_subjects
+
+__all__ = ["CHEAP", "evaluate"]
+
+# The methods that a student is compared with where nothing else is said.
+CHEAP = ("input-x-gradient", "integrated-gradients", "grad-cam", "occlusion")
+REMOVALS = ("patches:grey",)
+Shards = str | Path | Sequence[str | Path]
+
+
+def evaluate(
+    model: Student | str | Path,
+    *,
+    data: Shards,
+    masks: Shards | None = None,
+    labels: str | None = None,
+    against: Sequence[str] | None = None,
+    pictures: int = 128,
+    grids: int = 16,
+    most_passes: int = 128,
+    removals: Sequence[str] | None = None,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Evaluation:
+    """Measures a student against its teacher and other methods: fidelity, faithfulness and localisation.
+
+    Explanations are judged on the same pictures for the teacher's own decisions, so no labels are needed. See
+    `evaluate_subjects` for other models than a student and its teacher.
+
+    Args:
+        model: a Student, or a converted model: a folder, or ORG/REPO[@rev] on the hub.
+        data: shards that fidelity is measured on: folders, globs, brace syntax.
+        masks: shards whose samples have a mask.png or a box; these pictures are explained, else those of `data` are.
+        labels: key of a label in each sample's json (or its cls member): adds k-NN, linear probe and zero-shot.
+        against: other methods, on the teacher, or on the student as student:METHOD; default `CHEAP`; `all`, `none`.
+        pictures: at most so many are explained, drawn by `seed`.
+        grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells).
+        most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
+        removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement.
+        out: also write evaluation.json and report.html to this folder. `out`.run then keeps every step that is done, so
+            that the same call goes on after an interruption.
+        weights: the teacher's state dict, where it was converted from a file.
+        image_size: side in pixels, where it is not the model's own.
+        batch_size: pictures a forward pass.
+        device: cpu, cuda, ...; auto takes a GPU where there is one.
+        seed: of every draw.
+        overwrite: replace `out` if it exists.
+        progress: show bars on stderr.
+
+    Raises:
+        DataError, TargetError, CheckpointError, SourceError: before anything is written.
+    """
+    out = None if out is None else Path(out)
+    if out is not None:
+        check_free(out, overwrite)
+    settings = Settings(
+        _methods([against] if isinstance(against, str) else against or CHEAP),
+        removals=_removals([removals] if isinstance(removals, str) else removals or REMOVALS),
+        grids=grids,
+        most_passes=most_passes,
+        seed=seed,
+    )
+    if isinstance(model, Student):  # it may be moved and laid out anew here, and stays as it is for others
+        student = dataclasses.replace(model, model=copy.deepcopy(model.model))
+    else:
+        student = load(model)
+    preprocess = student.preprocess.at(image_size)
+    index = find_pictures(data)
+    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), student.labels)
+    shown = index if masks is None else find_pictures(masks)
+    explained_on = read_pictures(shown, preprocess, count=pictures, masks=masks is not None, seed=seed)
+    teacher, ours = _subjects(student, weights, preprocess, batch_size, device)
+    texts = None
+    if student.text is not None and fidelity_on.label_names:
+        texts = embed_texts(student.text, fidelity_on.label_names)
+    # What a stopped evaluation found is beside its report, and is gone when the report is there.
+    work = None if out is None else out.with_name(f"{out.name}.run")
+    with _report_folder(out, overwrite) as folder:
+        evaluation, explained = evaluate_subjects(
+            teacher,
+            ours,
+            fidelity_on,
+            explained_on,
+            settings,
+            model={
+                "reference": student.source.reference,
+                "method": student.method,
+                "size": preprocess.size,
+                "teacher_weights": weights_digest(teacher.model),
+                "student_weights": weights_digest(ours.model),
+                "versions": versions(),
+            },
+            data={"data": index.digest, "masks": None if masks is None else shown.digest, "labels": labels},
+            texts=texts,
+            work=work,
+            progress=progress,
+        )
+        if folder is not None:
+            _write(folder, evaluation, explained, student, preprocess, len(fidelity_on))
+    if work is not None:
+        shutil.rmtree(work, ignore_errors=True)
+    return evaluation
+
+
+def _subjects(
+    student: Student, weights: str | Path | None, preprocess: Preprocess, batch_size: int, device: str
+) -> list[Subject]:
+    """The teacher and the student, on the device."""
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    teacher = teacher_of(student, None if weights is None else Path(weights))
+    return [
+        Subject(
+            name,
+            laid_out(found.eval().requires_grad_(False)).to(place),
+            partial(token_grid, student.source),
+            preprocess.mean,
+            preprocess.std,
+            student.labels is not None,
+            batch_size,
+        )
+        for name, found in (("teacher", teacher), ("student", student.model))
+    ]
+
+
+@contextlib.contextmanager
+def _report_folder(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
+    if out is None:
+        yield None
+    else:
+        with new_folder(out, overwrite) as folder:
+            yield folder
+
+
+def _write(
+    folder: Path, evaluation: Evaluation, explained: Explained, student: Student, preprocess: Preprocess, count: int
+) -> None:
+    """evaluation.json and report.html; `count` pictures were used for fidelity."""
+    evaluation.write(folder)
+    gallery = gallery_of(explained, student.labels)
+    names = [f"{who}: {method}" for who, method in explained.maps]
+    title = f"{student.source.reference}, {student.method} student"
+    about = f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained, at {preprocess.size[0]} px."
+    (folder / "report.html").write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
+
+
+def _methods(words: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """(model, method) pairs of --against; raises TargetError for what is none."""
+    if list(words) == ["none"]:
+        return ()
+    words = list(METHODS) if list(words) == ["all"] else [name for word in words for name in word.split(",")]
+    pairs = []
+    for word in words:
+        who, _, method = word.rpartition(":")
+        if who not in ("", "teacher", "student"):
+            raise TargetError(f"--against {word}: there is no model {who!r}. Pass teacher:METHOD or student:METHOD.")
+        pairs.append((who or "teacher", find_method(method).name))
+    return tuple(pairs)
+
+
+def _removals(words: Sequence[str]) -> tuple[tuple[int | None, str], ...]:
+    """(unit, fill) pairs of --removals."""
+    pairs: list[tuple[int | None, str]] = []
+    for word in words:
+        unit, _, fill = word.partition(":")
+        if unit not in ("patches", "pixels"):
+            raise TargetError(f"--removals {word}: no unit {unit!r}. Pass patches:FILL or pixels:FILL.")
+        pairs.append((1 if unit == "pixels" else None, fill or "grey"))
+    return tuple(pairs)

@@ -1,0 +1,293 @@
+"""What can be asked of a picture: options become a target, the names of its scores, and facts about them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..convert import Student, Teacher, Text, embed_texts, probabilities, token_grid
+from ..core.errors import DataError, TargetError
+from ..data.pictures import read_picture
+from .attribution import main_output
+from .targets import (
+    ClassTarget,
+    DirectionTarget,
+    PatchFeature,
+    SelfTarget,
+    SimilarityTarget,
+    Target,
+    TopTarget,
+    ZeroShotTarget,
+    find_class,
+)
+
+__all__ = ["Facts", "Question", "ask"]
+
+Facts = dict[str, Any]
+Classes = Target | int | str | Sequence[int | str] | Tensor
+Templates = str | Path | Sequence[str] | None
+Names = Callable[[Tensor], list[list[Facts]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What is explained of every picture.
+
+    Attributes:
+        network: the module whose output is scored.
+        target: what is scored of it.
+        names: outputs (B, D) -> for each picture the names of its scores, and what else is known of each.
+    """
+
+    network: nn.Module
+    target: Target
+    names: Names
+
+
+def ask(
+    opened: Student | Teacher,
+    *,
+    target: Classes | None = None,
+    text: str | Sequence[str] | None = None,
+    templates: Templates = None,
+    like: str | Path | Sequence[str | Path] | None = None,
+    direction: str | Path | Tensor | None = None,
+    patch: str | tuple[int, int] | None = None,
+    zero_shot: str | Path | Sequence[str] | None = None,
+) -> Question:
+    """The question that the options ask of `opened`, at the size that it is used at. See `explain` for the options.
+
+    Raises:
+        TargetError: options that exclude each other, or that this model cannot answer.
+        DataError: a file that cannot be read.
+    """
+    given = {"--target": target, "--text": text, "--like": like, "--direction": direction, "--zero-shot": zero_shot}
+    chosen = [option for option, value in given.items() if _asked(value)]
+    # Zero-shot labels are classes, so `--target` may choose among them.
+    if len(chosen) > 1 and chosen != ["--target", "--zero-shot"]:
+        raise TargetError(f"{' and '.join(chosen)} are different questions. Pass one of them, and run again.")
+    if _asked(patch) and chosen not in ([], ["--direction"]):
+        raise TargetError(f"--patch goes alone or with --direction, not with {chosen[0]}: a patch has no such scores.")
+    if templates is not None and not (_asked(text) or _asked(zero_shot)):
+        raise TargetError("--templates is for --text and --zero-shot. Leave it out.")
+    if zero_shot is not None and _asked(zero_shot):
+        return _zero_shot(opened, zero_shot, templates, target)
+    if text is not None and _asked(text):
+        return _texts(opened, [text] if isinstance(text, str) else list(text), templates)
+    if like is not None and _asked(like):
+        return _likes(opened, [Path(file) for file in ([like] if isinstance(like, str | Path) else like)])
+    if patch is not None and _asked(patch):
+        return _patch(opened, patch, direction)
+    if direction is not None and _asked(direction):
+        return _directions(opened.model, direction)
+    return _classes(opened.model, target, opened.labels)
+
+
+def _asked(value: object) -> bool:
+    """Whether an option was given: an empty list or text asks nothing."""
+    return len(value) > 0 if isinstance(value, Sequence) else value is not None
+
+
+# -------------------------------------------------------------------------------------------------------- questions
+
+
+def _classes(network: nn.Module, words: Classes | None, labels: Sequence[str] | None) -> Question:
+    target = _choice(words, labels, default="top1")
+    return Question(network, target, lambda outputs: _named(target, outputs, labels))
+
+
+def _texts(opened: Student | Teacher, texts: list[str], templates: Templates) -> Question:
+    tower = _tower(opened, "--text")
+    target = SimilarityTarget(_embedded(tower, texts, templates, "--text"))
+
+    def names(outputs: Tensor) -> list[list[Facts]]:
+        shares = probabilities(tower, target.scores(outputs))
+        return [
+            [{"target": one, "label": one, "probability": float(p)} for one, p in zip(texts, row, strict=True)]
+            for row in shares
+        ]
+
+    return Question(opened.model, target, names)
+
+
+def _zero_shot(
+    opened: Student | Teacher, given: str | Path | Sequence[str], templates: Templates, words: Classes | None
+) -> Question:
+    labels = _lines(given, "--zero-shot")
+    chosen = _choice(words, labels, default=f"top{min(3, len(labels))}")
+    if not isinstance(chosen, TopTarget | ClassTarget):
+        raise TargetError("--zero-shot: its labels are classes. Choose with --target top3, or by some of the labels.")
+    tower = _tower(opened, "--zero-shot")
+    target = ZeroShotTarget(_embedded(tower, labels, templates, "--zero-shot"), chosen)
+
+    def names(outputs: Tensor) -> list[list[Facts]]:
+        similarities = target.similarities(outputs)
+        shares = probabilities(tower, similarities)
+        rows = _named(chosen, similarities, labels)
+        for i, row in enumerate(rows):
+            order = similarities[i].argsort(descending=True).tolist()
+            ranking = [
+                {"label": labels[k], "similarity": float(similarities[i, k]), "probability": float(shares[i, k])}
+                for k in order
+            ]
+            for facts in row:
+                facts["probability"] = float(shares[i, facts["target"]])
+            row[0]["zero_shot"] = ranking
+        return rows
+
+    return Question(opened.model, target, names)
+
+
+def _likes(opened: Student | Teacher, files: list[Path]) -> Question:
+
+    transform = opened.preprocess.transform()
+    with torch.no_grad():
+        others = main_output(opened.model(torch.stack([transform(read_picture(file)) for file in files])))
+    return _fixed(opened.model, SimilarityTarget(others), [f"like {file.name}" for file in files])
+
+
+def _directions(network: nn.Module, given: str | Path | Tensor) -> Question:
+    name, found = ("direction", given) if isinstance(given, Tensor) else (Path(given).name, _read_directions(given))
+    directions = torch.atleast_2d(found.float())
+    if directions.dim() != 2 or not directions.isfinite().all() or not directions.any(1).all():
+        where = "direction" if isinstance(given, Tensor) else given
+        raise DataError(f"--direction {where} must be (D,) or (K, D), finite and not 0; it is {tuple(found.shape)}.")
+    count = len(directions)
+    return _fixed(network, DirectionTarget(directions), [f"{name}:{k}" if count > 1 else name for k in range(count)])
+
+
+def _patch(opened: Student | Teacher, place: str | tuple[int, int], direction: str | Path | Tensor | None) -> Question:
+    place = place if isinstance(place, str) else ",".join(map(str, place))
+    row, _, column = place.partition(",")
+    if not (row.strip().isdecimal() and column.strip().isdecimal()):
+        raise TargetError(f"--patch {place} is no ROW,COLUMN of the grid of patches. Pass two numbers, such as 7,7.")
+    network = PatchFeature(opened.model, partial(token_grid, opened.source), int(row), int(column)).eval()
+    along = _fixed(network, SelfTarget(), ["self"]) if direction is None else _directions(network, direction)
+    return dataclasses.replace(along, names=lambda outputs: _at(place, along.names(outputs)))
+
+
+def _at(place: str, rows: list[list[Facts]]) -> list[list[Facts]]:
+    return [[{**facts, "label": f"patch {place}, {facts['label']}"} for facts in row] for row in rows]
+
+
+def _fixed(network: nn.Module, target: Target, names: Sequence[str]) -> Question:
+    """The same names for every picture."""
+    return Question(network, target, lambda outputs: [[{"target": n, "label": n} for n in names] for _ in outputs])
+
+
+def _choice(chosen: Classes | None, labels: Sequence[str] | None, default: str) -> Target:
+    """The target that `--target` names among classes; or the one that is given."""
+    if isinstance(chosen, Tensor):
+        chosen = chosen.tolist()
+    if isinstance(chosen, str | int):
+        chosen = [chosen]
+    if chosen is not None and not isinstance(chosen, Sequence):
+        return chosen
+    several: list[Any] = list(chosen or ())
+    if any(isinstance(row, Sequence) and not isinstance(row, str) for row in several):
+        return ClassTarget(several)
+    return _named_classes([str(word) for word in several] or ([default] if labels else ["self"]), labels)
+
+
+def _named_classes(words: list[str], labels: Sequence[str] | None) -> Target:
+    single = words[0]
+    if single == "self" and len(words) == 1:
+        return SelfTarget()
+    if len(words) == 1 and single.startswith("top") and single[3:].isdecimal():
+        if labels is None:
+            raise TargetError(f"--target {single}: this model has no classes. Use --target self.")
+        return TopTarget(int(single[3:]))
+    if labels is None and not all(word.isdecimal() for word in words):
+        raise TargetError(
+            f"--target {' '.join(words)}: this model has no class names; pass numbers of outputs, or self."
+        )
+    return ClassTarget([int(word) if labels is None else find_class(labels, word) for word in words])
+
+
+def _named(target: Target, outputs: Tensor, labels: Sequence[str] | None) -> list[list[Facts]]:
+    if isinstance(target, SelfTarget):
+        return [[{"target": "self", "label": "self"}] for _ in outputs]
+    if isinstance(target, TopTarget):
+        classes: list[list[int]] = target.classes(outputs).tolist()
+    elif isinstance(target, ClassTarget):
+        indices = torch.atleast_1d(torch.as_tensor(target.indices))
+        classes = indices.expand(len(outputs), indices.shape[-1]).tolist()
+    else:
+        count = target.scores(outputs).shape[1]
+        return [[{"target": f"score {k}", "label": f"score {k}"} for k in range(count)] for _ in outputs]
+    return [[{"target": k, "label": labels[k] if labels else str(k)} for k in row] for row in classes]
+
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def _tower(opened: Student | Teacher, option: str) -> Text:
+    if opened.text is None:
+        raise TargetError(
+            f"{option}: {opened.source.reference} has no text tower, so texts cannot be compared with its pictures. "
+            "Use a CLIP or SigLIP model (open_clip:ARCH/TAG, hf:ORG/NAME), or --like PICTURE, or --direction FILE."
+        )
+    return opened.text
+
+
+def _embedded(tower: Text, texts: list[str], templates: Templates, option: str) -> Tensor:
+    """(T, D) unit text embeddings by the model's own text tower."""
+    if not all(text.strip() for text in texts):
+        raise TargetError(f"{option}: an empty text says nothing. Pass some words.")
+    return embed_texts(tower, texts, _templates(templates))
+
+
+def _templates(given: Templates) -> Sequence[str]:
+    """Prompts with a `{}`: none, CLIP's eighty of ImageNet, or the lines of a file or a list."""
+    if given is None:
+        return ("{}",)
+    if given == "imagenet":
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return [template("{}") for template in OPENAI_IMAGENET_TEMPLATES]
+    lines = _lines(given, "--templates")
+    if wrong := [line for line in lines if "{}" not in line]:
+        where = f"--templates {given}" if isinstance(given, str | Path) else "--templates"
+        raise TargetError(f"{where}: {wrong[0]!r} has no {{}} where the text goes.")
+    return lines
+
+
+def _lines(given: str | Path | Sequence[str], option: str) -> list[str]:
+    """The lines of a text file, or those given, that hold something."""
+    where = f"{option} {given}" if isinstance(given, str | Path) else option
+    try:
+        found = Path(given).read_text(encoding="utf-8").splitlines() if isinstance(given, str | Path) else given
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{where}: cannot be read as text: {error}.") from error
+    lines = [line.strip() for line in found if line.strip()]
+    if not lines:
+        raise DataError(f"{where} is empty. Write one line for each.")
+    twice = next((line for line in lines if lines.count(line) > 1), None)
+    if twice:
+        raise DataError(f"{where} has {twice!r} twice. Leave one of them out.")
+    return lines
+
+
+def _read_directions(given: str | Path) -> Tensor:
+    """(D,) or (K, D) from a .npy array or the one tensor of a .safetensors file."""
+    file = Path(given)
+    try:
+        if file.suffix == ".npy":
+            return torch.from_numpy(np.load(file, allow_pickle=False))
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            if len(tensors) != 1:
+                raise DataError(f"--direction {file} holds {len(tensors)} tensors. Write one, (D,) or (K, D).")
+            return next(iter(tensors.values()))
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise DataError(f"--direction {file} cannot be read: {error}.") from error
+    raise DataError(f"--direction {file}: a direction is a .npy or .safetensors file, never a pickle.")

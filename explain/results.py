@@ -1,0 +1,90 @@
+"""What `explain` gives for a picture file: a ledger for each score, and three files of each picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from .attribution import Explanation
+from .render import panel
+
+__all__ = ["ScoreLedger", "write_picture"]
+
+# What NAME.npz holds, where the explanation has it.
+STORED = ("contributions", "direct", "encoded_inputs", "encoded_gradients")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreLedger:
+    """One score of one picture, and what adds up to it.
+
+    Attributes:
+        image: the file.
+        target: class number, or the name of what else is scored; `label`: in words.
+        probability: of the label among those that were asked for, where the model compares pictures with texts.
+        zero_shot: all labels, best first, in the first row of a picture.
+        prototypes: of this class: the training pictures that its prototypes lie nearest to.
+        score: input + constants + residual.
+        input: the sum of what all pixels add.
+        direct, carried, carriers: parts of `input` where biases are carried (see `Explanation`).
+        constants: name -> what it adds.
+        residual: float rounding.
+    """
+
+    image: str
+    target: int | str
+    label: str
+    probability: float | None = None
+    zero_shot: list[dict[str, Any]] | None = None
+    prototypes: list[dict[str, Any]] | None = None
+    score: float
+    input: float
+    direct: float | None = None
+    carried: float | None = None
+    carriers: dict[str, float] | None = None
+    constants: dict[str, float]
+    residual: float
+
+    def row(self) -> dict[str, Any]:
+        """As NAME.json has it: without what does not apply."""
+        values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
+        return {name: value for name, value in values if value is not None}
+
+
+def write_picture(
+    folder: Path,
+    name: str,
+    seen: Image.Image,
+    explanation: Explanation,
+    picture: int,
+    ledgers: Sequence[ScoreLedger],
+    more: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes NAME.png (a panel for each score), NAME.npz (raw maps) and NAME.json (the ledgers) into `folder`.
+
+    Args:
+        seen: the picture as the model saw it.
+        explanation: of a batch; `picture` is the place in it.
+        more: other maps of the batch, name -> (B, ...).
+    """
+    panels = [panel(seen, explanation, one.label, picture=picture, score=k) for k, one in enumerate(ledgers)]
+    _stacked(panels).save(folder / f"{name}.png")
+    maps = {key: getattr(explanation, key) for key in STORED} | dict(more or {})
+    arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    (folder / f"{name}.json").write_text(json.dumps([one.row() for one in ledgers], indent=2))
+
+
+def _stacked(panels: Sequence[Image.Image]) -> Image.Image:
+    """One picture of several of the same width, from top to bottom."""
+    sheet = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), "white")
+    for i, one in enumerate(panels):
+        sheet.paste(one, (0, sum(above.height for above in panels[:i])))
+    return sheet
