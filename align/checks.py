@@ -1,4 +1,7 @@
-"""Does this recipe fit this student? Asked of everything that would stop a run later, before anything is written."""
+"""All that is checked before a run, in one place: of the request, of recipe and models, of the pictures.
+
+Asked is everything that would stop a run later; nothing was written yet.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..convert import Student
@@ -16,13 +20,20 @@ from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
 from ..convert.taps import first_tensor
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..core.errors import PlanError, RecipeError, near_miss
+from ..core.files import check_free
+from ..data.index import ShardIndex
+from ..data.loader import check_batch
+from ..data.stream import Stream
+from .distributed import check_sharded
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, check_objectives, observe
 from .paths import check_paths
 from .recipe import Need, Recipe, list_recipes, load_recipe
+from .run import AlignConfig
+from .trackers import check_trackers
 from .trust import check_trust
 
-__all__ = ["AUTO", "NEEDS", "check_floor", "check_recipe", "choose_recipe"]
+__all__ = ["AUTO", "NEEDS", "check_data", "check_floor", "check_recipe", "check_request", "choose_recipe"]
 
 # The recipes of each method that a student is given by itself, in the order in which they are tried.
 AUTO = {
@@ -66,6 +77,19 @@ def choose_recipe(student: Student) -> str:
         f"--recipe auto: none of {', '.join(names) or 'the recipes'} is made for {student.source.reference} "
         f"({type(student.model).__name__}, --method {student.method}). Name one, or give a YAML file."
     )
+
+
+def check_request(config: AlignConfig, accelerator: Accelerator) -> None:
+    """Raises BcosifyError for what is wrong before anything is loaded: trackers, shards of weights, the output."""
+    check_trackers(config.trackers)
+    check_sharded(accelerator, config.recipe)
+    check_free(config.out, config.overwrite)
+
+
+def check_data(recipe: Recipe, student: Student, train: ShardIndex | Stream, val: ShardIndex, processes: int) -> None:
+    """Raises BcosifyError for pictures that are too few for the batches, or for the floor."""
+    check_batch(train, recipe.batch_size, processes)
+    check_floor(recipe, student, len(val))
 
 
 def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
