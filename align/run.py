@@ -23,7 +23,7 @@ from ..convert import Student
 from ..convert.layers import estimate_gains, estimate_statistics
 from ..convert.methods import find_method
 from ..convert.taps import first_tensor
-from ..evaluate.fidelity import fidelity
+from ..evaluate.metrics.fidelity import fidelity
 from . import state
 from .log import write_row
 from .pictures import Pictures

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "explain": set(),
     "convert": {"explain.linearise", "explain.transposed"},
     "evaluate": {"convert", "explain"},
-    "align": {"data", "convert", "explain", "evaluate.fidelity", "evaluate.report"},
+    "align": {"data", "convert", "explain", "evaluate.metrics.fidelity", "evaluate.report"},
     "publish": {"data", "convert", "explain", "evaluate"},
     "cli": {"data", "convert", "explain", "align", "evaluate", "publish", "recipes"},
 }

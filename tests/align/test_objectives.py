@@ -17,7 +17,7 @@ from bcosify.align.schedule import learning_rate
 from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.taps import channels_last, depth_taps, find_blocks
-from bcosify.evaluate.fidelity import fidelity, linear_cka
+from bcosify.evaluate.metrics.fidelity import fidelity, linear_cka
 from torch import nn
 
 from runs import RECIPE as SMALL
