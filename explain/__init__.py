@@ -1,7 +1,7 @@
 """Explain what a model computed: contributions of the input, named constants, and a proof that they add up."""
 
 from .attribution import Explanation, SelfExplaining, attribute, explain
-from .linearise import Linearised, gated, input_colours, input_encoding
+from .linearise import Linearised, dynamic_linear, gated, input_encoding
 from .render import overlay, panel, rgba, signed_map
 from .targets import (
     ClassTarget,
@@ -28,10 +28,10 @@ __all__ = [
     "TopTarget",
     "ZeroShotTarget",
     "attribute",
+    "dynamic_linear",
     "explain",
     "find_class",
     "gated",
-    "input_colours",
     "input_encoding",
     "overlay",
     "panel",
