@@ -17,6 +17,7 @@ from torch import nn
 from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
+from ..convert.methods import find_method
 from ..convert.taps import first_tensor
 from ..convert.trace import fitted, noise_pictures, trace_forward
 from ..core.errors import PlanError, RecipeError, near_miss
@@ -26,9 +27,8 @@ from ..data.loader import check_batch
 from ..data.stream import Stream
 from .distributed import check_sharded
 from .maps import check_maps
-from .objectives import FITS, OBJECTIVES, check_objectives, observe
-from .paths import check_paths
-from .recipe import Need, Recipe, list_recipes, load_recipe
+from .objectives import FITS, OBJECTIVES, observe
+from .recipe import Need, Phase, Recipe, list_recipes, load_recipe
 from .run import AlignConfig
 from .trackers import check_trackers
 from .trust import check_trust
@@ -82,7 +82,8 @@ def choose_recipe(student: Student) -> str:
 def check_request(config: AlignConfig, accelerator: Accelerator) -> None:
     """Raises BcosifyError for what is wrong before anything is loaded: trackers, shards of weights, the output."""
     check_trackers(config.trackers)
-    check_sharded(accelerator, config.recipe)
+    for recipe in (config.recipe, *map(config.recipe.view, range(len(config.recipe.phases)))):
+        check_sharded(accelerator, recipe)
     check_free(config.out, config.overwrite)
 
 
@@ -104,13 +105,20 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     check_paths(recipe, student.model)
     check_trust(recipe)
     check_maps(recipe, student.model, teacher)
-    for phase in recipe.phases:
-        {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
-    if recipe.taps:
-        pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
-        calls, _ = observe(teacher, pictures, recipe.taps)
-        if silent := [name for name in recipe.taps if name not in calls]:
-            raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
+    for number, phase in enumerate(recipe.phases):
+        own = recipe.view(number)
+        if phase.settings:
+            check_maps(own, student.model, teacher)
+        {**OBJECTIVES, **FITS}[phase.objective](student.model, own, phase.settings)  # each refuses what it cannot use
+        if own.taps:
+            _check_heard(own, teacher)
+
+
+def _check_heard(recipe: Recipe, teacher: nn.Module) -> None:
+    pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
+    calls, _ = observe(teacher, pictures, recipe.taps)
+    if silent := [name for name in recipe.taps if name not in calls]:
+        raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
 
 
 def check_strengths(student: Student, recipe: Recipe) -> None:
@@ -146,6 +154,47 @@ def check_strengths(student: Student, recipe: Recipe) -> None:
             wrong.append(f"{where}: reference_gains takes the place of batch_statistics; leave one of them out")
     if wrong:
         raise RecipeError(f"the recipe has {len(wrong)} fault(s):\n" + "\n".join(f"  {line}" for line in wrong))
+
+
+def check_objectives(student: Student, recipe: Recipe) -> None:
+    """Raises RecipeError for an objective that has nothing to teach a student of this method."""
+    method = find_method(student.method)
+    fitting = [names for swap, names in method.objectives.items() if swap in {s.swap for s in student.plan.swaps}]
+    allowed = fitting[0] if fitting else tuple(OBJECTIVES)
+    for number, phase in enumerate(recipe.phases):
+        if phase.objective not in allowed:
+            raise RecipeError(
+                f"phases.{number}.objective {phase.objective}: a student of --method {method.name} "
+                f"({type(student.model).__name__}) learns nothing from it. It takes: {', '.join(allowed)}; see the "
+                f"recipes {method.name}/... that ship."
+            )
+
+
+def check_paths(recipe: Recipe, student: nn.Module) -> None:
+    """Raises RecipeError for shares outside [0, 1], and for help that an objective or a model has no use for."""
+    for number, phase in enumerate(recipe.phases):
+        for fault in _path_faults(phase, student):
+            raise RecipeError(f"phases.{number}.{fault}")
+
+
+def _path_faults(phase: Phase, student: nn.Module) -> Iterator[str]:
+    helped = {"blend": _names("whole"), "own_inputs": _names("fed")}
+    for key, objectives in helped.items():
+        share = getattr(phase, key)
+        if not all(0 <= value <= 1 for value in share):
+            yield f"{key}: both shares lie between 0 and 1; got {list(share)}"
+        if any(share) and phase.objective not in objectives:
+            yield f"{key}: the objective {phase.objective} has no use for it; it is for {', '.join(objectives)}"
+    if any(phase.blend) and not blocks_of(student):
+        yield (
+            f"blend: {type(student).__name__} has no blocks whose outputs could be mixed with the teacher's. "
+            "Take it out: blend=[0,0]"
+        )
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    """The objectives that say so of themselves."""
+    return tuple(name for name, known in OBJECTIVES.items() if getattr(known.make, kind))
 
 
 def check_floor(recipe: Recipe, student: Student, held_out: int) -> None:

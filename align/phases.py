@@ -21,7 +21,8 @@ from .compiling import compile_blocks, eager, make_eager
 from .distributed import prepare, whole
 from .log import PhaseLog
 from .maps import Aim, decided, own_directions, teacher_maps
-from .objectives import FITS, OBJECTIVES, EndToEnd, observe
+from .objectives import FITS, OBJECTIVES, observe
+from .objectives.end_to_end import EndToEnd
 from .optimizers import make_optimizer, scales
 from .paths import Draw, blended, with_own_inputs
 from .run import Run
@@ -64,7 +65,8 @@ def _after_step(run: Run, stepper: Stepper) -> None:
 def fit(run: Run, number: int) -> None:
     """Solves phase `number`; stopped on the way, it starts again."""
     progress, pictures = run.progress, run.pictures
-    solver = FITS[run.recipe.phases[number].objective](run.learner.model, run.recipe)
+    phase = run.recipe.phases[number]
+    solver = FITS[phase.objective](run.learner.model, run.recipe, phase.settings)
     end = progress.step + run.recipe.steps[number]
     ids: list[Tensor] = []
     for batch in pictures.batches(progress.step, end):
@@ -102,7 +104,7 @@ class Stepper:
         self.norm: Tensor | float | None = None
         progress = run.progress
         model = run.learner.model.to(run.accelerator.device)  # shards of an earlier phase leave it on the CPU
-        self.objective = OBJECTIVES[self.phase.objective](model, run.recipe)
+        self.objective = OBJECTIVES[self.phase.objective](model, run.recipe, self.phase.settings)
         pictured = self.phase.calibrate or self.phase.recalibrate_every or self.objective.asks_teacher
         self.gain_pictures = run.pictures.calibration(self.phase.calibrate or 64) if pictured else None
         if self.gain_pictures is not None:
@@ -242,7 +244,7 @@ class Stepper:
         """What the maps of some of `part` are to be, where the objective compares maps."""
         if not isinstance(self.objective, EndToEnd) or not self.objective.map_weight:
             return ()
-        some, theirs = (whole[: max(1, round(self.run.recipe.map_share * len(part)))] for whole in (part, output))
+        some, theirs = (whole[: max(1, round(self.objective.map_share * len(part)))] for whole in (part, output))
         if self.run.student.labels is None:
             assert self.objective.mean_output is not None
             directions = own_directions(theirs, self.objective.mean_output)

@@ -32,7 +32,8 @@ class Phase:
     """One stretch of a run.
 
     Attributes:
-        objective: which (see `objectives`).
+        objective: which (see `objectives`). In YAML, with settings of its own:  objective: {end-to-end: {centre: true}}
+        settings: these; what is not among them is as the recipe says.
         pictures: how many pictures it sees.
         learning_rate: peak. Fresh optimizer state in every phase, as objectives differ in scale.
         optimizer: `adamw`, or `muon` (orthogonal steps for matrices and kernels, AdamW for the rest; timm's).
@@ -73,9 +74,7 @@ class Phase:
             one, also where it ran to its end.
     """
 
-    objective: Literal[
-        "end-to-end", "block-local", "block-own", "classes", "decisions", "layer-local", "pairwise", "prototypes"
-    ]
+    objective: str
     pictures: int
     learning_rate: float
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -103,6 +102,7 @@ class Phase:
     trust: float = 0.0
     blend: tuple[float, float] = (0.0, 0.0)
     own_inputs: tuple[float, float] = (0.0, 0.0)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def helped(self) -> bool:
@@ -221,6 +221,13 @@ class Recipe:
         if wrong := list(_view_faults(self)):
             raise RecipeError("; ".join(wrong))
 
+    def view(self, number: int) -> Recipe:
+        """The recipe of one phase, with that phase's own settings in the place of those of all."""
+        phase = self.phases[number]
+        known = {field.name for field in dataclasses.fields(self)}
+        own = {name: value for name, value in phase.settings.items() if name in known}
+        return dataclasses.replace(self, phases=(phase,), **own)
+
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps of every phase."""
@@ -259,7 +266,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_values(values: Any, name: str = "recipe") -> Recipe:
     """Parses plain values (from YAML or JSON) strictly into a Recipe."""
-    if found := list(faults(Recipe, values)):
+    from .objectives import with_settings  # loads the models' side, which a list of recipes need not
+
+    values, wrong = with_settings(values)
+    if found := [*faults(Recipe, values), *wrong]:
         raise RecipeError(f"recipe {name} has {len(found)} fault(s):\n" + "\n".join(f"  {fault}" for fault in found))
     recipe = parse(Recipe, values)
     assert isinstance(recipe, Recipe)
@@ -283,7 +293,11 @@ def _view_faults(recipe: Recipe) -> Iterator[str]:
 
 def dump(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120)
+    values = _plain(dataclasses.asdict(recipe))
+    for phase in values["phases"]:
+        if own := phase.pop("settings"):
+            phase["objective"] = {phase["objective"]: own}
+    return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
 def difference(old: Recipe, new: Recipe) -> str:

@@ -25,10 +25,10 @@ from .checks import check_data, check_recipe, check_request
 from .distributed import described, make_accelerator
 from .log import strengths, write_row
 from .objectives import FITS
+from .objectives.prototypes import write_prototypes
 from .phases import descend, fit
 from .pictures import Pictures
 from .prepare import checkpoint_gradients, find_data, prepare_folder, start_from, teacher_of
-from .prototypes import write_prototypes
 from .run import AlignConfig, Learner, Run, signals_noted
 from .schedule import floored
 from .trackers import TRACKED, start_trackers

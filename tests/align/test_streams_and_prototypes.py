@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bcosify.align.kmeans import kmeans
 from bcosify.align.losses import decision_error
 from bcosify.align.objectives import OBJECTIVES, observe
-from bcosify.align.prototypes import PrototypeFit, calibrated, divergence
+from bcosify.align.objectives.prototypes import PrototypeFit, calibrated, divergence
 from bcosify.align.recipe import Phase, Recipe, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, load_teacher, save, set_strength

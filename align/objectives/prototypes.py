@@ -14,25 +14,24 @@ holds against it. Deterministic for a seed. (Ours, after KMEx, arXiv 2312.07822,
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..convert.layers import PrototypeLinear, PrototypeMaps
-from ..convert.layers.prototypes import joined_stages
-from ..core.errors import DataError, RecipeError
-from ..core.files import new_file
-from ..data.index import ShardIndex
-from ..data.pictures import decode
-from .kmeans import kmeans
-from .losses import class_divergence
-
-if TYPE_CHECKING:
-    from .recipe import Recipe
+from ...convert.layers import PrototypeLinear, PrototypeMaps
+from ...convert.layers.prototypes import joined_stages
+from ...core.errors import DataError, RecipeError
+from ...core.files import new_file
+from ...data.index import ShardIndex
+from ...data.pictures import decode
+from ..kmeans import kmeans
+from ..losses import class_divergence
+from .base import fit
 
 __all__ = ["PrototypeFit", "write_prototypes"]
 
@@ -41,6 +40,21 @@ LADDER = tuple(2.0**power for power in range(-2, 13))
 CALIBRATION_ROWS = 4096
 PLACES_PER_PICTURE, CONCEPT_ROWS = 16, 8192
 THUMBNAIL = 96  # pixels, of a picture on the sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class PrototypesConfig:
+    """Attributes:
+    min_agreement: least held-out agreement with the teacher, in [0, 1].
+    """
+
+    min_agreement: float = 0.0
+    seed: int = 0
+
+
+@fit("prototypes", PrototypesConfig)
+def _solver(student: nn.Module, config: PrototypesConfig) -> PrototypeFit:
+    return PrototypeFit(student, config.min_agreement, config.seed)
 
 
 class PrototypeFit:
@@ -55,10 +69,6 @@ class PrototypeFit:
         self.features: list[Tensor] = []
         self.places: dict[str, list[Tensor]] = {"b4": [], "b234": []}
         self.scales: Tensor | None = None
-
-    @classmethod
-    def from_recipe(cls, model: nn.Module, recipe: Recipe) -> PrototypeFit:
-        return cls(model, recipe.min_agreement, recipe.seed)
 
     # ------------------------------------------------------------------------------------------------------ gathering
 
@@ -273,7 +283,7 @@ def write_prototypes(work: Path, labels: Sequence[str] | None, index: object, fo
     """Writes `work`/prototypes.html of what a fit of prototypes `found`; nothing of streamed shards, which are gone."""
     if not isinstance(index, ShardIndex):
         return None
-    from ..evaluate.report import data_url, render_page  # loads jinja2
+    from ...evaluate.report import data_url, render_page  # loads jinja2
 
     def card(prototype: dict[str, Any]) -> dict[str, Any]:
         picture = decode(index.read(prototype["nearest"]))
