@@ -136,21 +136,8 @@ class Recipe:
             but for BatchNorm's batch statistics.
         compile: torch.compile for the blocks of teacher and student, for speed; the first steps take long.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
-        taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
-        centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
-        standardise: what end-to-end and block-own make of features before they compare them, from the teacher's on the
-            calibration pictures. `none`; `channel`: cosines after each channel is divided by its standard deviation, so
-            that all channels count alike; `phi-s`: in the place of cosines, the squared error as a share of the
-            teacher's variance (PHI-S, arXiv 2410.01680: with one scale for all channels cosines are the same as with
-            `centre` alone, so it is what PHI-S makes of a squared error; it sees sizes too, and no `centre`).
-        output_weight: weight of the output's loss beside one for every tap.
-        magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
-        weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
-        map_weight: weight of the cosine distance between the student's exact map of the teacher's decision minus a
-            random other class (for embeddings: of the teacher's own direction) and the teacher's at its last features,
-            in the end-to-end objective (see `maps`); 0 leaves it out.
-        map_share: share of each batch, in (0, 1], whose maps are compared.
-        anchor: weight of the divergence from the teacher's probabilities, in the objective `decisions`.
+        taps, depths, centre, standardise, output_weight, magnitude_weight, weight_norm, map_weight, map_share, anchor: of
+            objectives (see their configs in `objectives`), in all phases that have none of their own.
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
             0 guards nothing.

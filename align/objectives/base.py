@@ -59,8 +59,14 @@ class ObjectiveConfig:
     """Settings of an objective; all have defaults. Keys of the same name in a recipe are those of all its phases.
 
     Attributes:
-        centre: cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
-        standardise: see `Recipe`.
+        centre: cosines are taken after subtracting the teacher's mean feature of the calibration
+            pictures.
+        standardise: what end-to-end and block-own make of features before they compare them, from the teacher's
+            on the calibration pictures. `none`; `channel`: cosines after each channel is divided by its
+            standard deviation, so that all channels count alike; `phi-s`: in the place of cosines, the squared
+            error as a share of the teacher's variance (PHI-S, arXiv 2410.01680: with one scale for all channels
+            cosines are the same as with `centre` alone, so it is what PHI-S makes of a squared error; it sees
+            sizes too, and no `centre`).
     """
 
     centre: bool = False

@@ -18,7 +18,21 @@ __all__ = ["EndToEnd", "EndToEndConfig", "WeightNorms"]
 
 @dataclasses.dataclass(frozen=True)
 class EndToEndConfig(ObjectiveConfig):
-    """Attributes: see the keys of the same names in `Recipe`."""
+    """Settings of `end-to-end`.
+
+    Attributes:
+        taps, depths: modules compared end to end; empty means the blocks after which `depths` (shares of all
+            blocks) are done.
+        output_weight: weight of the output's loss beside one for every tap.
+        magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it
+            free).
+        weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase
+            began.
+        map_weight: weight of the cosine distance between the student's exact map of the teacher's decision
+            minus a random other class (for embeddings: of the teacher's own direction) and the teacher's at its
+            last features (see `maps`); 0 leaves it out.
+        map_share: share of each batch, in (0, 1], whose maps are compared.
+    """
 
     taps: tuple[str, ...] = ()
     depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
