@@ -136,8 +136,8 @@ class Recipe:
             but for BatchNorm's batch statistics.
         compile: torch.compile for the blocks of teacher and student, for speed; the first steps take long.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
-        taps, depths, centre, standardise, output_weight, magnitude_weight, weight_norm, map_weight, map_share, anchor: of
-            objectives (see their configs in `objectives`), in all phases that have none of their own.
+        taps, depths, centre, standardise, output_weight, magnitude_weight, weight_norm, map_weight, map_share,
+        anchor: of objectives (see their configs in `objectives`), in all phases that have none of their own.
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
             0 guards nothing.
