@@ -1,4 +1,7 @@
-"""Does this recipe fit this student? Asked of everything that would stop a run later, before anything is written."""
+"""All that is checked before a run, in one place: of the request, of recipe and models, of the pictures.
+
+Asked is everything that would stop a run later; nothing was written yet.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,31 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
+from ..convert.methods import find_method
 from ..convert.taps import first_tensor
 from ..convert.trace import trace_forward
 from ..core.errors import PlanError, RecipeError, near_miss
+from ..core.files import check_free
 from ..core.pictures import fitted, noise_pictures
 from ..core.torch_internals import AnyBatchNorm
+from ..data.index import ShardIndex
+from ..data.loader import check_batch
+from ..data.stream import Stream
+from .distributed import check_sharded
 from .maps import check_maps
-from .objectives import FITS, OBJECTIVES, check_objectives, observe
-from .paths import check_paths
-from .recipe import Need, Recipe, list_recipes, load_recipe
+from .objectives import FITS, OBJECTIVES, observe
+from .recipe import Need, Phase, Recipe, list_recipes, load_recipe
+from .run import AlignConfig
+from .trackers import check_trackers
 from .trust import check_trust
 
-__all__ = ["AUTO", "NEEDS", "check_floor", "check_recipe", "choose_recipe"]
+__all__ = ["AUTO", "NEEDS", "check_data", "check_floor", "check_recipe", "check_request", "choose_recipe"]
 
 # The recipes of each method that a student is given by itself, in the order in which they are tried.
 AUTO = {
@@ -70,6 +81,20 @@ def choose_recipe(student: Student) -> str:
     )
 
 
+def check_request(config: AlignConfig, accelerator: Accelerator) -> None:
+    """Raises BcosifyError for what is wrong before anything is loaded: trackers, shards of weights, the output."""
+    check_trackers(config.trackers)
+    for recipe in (config.recipe, *map(config.recipe.view, range(len(config.recipe.phases)))):
+        check_sharded(accelerator, recipe)
+    check_free(config.out, config.overwrite)
+
+
+def check_data(recipe: Recipe, student: Student, train: ShardIndex | Stream, val: ShardIndex, processes: int) -> None:
+    """Raises BcosifyError for pictures that are too few for the batches, or for the floor."""
+    check_batch(train, recipe.batch_size, processes)
+    check_floor(recipe, student, len(val))
+
+
 def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     """Raises RecipeError where `recipe` is for other students, names no module of this one, or a size it cannot take.
 
@@ -82,13 +107,20 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     check_paths(recipe, student.model)
     check_trust(recipe)
     check_maps(recipe, student.model, teacher)
-    for phase in recipe.phases:
-        {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe)  # each refuses what it cannot use
-    if recipe.taps:
-        pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
-        calls, _ = observe(teacher, pictures, recipe.taps)
-        if silent := [name for name in recipe.taps if name not in calls]:
-            raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
+    for number, phase in enumerate(recipe.phases):
+        own = recipe.view(number)
+        if phase.settings:
+            check_maps(own, student.model, teacher)
+        {**OBJECTIVES, **FITS}[phase.objective](student.model, own, phase.settings)  # each refuses what it cannot use
+        if own.taps:
+            _check_heard(own, teacher)
+
+
+def _check_heard(recipe: Recipe, teacher: nn.Module) -> None:
+    pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
+    calls, _ = observe(teacher, pictures, recipe.taps)
+    if silent := [name for name in recipe.taps if name not in calls]:
+        raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
 
 
 def check_strengths(student: Student, recipe: Recipe) -> None:
@@ -124,6 +156,47 @@ def check_strengths(student: Student, recipe: Recipe) -> None:
             wrong.append(f"{where}: reference_gains takes the place of batch_statistics; leave one of them out")
     if wrong:
         raise RecipeError(f"the recipe has {len(wrong)} fault(s):\n" + "\n".join(f"  {line}" for line in wrong))
+
+
+def check_objectives(student: Student, recipe: Recipe) -> None:
+    """Raises RecipeError for an objective that has nothing to teach a student of this method."""
+    method = find_method(student.method)
+    fitting = [names for swap, names in method.objectives.items() if swap in {s.swap for s in student.plan.swaps}]
+    allowed = fitting[0] if fitting else tuple(OBJECTIVES)
+    for number, phase in enumerate(recipe.phases):
+        if phase.objective not in allowed:
+            raise RecipeError(
+                f"phases.{number}.objective {phase.objective}: a student of --method {method.name} "
+                f"({type(student.model).__name__}) learns nothing from it. It takes: {', '.join(allowed)}; see the "
+                f"recipes {method.name}/... that ship."
+            )
+
+
+def check_paths(recipe: Recipe, student: nn.Module) -> None:
+    """Raises RecipeError for shares outside [0, 1], and for help that an objective or a model has no use for."""
+    for number, phase in enumerate(recipe.phases):
+        for fault in _path_faults(phase, student):
+            raise RecipeError(f"phases.{number}.{fault}")
+
+
+def _path_faults(phase: Phase, student: nn.Module) -> Iterator[str]:
+    helped = {"blend": _names("whole"), "own_inputs": _names("fed")}
+    for key, objectives in helped.items():
+        share = getattr(phase, key)
+        if not all(0 <= value <= 1 for value in share):
+            yield f"{key}: both shares lie between 0 and 1; got {list(share)}"
+        if any(share) and phase.objective not in objectives:
+            yield f"{key}: the objective {phase.objective} has no use for it; it is for {', '.join(objectives)}"
+    if any(phase.blend) and not blocks_of(student):
+        yield (
+            f"blend: {type(student).__name__} has no blocks whose outputs could be mixed with the teacher's. "
+            "Take it out: blend=[0,0]"
+        )
+
+
+def _names(kind: str) -> tuple[str, ...]:
+    """The objectives that say so of themselves."""
+    return tuple(name for name, known in OBJECTIVES.items() if getattr(known.make, kind))
 
 
 def check_floor(recipe: Recipe, student: Student, held_out: int) -> None:

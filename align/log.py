@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,17 @@ from ..convert.layers import scheduled_layers
 from ..core.errors import BcosifyError
 from . import state
 from .distributed import Prepared
-from .run import AlignRun
 from .trackers import scalars
+
+if TYPE_CHECKING:
+    from .run import Run
 
 __all__ = ["METRICS", "PhaseLog", "strengths", "write_row"]
 
 METRICS = "metrics.jsonl"
 
 
-def write_row(run: AlignRun, row: dict[str, Any], step: int) -> None:
+def write_row(run: Run, row: dict[str, Any], step: int) -> None:
     """Appends one row to metrics.jsonl, and shows it in the trackers as of `step` (main process)."""
     if run.accelerator.is_main_process:
         with (run.config.work / METRICS).open("a") as file:
@@ -35,7 +37,7 @@ def write_row(run: AlignRun, row: dict[str, Any], step: int) -> None:
 class PhaseLog:
     """Losses since the last row, read from the device once a row; the progress bar; the guard against NaN."""
 
-    def __init__(self, run: AlignRun, prepared: Prepared, progress: state.Progress) -> None:
+    def __init__(self, run: Run, prepared: Prepared, progress: state.Progress) -> None:
         number = progress.phase
         self.run, self.recipe, self.number, self.phase = run, run.recipe, number, run.recipe.phases[number]
         self.model, self.optimizer = prepared.model, prepared.optimizer

@@ -22,17 +22,10 @@ from torch import Tensor, nn
 
 from ..convert.blocks import blocks_of
 from ..convert.taps import Call, is_channels_last
-from ..core.errors import RecipeError
 from ..core.hooks import hooked
 from ..core.torch_internals import tree_flatten, tree_map, tree_unflatten
-from .recipe import Phase, Recipe
 
-__all__ = ["BLENDED", "LOCAL", "Draw", "blended", "check_paths", "with_own_inputs"]
-
-# The objectives that run the student as a whole and with a gradient through all of it, and those that run its parts on
-# the teacher's inputs.
-BLENDED = ("end-to-end", "pairwise", "decisions", "classes")
-LOCAL = ("block-local", "layer-local")
+__all__ = ["Draw", "blended", "with_own_inputs"]
 
 
 @contextlib.contextmanager
@@ -122,24 +115,3 @@ def _mixed(call: Call, own: Call, chosen: Callable[[int], Tensor], pictures: int
 
 def _continuous(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def check_paths(recipe: Recipe, student: nn.Module) -> None:
-    """Raises RecipeError for shares outside [0, 1], and for help that an objective or a model has no use for."""
-    for number, phase in enumerate(recipe.phases):
-        for fault in _faults(phase, student):
-            raise RecipeError(f"phases.{number}.{fault}")
-
-
-def _faults(phase: Phase, student: nn.Module) -> Iterator[str]:
-    for key, objectives in (("blend", BLENDED), ("own_inputs", LOCAL)):
-        share = getattr(phase, key)
-        if not all(0 <= value <= 1 for value in share):
-            yield f"{key}: both shares lie between 0 and 1; got {list(share)}"
-        if any(share) and phase.objective not in objectives:
-            yield f"{key}: the objective {phase.objective} has no use for it; it is for {', '.join(objectives)}"
-    if any(phase.blend) and not blocks_of(student):
-        yield (
-            f"blend: {type(student).__name__} has no blocks whose outputs could be mixed with the teacher's. "
-            "Take it out: blend=[0,0]"
-        )

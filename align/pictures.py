@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -18,6 +18,9 @@ from ..data.views import Augment, Mixing, to_model_input
 from .recipe import Recipe
 
 __all__ = ["Pictures"]
+
+# The student that is measured and saved has statistics of so many pictures, in batches of this size.
+STATISTICS_PICTURES, STATISTICS_BATCH = 256, 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,6 +82,10 @@ class Pictures:
             augment=self.augment,
         )
         return self.normalised(torch.cat([item.pictures for item in batches])[:count])
+
+    def statistics(self) -> Sequence[Tensor]:
+        """What statistics and gains at rest come from, each (B, 3, H, W); the same in every process."""
+        return self.calibration(STATISTICS_PICTURES).split(STATISTICS_BATCH)
 
     def held_out(self) -> Iterator[Tensor]:
         """The held-out pictures in their order, normalised, batch by batch."""

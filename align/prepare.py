@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from torch import nn
@@ -23,10 +24,12 @@ from ..data.remote import shown
 from ..data.stream import Stream, fingerprints
 from . import state
 from .log import METRICS
-from .probe import EXPLANATIONS
 from .recipe import difference, dump, load_recipe
-from .run import AlignConfig
+from .sheets import EXPLANATIONS
 from .trackers import TRACKED
+
+if TYPE_CHECKING:
+    from .run import AlignConfig
 
 __all__ = [
     "checkpoint_gradients",

@@ -32,7 +32,8 @@ class Phase:
     """One stretch of a run.
 
     Attributes:
-        objective: which (see `objectives`).
+        objective: which (see `objectives`). In YAML, with settings of its own:  objective: {end-to-end: {centre: true}}
+        settings: these; what is not among them is as the recipe says.
         pictures: how many pictures it sees.
         learning_rate: peak. Fresh optimizer state in every phase, as objectives differ in scale.
         optimizer: `adamw`, or `muon` (orthogonal steps for matrices and kernels, AdamW for the rest; timm's).
@@ -73,9 +74,7 @@ class Phase:
             one, also where it ran to its end.
     """
 
-    objective: Literal[
-        "end-to-end", "block-local", "block-own", "classes", "decisions", "layer-local", "pairwise", "prototypes"
-    ]
+    objective: str
     pictures: int
     learning_rate: float
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -103,6 +102,7 @@ class Phase:
     trust: float = 0.0
     blend: tuple[float, float] = (0.0, 0.0)
     own_inputs: tuple[float, float] = (0.0, 0.0)
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def helped(self) -> bool:
@@ -136,21 +136,8 @@ class Recipe:
             but for BatchNorm's batch statistics.
         compile: torch.compile for the blocks of teacher and student, for speed; the first steps take long.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
-        taps: modules compared end to end; empty means the blocks after which `depths` (shares of all blocks) are done.
-        centre: end-to-end cosines are taken after subtracting the teacher's mean feature of the calibration pictures.
-        standardise: what end-to-end and block-own make of features before they compare them, from the teacher's on the
-            calibration pictures. `none`; `channel`: cosines after each channel is divided by its standard deviation, so
-            that all channels count alike; `phi-s`: in the place of cosines, the squared error as a share of the
-            teacher's variance (PHI-S, arXiv 2410.01680: with one scale for all channels cosines are the same as with
-            `centre` alone, so it is what PHI-S makes of a squared error; it sees sizes too, and no `centre`).
-        output_weight: weight of the output's loss beside one for every tap.
-        magnitude_weight: weight of the squared logarithm of the ratio of norms, at every tap (cosines leave it free).
-        weight_norm: weight of the squared relative change of each converted layer's weight norm since the phase began.
-        map_weight: weight of the cosine distance between the student's exact map of the teacher's decision minus a
-            random other class (for embeddings: of the teacher's own direction) and the teacher's at its last features,
-            in the end-to-end objective (see `maps`); 0 leaves it out.
-        map_share: share of each batch, in (0, 1], whose maps are compared.
-        anchor: weight of the divergence from the teacher's probabilities, in the objective `decisions`.
+        taps, depths, centre, standardise, output_weight, magnitude_weight, weight_norm, map_weight, map_share,
+        anchor: of objectives (see their configs in `objectives`), in all phases that have none of their own.
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
             0 guards nothing.
@@ -221,6 +208,13 @@ class Recipe:
         if wrong := list(_view_faults(self)):
             raise RecipeError("; ".join(wrong))
 
+    def view(self, number: int) -> Recipe:
+        """The recipe of one phase, with that phase's own settings in the place of those of all."""
+        phase = self.phases[number]
+        known = {field.name for field in dataclasses.fields(self)}
+        own = {name: value for name, value in phase.settings.items() if name in known}
+        return dataclasses.replace(self, phases=(phase,), **own)
+
     @property
     def steps(self) -> tuple[int, ...]:
         """Steps of every phase."""
@@ -259,7 +253,10 @@ def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_values(values: Any, name: str = "recipe") -> Recipe:
     """Parses plain values (from YAML or JSON) strictly into a Recipe."""
-    if found := list(faults(Recipe, values)):
+    from .objectives import with_settings  # loads the models' side, which a list of recipes need not
+
+    values, wrong = with_settings(values)
+    if found := [*faults(Recipe, values), *wrong]:
         raise RecipeError(f"recipe {name} has {len(found)} fault(s):\n" + "\n".join(f"  {fault}" for fault in found))
     recipe = parse(Recipe, values)
     assert isinstance(recipe, Recipe)
@@ -283,7 +280,11 @@ def _view_faults(recipe: Recipe) -> Iterator[str]:
 
 def dump(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back to an equal recipe."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(recipe)), sort_keys=False, width=120)
+    values = _plain(dataclasses.asdict(recipe))
+    for phase in values["phases"]:
+        if own := phase.pop("settings"):
+            phase["objective"] = {phase["objective"]: own}
+    return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
 def difference(old: Recipe, new: Recipe) -> str:

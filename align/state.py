@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from torch.distributed.tensor import DTensor
 
 from ..core.files import new_folder
 from .distributed import sharded_like, whole
-from .floor import Walk
 
 __all__ = [
     "CHECKPOINTS",
     "Progress",
-    "best_of",
+    "Saved",
     "latest",
     "restore",
     "restore_optimizer",
+    "saved_of",
     "sizes_of",
     "snapshot",
     "trusted_of",
@@ -42,10 +42,18 @@ STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "opt
 PROGRESS, MARK = "state.json", "COMPLETE"
 SIZES = "sizes.safetensors"  # running means that reference gains come from
 TRUSTED = "trusted.safetensors"  # weights and optimizer to go back to, in a warm-up by trust
-BEST = "best.safetensors"  # the student at the phase's best evaluation, where the phase has patience
+BEST = "best.safetensors"  # in the place of a file of each callback, in checkpoints from before they had one
 
 
 @dataclasses.dataclass(frozen=True)
+class Saved:
+    """What a callback keeps in a checkpoint: plain values for state.json, and tensors for a file of its name."""
+
+    values: dict[str, Any]
+    tensors: dict[str, Tensor] | None = None
+
+
+@dataclasses.dataclass
 class Progress:
     """Where a run is.
 
@@ -57,8 +65,6 @@ class Progress:
         curve: held-out fidelity so far.
         versions: of the libraries that the run was last started with.
         ends: the steps at which the finished phases ended, early or not.
-        best, best_step, waited: of this phase's evaluations, the best score, its step, and how many came after it.
-        walk: how far a phase with a floor has come along its path.
         trust: what the phase's trust counted (see `trust`).
         run_id: what trackers know the run by, also after a resume.
     """
@@ -70,12 +76,8 @@ class Progress:
     curve: tuple[dict[str, Any], ...] = ()
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     ends: tuple[int, ...] = ()
-    best: float | None = None
-    best_step: int = 0
-    waited: int = 0
     run_id: str = ""
     begun: dict[str, float] = dataclasses.field(default_factory=dict)
-    walk: Walk | None = None
     trust: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @property
@@ -83,20 +85,13 @@ class Progress:
         """Steps before this phase."""
         return self.ends[-1] if self.ends else 0
 
-    def judged(self, score: float) -> Progress:
-        """After one more evaluation, of this `score` (higher is better; one that is no number is never better)."""
-        if score > (-math.inf if self.best is None else self.best):
-            return dataclasses.replace(self, best=score, best_step=self.step, waited=0)
-        return dataclasses.replace(self, waited=self.waited + 1)
-
-    def in_phase(self, number: int, scales: tuple[float, ...], begun: dict[str, float] | None = None) -> Progress:
+    def begin_phase(self, number: int, scales: tuple[float, ...], begun: dict[str, float] | None = None) -> None:
         """At the start of a phase."""
-        fresh = {"best": None, "best_step": 0, "waited": 0, "trust": {}}
-        return dataclasses.replace(self, phase=number, scales=scales, begun=begun or {}, **fresh)
+        self.phase, self.scales, self.begun, self.trust = number, scales, begun or {}, {}
 
-    def ended(self) -> Progress:
+    def end_phase(self) -> None:
         """At the end of a phase."""
-        return dataclasses.replace(self, ends=(*self.ends, self.step))
+        self.ends = (*self.ends, self.step)
 
 
 def snapshot(student: nn.Module) -> dict[str, Tensor]:
@@ -111,14 +106,14 @@ def write(
     progress: Progress,
     average: nn.Module | None = None,
     keep: int = 2,
-    best: dict[str, Tensor] | None = None,
+    callbacks: Mapping[str, Saved] | None = None,
     trusted: dict[str, Any] | None = None,
     sizes: dict[str, Tensor] | None = None,
     main: bool = True,
 ) -> Path:
     """Writes `folder/step-XXXXXXXX` whole, then removes all but the newest `keep`.
 
-    `best`, `trusted` and `sizes` go with it.
+    What `callbacks` keep, by their names, `trusted` and `sizes` go with it.
 
     All processes call it, as an optimizer in shards is gathered from all; the `main` one writes.
 
@@ -132,14 +127,16 @@ def write(
         save_file(snapshot(student), scratch / STUDENT)
         if average is not None:
             save_file(snapshot(average), scratch / AVERAGE)
-        if best:
-            save_file(best, scratch / BEST)
+        for name, saved in (callbacks or {}).items():
+            if saved.tensors:
+                save_file(saved.tensors, scratch / f"{name}.safetensors")
         save_file(tensors, scratch / OPTIMIZER, metadata={"plain": json.dumps(plain)})
         if trusted:
             _save_values(trusted, scratch / TRUSTED)
         if sizes:
             _save_values(sizes, scratch / SIZES)
-        (scratch / PROGRESS).write_text(json.dumps(dataclasses.asdict(progress)))
+        values = {name: saved.values for name, saved in (callbacks or {}).items()}
+        (scratch / PROGRESS).write_text(json.dumps({**dataclasses.asdict(progress), "callbacks": values}))
         (scratch / MARK).touch()
     for old in _complete(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -150,10 +147,29 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
     """The newest complete checkpoint in `folder`; a half-written one is passed over."""
     for checkpoint in reversed(_complete(folder)):
         values = json.loads((checkpoint / PROGRESS).read_text())
-        lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
-        walk = values.get("walk")
-        return checkpoint, Progress(**{**values, **lists, "walk": None if walk is None else Walk(**walk)})
+        known: dict[str, Any] = {
+            field.name: values[field.name] for field in dataclasses.fields(Progress) if field.name in values
+        }
+        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+        return checkpoint, Progress(**{**known, **lists})
     return None
+
+
+def saved_of(checkpoint: Path, name: str) -> Saved | None:
+    """What the callback `name` kept in `checkpoint`, also in one from before callbacks had states of their own."""
+    values = json.loads((checkpoint / PROGRESS).read_text())
+    if "callbacks" in values:
+        found, path = values["callbacks"].get(name), checkpoint / f"{name}.safetensors"
+    else:
+        found, path = _one_state(values).get(name), checkpoint / BEST
+    return None if found is None else Saved(found, load_file(path) if path.is_file() else None)
+
+
+def _one_state(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The callbacks' states in a state.json of the time when they shared one, and one snapshot."""
+    judged = {"score": values["best"], "step": values["best_step"], "waited": values["waited"]}
+    walked = {} if values.get("walk") is None else {"strength-walk": values["walk"]}
+    return {"early-stopping": judged, "agreement-floor": {"step": values["best_step"]}, **walked}
 
 
 def restore(checkpoint: Path, student: nn.Module, average: nn.Module | None = None) -> None:
@@ -214,12 +230,6 @@ def _load_values(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         plain = json.loads((file.metadata() or {}).get("plain", "{}"))
         return {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
-
-
-def best_of(checkpoint: Path) -> dict[str, Tensor] | None:
-    """The snapshot that was written with `checkpoint`."""
-    path = checkpoint / BEST
-    return load_file(path) if path.is_file() else None
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -23,8 +23,8 @@ from bcosify.data.views import to_model_input
 from bcosify.evaluate.contrast import MEASURES, SideBySide, contrast, other_decisions
 from bcosify.evaluate.decisions import Decisions, decide
 from bcosify.evaluate.estimates import bootstrap
-from bcosify.evaluate.fidelity import confident_agreement, fidelity
-from bcosify.evaluate.localisation import choose_grids, grid_scores, native_maps, pooled, windowed_maps
+from bcosify.evaluate.metrics.fidelity import confident_agreement, fidelity
+from bcosify.evaluate.metrics.localisation import choose_grids, grid_scores, native_maps, pooled, windowed_maps
 from bcosify.evaluate.subject import Subject, outputs_of
 from bcosify.evaluate.suite import Pictures, runs_on
 from bcosify.explain import Explanation, explain

@@ -23,7 +23,7 @@ from bcosify.convert import load_teacher
 from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import decide
-from bcosify.evaluate.perturbation import FRACTIONS, area, removal_curve
+from bcosify.evaluate.metrics.perturbation import FRACTIONS, area, removal_curve
 from bcosify.evaluate.subject import Subject, outputs_of
 
 

@@ -28,15 +28,14 @@ from typing import Any
 import numpy as np
 import torch
 from bcosify.align import state
+from bcosify.align.callbacks import default_callbacks
 from bcosify.align.checks import check_recipe
-from bcosify.align.descend import descend
 from bcosify.align.distributed import make_accelerator
-from bcosify.align.learner import Learner
-from bcosify.align.measure import evaluated
 from bcosify.align.objectives import OBJECTIVES, observe
+from bcosify.align.phases import descend
 from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import Recipe, load_recipe, scaled
-from bcosify.align.run import AlignConfig, AlignRun, Outcome
+from bcosify.align.run import AlignConfig, Learner, Run
 from bcosify.align.schedule import strengths_at
 from bcosify.convert import convert, load, load_teacher, save, set_strength, teacher_of
 from bcosify.convert.history import Alignment
@@ -156,7 +155,7 @@ class Decoded:
     held_out: Tensor
 
 
-def aligned(folder: Path, out: Path, recipe: Recipe, data: Decoded) -> tuple[Outcome, float]:
+def aligned(folder: Path, out: Path, recipe: Recipe, data: Decoded) -> tuple[Run, float]:
     """Aligns the student in `folder` and saves it to `out`: `align`, with pictures from memory. Also says how many
     seconds a step took, after the first quarter of them."""
     config = AlignConfig(folder, "", out, recipe, quiet=True)
@@ -170,21 +169,22 @@ def aligned(folder: Path, out: Path, recipe: Recipe, data: Decoded) -> tuple[Out
     preprocess, device = student.preprocess, accelerator.device
     shown = InMemory(recipe, accelerator, preprocess, data.train, data.val, bad, data.pictures, data.held_out)
     learner = Learner(student, recipe.average, device)
-    run = AlignRun(config, accelerator, student, teacher.to(device), shown, learner, None)
-    outcome = Outcome(evaluated(run, state.Progress(0, 0, data.train.digest)))
+    progress = state.Progress(0, 0, data.train.digest)
+    run = Run(config, accelerator, student, teacher.to(device), shown, learner, progress, default_callbacks())
+    run.evaluate()
     ends: list[float] = []
     hook = register_optimizer_step_post_hook(lambda *_: ends.append(time.monotonic()))
     try:
         for number in range(len(recipe.phases)):
-            outcome = descend(run, number, outcome)
+            descend(run, number)
     finally:
         hook.remove()
     first = len(ends) // 4
     each = (ends[-1] - ends[first]) / (len(ends) - 1 - first)
-    curve = outcome.progress.curve
-    alignment = Alignment(outcome.progress.step * recipe.batch_size, curve[-1], tuple(curve))
+    curve = progress.curve
+    alignment = Alignment(progress.step * recipe.batch_size, curve[-1], tuple(curve))
     save(dataclasses.replace(student, model=learner.result.cpu()).with_history(alignment=alignment), out)
-    return outcome, each
+    return run, each
 
 
 def step_times(folder: Path, recipe: Recipe, device: str, batches: tuple[int, ...], turns: int) -> list[dict[str, Any]]:
@@ -265,7 +265,7 @@ def main() -> None:
         note(f"{options.minutes} minutes are over, or kept for what is measured at the end: two steps are taken")
     note(f"a step takes {1e3 * each:.1f} ms: {steps} steps of {batch}")
     final = dataclasses.replace(scaled(recipe, steps * batch), evaluate_every=max(batch, steps * batch // 6))
-    outcome, _ = aligned(options.out / "converted", options.out / "aligned", final, data)
+    run, _ = aligned(options.out / "converted", options.out / "aligned", final, data)
     note("it is aligned")
     student = load(options.out / "aligned").model.to(device).requires_grad_(False)
     row = {
@@ -275,10 +275,10 @@ def main() -> None:
         "settings": options.set,
         "image_size": options.size,
         "batch_size": batch,
-        "pictures": outcome.progress.step * batch,
+        "pictures": run.progress.step * batch,
         **columns(student, reference),
         **{f"teacher_{name}": value for name, value in answer.items()},
-        "curve": list(outcome.progress.curve),
+        "curve": list(run.progress.curve),
         "step_ms": round(1e3 * each, 2),
         "step_times": times,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

@@ -28,7 +28,7 @@ from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.methods import METHODS, find_method
 from bcosify.evaluate.estimates import bootstrap
-from bcosify.evaluate.localisation import positive_shares
+from bcosify.evaluate.metrics.localisation import positive_shares
 from bcosify.explain import explain
 from columns import BATCH, Reference, agreement, ledger
 from recipe_study import Bench, Experiment

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..core.errors import DataError
 from ..explain.targets import Target
 from .decisions import ClassDecisions, Decisions
-from .localisation import pointing_game, positive_shares, signed_shares
+from .metrics.localisation import pointing_game, positive_shares, signed_shares
 
 __all__ = ["MEASURES", "SideBySide", "contrast", "other_decisions"]
 

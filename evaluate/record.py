@@ -13,29 +13,13 @@ from typing import Any
 
 from ..core.errors import DataError
 from ..core.files import new_file
+from . import registry
 from .estimates import Estimate
 
-__all__ = ["BETTER", "FILE", "SCHEMA", "Curve", "Evaluation", "Measurement", "Seconds", "read_evaluation"]
+__all__ = ["FILE", "SCHEMA", "Curve", "Evaluation", "Measurement", "Seconds", "read_evaluation"]
 
 SCHEMA = 1
 FILE = "evaluation.json"
-
-# Metric -> whether more (1) or less (-1) is better; 0: neither is. What is not here is better when it is more.
-BETTER = {
-    "kl": -1,
-    "deletion_auc": -1,
-    "removed_most_25": -1,
-    "average_drop": -1,
-    "infidelity": -1,
-    "scaled_infidelity": -1,
-    "ledger_residual": -1,
-    "bias_share": -1,
-    "carried_share": 0,
-    "randomised": -1,
-    "seconds": -1,
-    "mask_area": 0,
-    "confidence": 0,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,18 +107,9 @@ class Evaluation:
 
     def headlines(self) -> dict[str, Measurement]:
         """The same with their intervals."""
-        wanted = {
-            "centred_cosine": ("centred_cosine", "both", "", "output"),
-            "top1_agreement": ("top1_agreement", "both", "", ""),
-            "bias_share": ("bias_share", "student", "explanation", ""),
-            "ledger_residual": ("ledger_residual", "student", "explanation", ""),
-            "energy_in_mask": ("energy_in_mask", "student", "explanation", ""),
-            "energy_in_mask_teacher": ("energy_in_mask", "teacher", "explanation", ""),
-            "grid_pointing": ("gridpg", "student", "explanation", "native 2x2"),
-            "deletion_auc": ("deletion_auc", "student", "explanation", None),
-            "insertion_auc": ("insertion_auc", "student", "explanation", None),
+        found = {
+            line.name: self.find(one.name, line.model, line.method, line.variant) for line, one in registry.headlines()
         }
-        found = {name: self.find(*key) for name, key in wanted.items()}
         return {name: one for name, one in found.items() if one is not None and one.value is not None}
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..core.lazy import call_as_verb, lazy_exports
 from .attribution import Explanation, SelfExplaining, attribute, explain_scores
-from .linearise import Linearised, gated, input_colours, input_encoding
+from .linearise import Linearised, dynamic_linear, gated, input_encoding
 from .render import overlay, panel, rgba, signed_map
 from .targets import (
     ClassTarget,
@@ -41,11 +41,11 @@ __all__ = [
     "TopTarget",
     "ZeroShotTarget",
     "attribute",
+    "dynamic_linear",
     "explain",
     "explain_scores",
     "find_class",
     "gated",
-    "input_colours",
     "input_encoding",
     "overlay",
     "panel",

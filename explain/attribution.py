@@ -16,7 +16,7 @@ to each output, and then no backward pass goes through it. Only the target is li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -127,12 +127,17 @@ class Explanation:
 class SelfExplaining(Protocol):
     """A model whose forward pass holds its explanation."""
 
-    def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-        """Of normalised `images` (B, 3, H, W): what `forward` returns, and what every place adds to it.
+    def output_maps(
+        self, images: Tensor, weights: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+        """Of normalised `images` (B, 3, H, W): what `forward` returns, and what every place adds to some scores of it.
+
+        Args:
+            weights: outputs (B, D) -> (B, K, D): the scores are weights · outputs. None asks for every output itself.
 
         Returns:
-            outputs (B, D); maps (B, D, h, w), on any grid that tiles the picture evenly; constants, name -> (D,) or
-            (B, D). outputs = maps summed over places + all constants.
+            outputs (B, D); maps (B, K, h, w), on any grid that tiles the picture evenly; constants, name -> (B, K) or
+            (K,). weights · outputs = maps summed over places + all constants. K is D where there are no weights.
         """
         ...
 
@@ -286,17 +291,24 @@ def _in_parts(
 def _read_off(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
     """As `_explained`, from what a model says of itself; of the scores only the target is linearised."""
     assert isinstance(model, SelfExplaining)
+    mode, scores, own = Linearised(), torch.empty(0), []
+
+    def weights(output: Tensor) -> Tensor:
+        nonlocal scores
+        with torch.enable_grad():
+            with mode:
+                scores = target.scores(mode.follow(output))
+            with torch._C.DisableTorchFunction():  # modes that the model is in must not see how this one is pulled
+                pulled = list(_pulled(model, mode, scores))
+        own.extend(constants for _, constants in pulled)
+        return torch.stack([gradient for (gradient,), _ in pulled], 1)
+
     with Linearised(model):  # without anything to follow: keeps gradients out, and the model as it was
-        output, maps, constants = model.output_maps(images)
-    with torch.enable_grad():
-        with Linearised() as mode:
-            scores = target.scores(mode.follow(output))
-        pulled = list(_pulled(model, mode, scores))
-    weights = torch.stack([gradient for (gradient,), _ in pulled], 1)
-    contributions = _spread(torch.einsum("bkd,bdhw->bkhw", weights, maps.detach()), images.shape[-2:])
+        output, maps, constants = model.output_maps(images, weights)
+    contributions = _spread(maps.detach(), images.shape[-2:])
     shares = [
-        {**own, **{name: (gradient * constant.detach()).sum(1) for name, constant in constants.items()}}
-        for (gradient,), own in pulled
+        {**of_target, **{name: share.detach().expand(len(images), -1)[:, k] for name, share in constants.items()}}
+        for k, of_target in enumerate(own)
     ]
     return _entered(output, scores, contributions, shares), _cause(mode, scores)
 

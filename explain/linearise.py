@@ -13,10 +13,9 @@ is put back when the mode ends, also after an exception.
     # output[:, 0] == (images * gradient).flatten(1).sum(1) + sum(constants.values())
 
 Layers take part by what they call, not by what they are. Decorators declare the functions of dynamic-linear layers,
-which torch does not know: `gated` (x times a gate; `gated_by`, where the gate is at hand, also behind a linear map),
-`dynamic_linear` (linear in x, by weights that may depend on it), `with_statistics` (x, and what is only ever part of a
-gate), `input_encoding` (picture to channels that are explained; `linear_in`, where it goes no further than a linear
-map), and `input_colours` (the picture as it is, explained by its colours).
+which torch does not know. Three are for everyone's layers: `gated` (x times a gate), `dynamic_linear` (linear in x, by
+weights that may depend on it), and `input_encoding` (picture to channels that are explained). The others spare this
+project's own layers time and memory; they may change.
 
 Out of its reach is what torch functions do not show: TorchScript, `torch.autograd.Function`, gradient checkpointing,
 compiled code. A ledger that does not balance tells.
@@ -55,20 +54,7 @@ from .rules import (
     resolve,
 )
 
-__all__ = [
-    "Linearised",
-    "carries_bias",
-    "dynamic_linear",
-    "gated",
-    "gated_by",
-    "input_colours",
-    "input_encoding",
-    "linear_in",
-    "partly_carried",
-    "with_energy",
-    "with_mean",
-    "with_statistics",
-]
+__all__ = ["Linearised", "dynamic_linear", "gated", "input_encoding"]
 
 P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
@@ -193,12 +179,60 @@ class Linearised(TorchFunctionMode):
         return ledger.mark(into, not moves(out) or ledger.gates(out))
 
 
+# ------------------------------------------------------------------------------------------- to declare your own layers
+
+
 def gated(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Declares a pointwise f(x, *others) whose value is x times a gate, 0 where x is 0.
 
     In explanation mode it is x · sg(f(x, *others) / x): the gate and all the others are constants.
+
+        @gated
+        def swish(x, slope):
+            return x * (slope * x).sigmoid()
+
+        class Swish(nn.Module):
+            def forward(self, x):
+                return swish(x, 1.5)  # explain(model, ...) now balances; torch's own activations need no decorator
     """
     return _declared(function, gate)
+
+
+def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares an f(x, *others) that is linear in x: dynamic weights, made of the others, times x.
+
+    In explanation mode all the others are constants, and need no `detach`:
+
+        @dynamic_linear
+        def weighed(x, key):  # (B, N, C): every token's sum of all, by how alike their keys are
+            return (key @ key.mT).softmax(-1) @ x
+
+        class Mixer(nn.Module):
+            def forward(self, x):
+                return weighed(x, self.key(x))
+    """
+    return _declared(function, linear)
+
+
+def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Declares an encode(x, mean, std, padding) from pictures x (B, 3, H, W) to channels (B, C, H+t+b, W+l+r).
+
+    `padding` is (left, right, top, bottom). In explanation mode what it returns without padding is what gets explained
+    in place of x, and the border that padding adds is a constant called "padding".
+
+        @input_encoding
+        def opponent(x, mean, std, padding=(0, 0, 0, 0)):  # dark and light are explained apart
+            grey = (x * std + mean).mean(1, keepdim=True)
+            return F.pad(torch.cat([grey, 1 - grey], 1), padding)
+
+        class Stem(nn.Module):
+            def forward(self, x):  # mean and std are (3, 1, 1)
+                return self.conv(opponent(x, self.mean, self.std))
+    """
+    return _declared(function, encoding)
+
+
+# ----------------------------------------------------------------------------------- for this project's layers alone
 
 
 def gated_by(
@@ -210,14 +244,6 @@ def gated_by(
     linear in x: at an x of `size` its gradient is gradient(size, grad, *others).
     """
     return lambda function: _declared(function, gate_by(apart, gradient))
-
-
-def dynamic_linear(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Declares an f(x, *others) that is linear in x: dynamic weights, made of the others, times x.
-
-    In explanation mode all the others are constants.
-    """
-    return _declared(function, linear)
 
 
 def with_statistics(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tuple[Tensor, Tensor]]:
@@ -234,15 +260,6 @@ def with_mean(function: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Te
     In explanation mode x and its mean are what they are, linear in x, and the others constants.
     """
     return _declared(function, beside_mean)
-
-
-def input_encoding(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Declares an encode(x, mean, std, padding) from pictures x (B, 3, H, W) to channels (B, C, H+t+b, W+l+r).
-
-    `padding` is (left, right, top, bottom). In explanation mode what it returns without padding is what gets explained
-    in place of x, and the border that padding adds is a constant called "padding".
-    """
-    return _declared(function, encoding)
 
 
 def linear_in(

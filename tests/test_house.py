@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "explain.questions": {"data", "convert"},
     "explain.verb": {"data", "convert"},
     "evaluate": {"data", "convert", "explain"},
-    "align": {"data", "convert", "explain", "evaluate.fidelity", "evaluate.report"},
+    "align": {"data", "convert", "explain", "evaluate.metrics.fidelity", "evaluate.report"},
     "publish": {"data", "convert", "explain", "evaluate"},
     "cli": {"data", "convert", "explain", "align", "evaluate", "publish", "recipes"},
 }

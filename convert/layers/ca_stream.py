@@ -19,7 +19,7 @@ token plus (1 - beta) v: its teacher at beta = 1, and a pure stream at beta = 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -127,19 +127,22 @@ class CaStream(nn.Module):
         maps = self.attention_maps(images)
         return {f"attention_{stage}": found for stage, found in zip(self.stream.stages, maps, strict=True)}
 
-    def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What each place of the last map adds to each output: a_i g^T V F_i, with g the head's frozen-gate gradient.
+    def output_maps(
+        self, images: Tensor, weights: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """See `explain.SelfExplaining`: a place of the last map adds a_i g^T V F_i, g the head's frozen-gate gradient.
 
-        Returns:
-            outputs (B, D), maps (B, D, h, w), constants: name -> (B, D). No backward pass runs through the backbone.
+        No backward pass runs through the backbone; through the head, one for each score that `weights` ask for.
         """
         final, stages = features_of(self, images, self.stream.stages)
         maps = [places(stage) for stage in stages]
         shares, pooled = self._stream_share * self.stream.shares(maps), self._pooled(final, maps)
         with torch.enable_grad():
             with Linearised(self) as mode:
-                outputs = self.forward_head(self._head_input(mode.follow(pooled), final))
-            pulled = [mode.pull(outputs[:, k].sum(), retain_graph=True) for k in range(outputs.shape[1])]
+                scores = outputs = self.forward_head(self._head_input(mode.follow(pooled), final))
+                if weights is not None:
+                    scores = torch.einsum("bkd,bd->bk", weights(outputs.detach()).detach(), outputs)
+            pulled = [mode.pull(scores[:, k].sum(), retain_graph=True) for k in range(scores.shape[1])]
         gradients = torch.stack([gradient for (gradient,), _ in pulled], 1).detach()
         names = dict.fromkeys(name for _, constants in pulled for name in constants)
         nothing = outputs.new_zeros(len(outputs))

@@ -12,6 +12,7 @@ identity: FA-CNN, Farvardin & Chapman, arXiv 2603.25798; moving a pretrained hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -76,6 +77,17 @@ class PlaceClassifier(nn.Module):
 PartT = TypeVar("PartT", bound=nn.Module)
 
 
+def weighed(
+    outputs: Tensor, maps: Tensor, constants: dict[str, Tensor], weights: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What `SelfExplaining.output_maps` returns, of maps (B, D, h, w) and constants, (B, D) or (D,), of all outputs."""
+    if weights is None:
+        return outputs, maps, constants
+    wanted = weights(outputs.detach())
+    shares = {name: (wanted * constant.unsqueeze(-2)).sum(-1) for name, constant in constants.items()}
+    return outputs, torch.einsum("bkd,bdhw->bkhw", wanted, maps), shares
+
+
 class ClassMaps(nn.Module):
     """Mixin over a whole model, of which a `LastMap` is a part: its output (B, K) is the mean of its class maps.
 
@@ -88,12 +100,14 @@ class ClassMaps(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self._mapped(x, *args, **kwargs)[0].mean((2, 3))
 
-    def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The output (B, K), what every place adds to it (B, K, h, w), and constants (K,) by name."""
+    def output_maps(
+        self, images: Tensor, weights: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """See `explain.SelfExplaining`."""
         maps, constants = self._mapped(images)
         constant = sum(constants.values(), maps.new_zeros(()))
         shares = (maps - constant.view(-1, 1, 1)) / maps[0, 0].numel()
-        return maps.mean((2, 3)), shares, constants
+        return weighed(maps.mean((2, 3)), shares, constants, weights)
 
     @torch.no_grad()
     def maps_by_depth(self, images: Tensor) -> dict[str, Tensor]:

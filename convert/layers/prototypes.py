@@ -21,11 +21,13 @@ needs no gradient and has exactly the margin for its mean.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .class_maps import weighed
 from .stages import features_of, places
 
 __all__ = ["Concepts", "PrototypeLinear", "PrototypeMaps", "joined_stages"]
@@ -134,16 +136,19 @@ class PrototypeMaps(nn.Module):
         self.concept_stages = stages
         self.concepts = Concepts(count, widths).to(next(self.parameters())).train(self.training)
 
-    def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """What each place adds to each logit: outputs (B, C), maps (B, C, h, w), constants name -> (B, C)."""
+    def output_maps(
+        self, images: Tensor, weights: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """See `explain.SelfExplaining`."""
         stage = self._last_stage(images)
         head, pooled = self.get_classifier(), stage.mean((2, 3))
         scores = head.scores(pooled)
         nearest = head.nearest(scores)
-        weights = (head.temperature * head.prototypes - head.shift)[torch.arange(len(head.prototypes)), nearest[..., 0]]
-        maps = torch.einsum("bdhw,bcd->bchw", stage, weights) / stage.shape[-2:].numel()
+        rows = (head.temperature * head.prototypes - head.shift)[torch.arange(len(head.prototypes)), nearest[..., 0]]
+        maps = torch.einsum("bdhw,bcd->bchw", stage, rows) / stage.shape[-2:].numel()
         constants = head.constants().expand_as(scores).gather(-1, nearest).squeeze(-1)
-        return scores.gather(-1, nearest).squeeze(-1), maps, {"offsets and norms of prototypes": constants}
+        outputs = scores.gather(-1, nearest).squeeze(-1)
+        return weighed(outputs, maps, {"offsets and norms of prototypes": constants}, weights)
 
     @torch.no_grad()
     def margin_maps(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,26 +6,10 @@ import collections
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from ..record import BETTER, Evaluation, Measurement
+from ..record import Evaluation, Measurement
+from ..registry import all_metrics
 
 __all__ = ["Cell", "Table", "absences", "cell_of", "comparison", "fidelity_table", "method_tables", "named", "turned"]
-
-NAMES = {
-    "gridpg": "GridPG",
-    "kl": "KL",
-    "linear_cka": "linear CKA",
-    "knn": "k-NN accuracy",
-    "linear_probe": "linear probe accuracy",
-    "zero_shot": "zero-shot accuracy",
-    "top1_agreement": "top-1 agreement",
-    "top5_agreement": "top-5 agreement",
-    "deletion_auc": "deletion AUC",
-    "insertion_auc": "insertion AUC",
-    "removed_most_25": "25 % removed, most important first",
-    "removed_least_25": "25 % removed, least important first",
-    "sensitivity_n": "sensitivity-n",
-    "randomised": "map kept after randomising",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +32,8 @@ class Table:
 
 
 def named(metric: str, variant: str = "") -> str:
-    name = NAMES.get(metric, metric.replace("_", " "))
+    known = all_metrics().get(metric)
+    name = known.title if known and known.title else metric.replace("_", " ")
     return f"{name}, {variant}" if variant else name
 
 
@@ -153,7 +138,7 @@ def comparison(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
 def _best(ones: Iterable[Measurement | None]) -> Measurement | None:
     """The best of several of one metric; none where neither more nor less is better, or there is nothing to beat."""
     known = [one for one in ones if one is not None and one.value is not None]
-    sign = BETTER.get(known[0].metric, 1) if known else 0
+    sign = _better(known[0].metric) if known else 0
     return max(known, key=lambda one: sign * (one.value or 0)) if sign and len(known) > 1 else None
 
 
@@ -162,7 +147,13 @@ def _key(one: Measurement) -> tuple[str, str, str, str, str]:
 
 
 def _hint(metric: str) -> str:
-    return {1: "more is better", -1: "less is better", 0: ""}[BETTER.get(metric, 1)]
+    return {1: "more is better", -1: "less is better", 0: ""}[_better(metric)]
+
+
+def _better(metric: str) -> int:
+    """Whether more (1), less (-1) or neither (0) is better; of a metric that is not known here, more."""
+    known = all_metrics().get(metric)
+    return 1 if known is None else known.better
 
 
 def _word(text: str) -> Cell:

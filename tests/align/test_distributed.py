@@ -52,7 +52,7 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from bcosify.align.log import PhaseLog
-from bcosify.align.stepper import Stepper
+from bcosify.align.phases import Stepper
 from bcosify.align.distributed import whole
 from bcosify.cli.main import main
 from safetensors.torch import save_file

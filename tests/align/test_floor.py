@@ -9,10 +9,9 @@ import pytest
 import torch
 from bcosify.align import log
 from bcosify.align.checks import check_floor, check_recipe, check_strengths
-from bcosify.align.floor import EVALUATIONS, Walk, interval, path
-from bcosify.align.floor import floored as in_one_phase
 from bcosify.align.recipe import Phase, Recipe, dump, load_recipe
-from bcosify.align.schedule import strengths_at
+from bcosify.align.schedule import EVALUATIONS, Walk, interval, path, strengths_at
+from bcosify.align.schedule import floored as in_one_phase
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import FaCnnConfig, KMeansConfig, Teacher, convert, load, load_teacher
 from bcosify.convert.layers import scheduled_layers, strength_spans

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import inspect
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from bcosify.align import state
 from bcosify.align.losses import cosine_distance, magnitude_error, pairwise_error
-from bcosify.align.objectives import OBJECTIVES, WeightNorms, deviations, observe
+from bcosify.align.maps import check_maps
+from bcosify.align.objectives import OBJECTIVES, base, deviations, observe
+from bcosify.align.objectives.end_to_end import WeightNorms
 from bcosify.align.optimizers import OPTIMIZERS, make_optimizer
-from bcosify.align.recipe import Phase, Recipe
+from bcosify.align.recipe import Phase, Recipe, dump, from_values
 from bcosify.align.schedule import learning_rate
 from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.taps import channels_last, depth_taps, find_blocks
-from bcosify.evaluate.fidelity import fidelity, linear_cka
+from bcosify.core.errors import RecipeError
+from bcosify.evaluate.metrics.fidelity import fidelity, linear_cka
 from torch import nn
 
 from runs import RECIPE as SMALL
@@ -220,3 +226,76 @@ def test_fidelity_of_a_rotated_and_scaled_teacher():
     expected = torch.trace(k @ m) / torch.sqrt(torch.trace(k @ k) * torch.trace(m @ m))
     assert fidelity(other @ torch.eye(9, 6), teacher)["cka"] <= 1
     assert float(linear_cka(other, teacher)) == pytest.approx(float(expected), rel=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------ settings and new ones
+
+
+def test_a_phase_may_have_settings_of_its_own(pair):
+    """They come before those of the recipe, in what is computed, in what is checked and in what is written."""
+    flat = {"pressure": "p", "image_size": 64, "batch_size": 4, "output_weight": 3.0}
+    own = {"end-to-end": {"depths": [0.5], "output_weight": 2}}
+    phases = [
+        {"objective": own, "pictures": 8, "learning_rate": 1e-3},
+        {"objective": "end-to-end", "pictures": 8, "learning_rate": 1e-3},
+    ]
+    recipe = from_values({**flat, "phases": phases})
+    assert [phase.objective for phase in recipe.phases] == ["end-to-end"] * 2
+    assert from_values(yaml.safe_load(dump(recipe))) == recipe
+    assert yaml.safe_load(dump(recipe))["phases"][0]["objective"] == {
+        "end-to-end": {"depths": [0.5], "output_weight": 2.0}
+    }
+    first, second = (OBJECTIVES[phase.objective](pair[0], recipe, phase.settings) for phase in recipe.phases)
+    assert (first.output_weight, len(first.taps)) == (2, 1) and (second.output_weight, len(second.taps)) == (3, 3)
+    assert (recipe.view(0).output_weight, recipe.view(1).output_weight) == (2, 3)
+    # As a recipe that says it for all.
+    whole = from_values({**flat, "output_weight": 2.0, "depths": [0.5], "phases": [phases[1]]})
+    pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    seen = observe(pair[1], pictures, first.taps)
+    assert first(pictures, *seen)["total"] == OBJECTIVES["end-to-end"](pair[0], whole)(pictures, *seen)["total"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "said"),
+    [
+        ({"end-to-end": {"centr": True}}, "unknown key phases.0.objective.end-to-end.centr. Did you mean 'centre'"),
+        ({"pairwise": {"anchor": 1.0}}, "unknown key phases.0.objective.pairwise.anchor"),
+        ({"decisions": {"anchor": "much"}}, "phases.0.objective.decisions.anchor: must be float; got 'much'"),
+        ({"decisions": 3}, "phases.0.objective.decisions: must be keys and values; got 3"),
+        ("end-to-en", "phases.0.objective: must be one of .* got 'end-to-en'. Did you mean 'end-to-end'"),
+        ({"pairwise": {}, "classes": {}}, "phases.0.objective: must be str"),
+    ],
+)
+def test_settings_that_an_objective_has_not_are_refused(objective, said):
+    phase = {"objective": objective, "pictures": 8, "learning_rate": 1e-3}
+    with pytest.raises(RecipeError, match=said):
+        from_values({"pressure": "p", "image_size": 64, "batch_size": 4, "phases": [phase]})
+
+
+def test_settings_of_a_phase_are_checked_as_those_of_a_recipe(pair):
+    student, teacher = pair
+    phase = dataclasses.replace(RECIPE.phases[0], settings={"map_weight": 1.0, "map_share": 2.0})
+    with pytest.raises(RecipeError, match="map_share: a share of the batch above 0"):
+        check_maps(dataclasses.replace(RECIPE, phases=(phase,)).view(0), student, teacher)
+
+
+def test_a_new_objective_is_one_file(run, shards, tmp_path, monkeypatch):
+    """The example of `objectives.base`, in a file that nothing names; a run trains with it."""
+    text = inspect.getdoc(base).split("\n\n", 1)[1]
+    lines = [line[4:] for line in text.splitlines() if not line or line.startswith("    ")]
+    head = ["import dataclasses", "from bcosify.align.objectives.base import *"]
+    head += ["from bcosify.convert.taps import first_tensor", ""]
+    (tmp_path / "logits_example.py").write_text("\n".join(head + lines))
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        importlib.import_module("logits_example")
+        values = {
+            **yaml.safe_load(dump(SMALL)),
+            "phases": [{"objective": {"logits": {"power": 1.5}}, "pictures": 8, "learning_rate": 1e-3}],
+        }
+        found = aligned(run, shards, tmp_path / "out", from_values(values))
+    finally:
+        OBJECTIVES.pop("logits", None)
+    losses_ = [row["loss"] for row in found if "loss" in row]
+    assert len(losses_) == 2 and all(loss > 0 for loss in losses_)
+    assert [row["objective"] for row in found if "loss" in row] == ["logits"] * 2

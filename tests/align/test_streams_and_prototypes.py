@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from bcosify.align.kmeans import kmeans
 from bcosify.align.losses import decision_error
 from bcosify.align.objectives import OBJECTIVES, observe
-from bcosify.align.prototypes import PrototypeFit, calibrated, divergence
+from bcosify.align.objectives.prototypes import PrototypeFit, calibrated, divergence
 from bcosify.align.recipe import Phase, Recipe, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, load_teacher, save, set_strength
@@ -131,7 +131,7 @@ def test_the_guard_goes_back_to_the_last_weights_that_agree(measured, seen, weig
     run = converted(tmp_path, CaStreamConfig())
     script = iter(measured)
     monkeypatch.setattr(
-        "bcosify.align.measure.fidelity", lambda *_: {"centred_cosine": 1.0, "top1_agreement": next(script)}
+        "bcosify.align.run.fidelity", lambda *_: {"centred_cosine": 1.0, "top1_agreement": next(script)}
     )
     result = align(
         AlignConfig(run, str(shards), tmp_path / "out", dataclasses.replace(RECIPE, min_agreement=0.8), quiet=True)

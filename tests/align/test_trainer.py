@@ -16,12 +16,12 @@ import pytest
 import torch
 import yaml
 from bcosify.align import compiling, log, state
-from bcosify.align.learner import Learner
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.optimizers import make_optimizer, scales
+from bcosify.align.phases import Stepper
 from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
-from bcosify.align.stepper import Stepper
+from bcosify.align.run import Learner
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load, set_strength
 from bcosify.convert.memory import laid_out

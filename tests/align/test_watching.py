@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from bcosify.align import log, trackers
+from bcosify.align.callbacks import EarlyStopping
 from bcosify.align.pictures import Pictures
-from bcosify.align.probe import make_probe
 from bcosify.align.recipe import Phase
 from bcosify.align.schedule import arrived
+from bcosify.align.sheets import explained_pictures
 from bcosify.align.state import Progress
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load
@@ -143,7 +144,7 @@ def test_a_probe_explains_the_teachers_answer_and_leaves_nothing_behind(run, sha
     recipe, here = dataclasses.replace(RECIPE, probe_pictures=2), SimpleNamespace(device=torch.device("cpu"))
     held_out = Pictures(recipe, here, student.preprocess, index, index, BadSamples(index, tmp_path / "bad"))  # type: ignore[arg-type]
     labels = None if embedding else tuple(f"class {i}" for i in range(student.model.num_classes))  # type: ignore[arg-type]
-    probe = make_probe(student.model, held_out, labels)
+    probe = explained_pictures(student.model, held_out, labels)
     pictures = torch.cat([batch.pictures for batch in held_out_batches(index, size=64)])
     assert torch.equal(probe.shown, pictures[:2])
     with torch.no_grad():
@@ -176,13 +177,14 @@ def test_a_probe_explains_the_teachers_answer_and_leaves_nothing_behind(run, sha
 
 
 def test_a_score_is_judged_against_the_best_before_it():
-    progress = Progress(0, 0, "d")
-    seen = []
+    stopping, best, seen = EarlyStopping(), 0, []
     for step, score in enumerate((0.2, 0.5, 0.5, float("nan"), 0.4, 0.6), start=1):
-        progress = dataclasses.replace(progress, step=step).judged(score)
-        seen.append((progress.best_step, progress.waited))
+        best = step if stopping.better(score) else best
+        seen.append((best, stopping.waited))
     assert seen == [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3), (6, 0)]
-    assert progress.in_phase(1, ()).best is None
+    stopping.begin(None)  # type: ignore[arg-type]
+    assert stopping.score is None and stopping.waited == 0
+    assert not stopping.better(float("nan")) and stopping.waited == 1
 
 
 def test_nothing_is_judged_before_b_and_beta_are_at_their_ends():

@@ -10,7 +10,7 @@ from bcosify.convert import CaStreamConfig, convert, load, load_teacher, save
 from bcosify.convert.layers import Stream, set_strength
 from bcosify.core.errors import CheckpointError, PlanError
 from bcosify.core.pictures import noise_pictures
-from bcosify.explain import DirectionTarget, SelfExplaining, TopTarget, explain
+from bcosify.explain import DirectionTarget, Linearised, SelfExplaining, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -130,6 +130,28 @@ def test_contributions_of_a_plain_average_are_class_activation_maps(tiny):
         cam = torch.einsum("bdhw,cd->bchw", features, teacher.model.fc.weight) / features.shape[-2:].numel()
     torch.testing.assert_close(maps, cam)
     torch.testing.assert_close(maps.sum((2, 3)) + sum(constants.values()), outputs)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
+def test_only_the_scores_that_are_asked_for_are_pulled(tiny, name, monkeypatch):
+    """One pull through the head a score, and one through the target: not one for each of a thousand classes."""
+    model = convert(tiny(name, 64), CaStreamConfig()).model
+    stirred(model.stream)
+    pictures = noise_pictures(2, (64, 64))
+    pulls, plain = [], Linearised.pull
+    monkeypatch.setattr(Linearised, "pull", lambda *args, **more: (pulls.append(None), plain(*args, **more))[1])
+    found = explain(model, pictures, TopTarget(2))
+    assert len(pulls) == 4
+    with torch.no_grad():
+        outputs, maps, constants = model.output_maps(pictures)  # of every class
+    assert len(pulls) == 4 + outputs.shape[1]
+    classes = outputs.topk(2).indices
+    rows = torch.arange(2)[:, None]
+    torch.testing.assert_close(
+        found.contributions.sum((-2, -1)), maps.sum((-2, -1))[rows, classes], rtol=1e-4, atol=1e-6
+    )
+    for name, constant in constants.items():
+        torch.testing.assert_close(found.constants[name], constant[rows, classes], rtol=1e-4, atol=1e-6)
 
 
 def test_train_mode_reaches_the_stream_alone(tiny):

@@ -9,7 +9,7 @@ import torch
 from bcosify.core.errors import DataError, NotApplicable
 from bcosify.evaluate.estimates import bootstrap, jackknife
 from bcosify.evaluate.features import DENSE, OUTPUT, cache_key, features_of
-from bcosify.evaluate.fidelity import (
+from bcosify.evaluate.metrics.fidelity import (
     agreement,
     confident_agreement,
     cosines,

@@ -10,7 +10,7 @@ from bcosify.convert import load_teacher
 from bcosify.core.errors import NotApplicable
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import ClassDecisions, decide
-from bcosify.evaluate.localisation import (
+from bcosify.evaluate.metrics.localisation import (
     Grids,
     choose_grids,
     energy_in_mask,
@@ -22,7 +22,7 @@ from bcosify.evaluate.localisation import (
     signed_shares,
     windowed_maps,
 )
-from bcosify.evaluate.randomisation import shuffle_weights
+from bcosify.evaluate.metrics.randomisation import shuffle_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import ClassDecisions
-from bcosify.evaluate.perturbation import (
+from bcosify.evaluate.metrics.perturbation import (
     FILLS,
     area,
     average_drop,
@@ -19,7 +19,7 @@ from bcosify.evaluate.perturbation import (
     sensitivity_n,
     subset_drops,
 )
-from bcosify.evaluate.randomisation import cascade, rank_correlation
+from bcosify.evaluate.metrics.randomisation import cascade, rank_correlation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bcosify.core.errors import NotApplicable
-from bcosify.evaluate.probes import knn, linear_probe, split_labelled, zero_shot
+from bcosify.evaluate.metrics.probes import knn, linear_probe, split_labelled, zero_shot
 
 LABELS = torch.arange(120) % 4
 

@@ -15,7 +15,8 @@ from bcosify.convert import BcosConfig, convert, load_teacher, set_strength
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import DataError
 from bcosify.core.pictures import noise_pictures
-from bcosify.evaluate import suite
+from bcosify.evaluate import metrics, registry, suite
+from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page
 from bcosify.evaluate.report.tables import comparison, method_tables
@@ -105,21 +106,21 @@ def test_the_record_reads_back_as_it_was_written(measured, tmp_path):
 def test_a_stopped_evaluation_goes_on_where_it_was(pair, measured, tmp_path, monkeypatch):
     """Stopped in the student's curve: what came before is on disk, is not done again, and the numbers are the same."""
     facts = {"model": {"weights": "w"}, "progress": False, "work": tmp_path / "work"}
-    removal, fidelity = suite._removal, suite._fidelity
+    removal_curve, features_of = perturbation.removal_curve, suite.features_of
 
-    def stop(notes, explained, pair, *more) -> None:
-        if pair[0] == "student":
+    def stop(subject, *more, **options):
+        if subject.name == "student":
             raise KeyboardInterrupt
-        removal(notes, explained, pair, *more)
+        return removal_curve(subject, *more, **options)
 
-    monkeypatch.setattr(suite, "_removal", stop)
+    monkeypatch.setattr(perturbation, "removal_curve", stop)
     with pytest.raises(KeyboardInterrupt):
         suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **facts)
     kept = read_evaluation(tmp_path / "work")
     assert kept.find("deletion_auc", "teacher", "explanation")
     assert kept.find("deletion_auc", "student", "explanation") is None
-    monkeypatch.setattr(suite, "_removal", removal)
-    monkeypatch.setattr(suite, "_fidelity", lambda *_: pytest.fail("fidelity was done before"))
+    monkeypatch.setattr(perturbation, "removal_curve", removal_curve)
+    monkeypatch.setattr(suite, "features_of", lambda *_: pytest.fail("fidelity was done before"))
     evaluation, explained = suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **facts)
     assert evaluation.seconds[: len(kept.seconds)] == kept.seconds
     assert [step.step for step in evaluation.seconds] == [step.step for step in measured[0].seconds]
@@ -127,9 +128,49 @@ def test_a_stopped_evaluation_goes_on_where_it_was(pair, measured, tmp_path, mon
     for key, maps in measured[1].maps.items():
         assert torch.equal(explained.maps[key], maps)
     # Other weights are another evaluation: nothing is taken over.
-    monkeypatch.setattr(suite, "_fidelity", fidelity)
+    monkeypatch.setattr(suite, "features_of", features_of)
     other, _ = suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **{**facts, "model": {"weights": "v"}})
     assert other.seconds != evaluation.seconds and other.measurements == evaluation.measurements
+
+
+NEW = """
+from bcosify.core.errors import NotApplicable
+from bcosify.evaluate.registry import metric
+
+@metric("positive_share", "faithfulness", -1, needs="maps", title="positive SHARE")
+def positive_share(task, model, method):
+    if model == "student":
+        raise NotApplicable("only the teacher's")
+    return (task.maps[model, method] > 0).float().mean((1, 2))
+"""
+
+
+def test_a_new_metric_is_one_file(pair, tmp_path, monkeypatch):
+    """It is measured, kept as a step, and shown under its title with the better one marked."""
+    (tmp_path / "positive.py").write_text(NEW)
+    registry.all_metrics()
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    monkeypatch.setattr(registry, "METRICS", dict(registry.METRICS))
+    monkeypatch.setattr(registry, "STEPS", list(registry.STEPS))
+    registry.load_all.cache_clear()
+    evaluation, explained = suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, progress=False)
+    one = evaluation.find("positive_share", "teacher", "explanation")
+    expected = (explained.maps["teacher", "explanation"] > 0).float().mean()
+    assert one is not None and one.value == pytest.approx(float(expected))
+    absent = evaluation.find("positive_share", "student", "explanation")
+    assert absent is not None and absent.value is None and absent.reason == "only the teacher's"
+    assert "positive share: teacher, explanation" in [step.step for step in evaluation.seconds]
+    table = method_tables(evaluation)["faithfulness"]
+    (column,) = (number for number, (name, _) in enumerate(table.columns) if name == "positive SHARE")
+    assert table.columns[column][1] == "less is better"
+    values = [row[column] for row in table.rows if row[0].text == "teacher" and row[column].order != ""]
+    assert [cell.best for cell in values] == [cell.order == min(c.order for c in values) for cell in values]
+
+
+def test_two_metrics_of_one_name_are_refused():
+    assert "kl" in registry.all_metrics()
+    with pytest.raises(ValueError, match="two metrics are called 'kl'"):
+        registry.measures(registry.Metric("kl", "fidelity"), needs="features", place=0)(lambda *_: ())
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.convert import convert, set_strength
-from bcosify.explain import ClassTarget, explain, gated, rules
+from bcosify.explain import ClassTarget, explain, gated
 from bcosify.explain.linearise import Linearised, gated_by
+from bcosify.explain.rules import attention
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -35,7 +36,7 @@ def autograd(function, x: Tensor, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 4), (2, 2, 2, 9, 4)])
 def test_attention_pulls_back_through_its_weights_part_by_part(monkeypatch, weights, scale, shape):
-    monkeypatch.setattr(rules, "WEIGHTS", weights)
+    monkeypatch.setattr(attention, "ENTRIES", weights)
     query, key, value = torch.randn(3, *shape, dtype=torch.float64)
     out, found = gradient(lambda v: F.scaled_dot_product_attention(query, key, v, scale=scale), value)
     assert torch.equal(out, F.scaled_dot_product_attention(query, key, value, scale=scale))

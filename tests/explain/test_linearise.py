@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import textwrap
 import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.core.errors import LedgerError
-from bcosify.explain import Linearised, gated, input_colours, input_encoding
-from bcosify.explain.linearise import _modes
+from bcosify.explain import Linearised, dynamic_linear, explain, gated, input_encoding
+from bcosify.explain.linearise import _modes, input_colours
 from bcosify.explain.rules import OPERATIONS, Operation, linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -887,3 +889,42 @@ def test_colours_are_explained_where_the_model_goes_on_seeing_the_normalised_pic
     torch.testing.assert_close((leaf * gradient).sum(), score)
     assert not constants
     assert as_it_is(x, mean, std) is x
+
+
+def documented(decorator) -> dict[str, object]:
+    """What the example in a decorator's docstring defines."""
+    lines = inspect.getdoc(decorator).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("    @"))
+    space = {"F": F, "nn": nn, "torch": torch, **{one.__name__: one for one in (gated, dynamic_linear, input_encoding)}}
+    exec(textwrap.dedent("\n".join(lines[first:])), space)  # noqa: S102 - our own text
+    return space
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_the_examples_of_one_s_own_layers_add_up(tokens):
+    """As the docstrings of the three public decorators have them; the values are those without the decorator."""
+    torch.manual_seed(0)
+    swish, mixer, stem = (
+        documented(decorator)[name]()
+        for decorator, name in ((gated, "Swish"), (dynamic_linear, "Mixer"), (input_encoding, "Stem"))
+    )
+    mixer.key = nn.Linear(6, 4)
+    stem.conv = nn.Conv2d(2, 6, 3, padding=1)
+    stem.mean, stem.std = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3)
+    model = nn.Sequential(stem, swish, nn.AdaptiveAvgPool2d((tokens, 1)), nn.Flatten(2), Turned(), mixer, Pooled())
+    pictures = torch.randn(2, 3, 14, 14)
+    explanation = explain(model, pictures, [0, 3])  # raises where it does not add up
+    assert explanation.encoded_inputs is not None and explanation.encoded_inputs.shape == (2, 2, 14, 14)
+    x = torch.randn(4)
+    torch.testing.assert_close(swish(x), x * (1.5 * x).sigmoid())
+    assert explanation.contributions.abs().sum() > 0
+
+
+class Turned(nn.Module):
+    def forward(self, x):
+        return x.mT
+
+
+class Pooled(nn.Module):
+    def forward(self, x):
+        return x.mean(1)

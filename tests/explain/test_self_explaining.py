@@ -58,10 +58,13 @@ class Mapped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.maps(x).mean((2, 3)) + self.bias
 
-    def output_maps(self, images: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def output_maps(self, images: Tensor, weights=None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         maps = self.maps(images)
-        shares = maps / maps[0, 0].numel()
-        return maps.mean((2, 3)) + self.bias, self.claim * shares, {"bias": self.bias}
+        shares, outputs = self.claim * maps / maps[0, 0].numel(), maps.mean((2, 3)) + self.bias
+        if weights is None:
+            return outputs, shares, {"bias": self.bias}
+        wanted = weights(outputs.detach())
+        return outputs, torch.einsum("bkd,bdhw->bkhw", wanted, shares), {"bias": wanted @ self.bias}
 
 
 @pytest.fixture

@@ -14,29 +14,48 @@ holds against it. Deterministic for a seed. (Ours, after KMEx, arXiv 2312.07822,
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..convert.layers import PrototypeLinear, PrototypeMaps
-from ..convert.layers.prototypes import joined_stages
-from ..core.errors import DataError, RecipeError
-from ..core.hooks import captured_inputs
-from .kmeans import kmeans
-from .losses import class_divergence
+from ...convert.layers import PrototypeLinear, PrototypeMaps
+from ...convert.layers.prototypes import joined_stages
+from ...core.errors import DataError, RecipeError
+from ...core.files import new_file
+from ...core.hooks import captured_inputs
+from ...data.index import ShardIndex
+from ...data.pictures import decode
+from ..kmeans import kmeans
+from ..losses import class_divergence
+from .base import fit
 
-if TYPE_CHECKING:
-    from .recipe import Recipe
-
-__all__ = ["PrototypeFit"]
+__all__ = ["PrototypeFit", "write_prototypes"]
 
 PICTURES_PER_PROTOTYPE = 5
 LADDER = tuple(2.0**power for power in range(-2, 13))
 CALIBRATION_ROWS = 4096
 PLACES_PER_PICTURE, CONCEPT_ROWS = 16, 8192
+THUMBNAIL = 96  # pixels, of a picture on the sheet
+
+
+@dataclasses.dataclass(frozen=True)
+class PrototypesConfig:
+    """Attributes:
+    min_agreement: least held-out agreement with the teacher, in [0, 1].
+    """
+
+    min_agreement: float = 0.0
+    seed: int = 0
+
+
+@fit("prototypes", PrototypesConfig)
+def _solver(student: nn.Module, config: PrototypesConfig) -> PrototypeFit:
+    return PrototypeFit(student, config.min_agreement, config.seed)
 
 
 class PrototypeFit:
@@ -51,10 +70,6 @@ class PrototypeFit:
         self.features: list[Tensor] = []
         self.places: dict[str, list[Tensor]] = {"b4": [], "b234": []}
         self.scales: Tensor | None = None
-
-    @classmethod
-    def from_recipe(cls, model: nn.Module, recipe: Recipe) -> PrototypeFit:
-        return cls(model, recipe.min_agreement, recipe.seed)
 
     # ------------------------------------------------------------------------------------------------------ gathering
 
@@ -256,3 +271,25 @@ def calibrated(
 
     optimizer.step(closure)
     return log_temperature.detach(), offsets.detach()
+
+
+# ------------------------------------------------------------------------------------------------------------ the sheet
+
+
+def write_prototypes(work: Path, labels: Sequence[str] | None, index: object, found: dict[str, Any]) -> Path | None:
+    """Writes `work`/prototypes.html of what a fit of prototypes `found`; nothing of streamed shards, which are gone."""
+    if not isinstance(index, ShardIndex):
+        return None
+    from ...evaluate.report import data_url, render_page  # loads jinja2
+
+    def card(prototype: dict[str, Any]) -> dict[str, Any]:
+        picture = decode(index.read(prototype["nearest"]))
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        label = prototype["class"] if labels is None else labels[prototype["class"]]
+        return {**prototype, "label": label, "url": data_url(picture.convert("RGB"), "JPEG")}
+
+    facts = {name.replace("_", " "): value for name, value in found.items() if name != "prototypes"}
+    page = render_page("prototypes.html", facts=facts, cards=[card(prototype) for prototype in found["prototypes"]])
+    with new_file(work / "prototypes.html") as scratch:
+        scratch.write_text(page)
+    return work / "prototypes.html"

@@ -7,12 +7,22 @@ logistic regression on standardised features, weight decay chosen, by L-BFGS to 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import NotApplicable
+from ...core.errors import NotApplicable
+from ..features import OUTPUT
+from ..record import Measurement
+from ..registry import Job, Metric, measures
+
+if TYPE_CHECKING:
+    from ..store import Notes
+    from ..task import Compared
 
 __all__ = ["Scored", "Split", "knn", "linear_probe", "split_labelled", "zero_shot"]
 
@@ -106,3 +116,39 @@ def _logistic(features: Tensor, labels: Tensor, classes: int, decay: float) -> t
 
         optimiser.step(loss)
     return weight.detach(), bias.detach()
+
+
+@measures(
+    Metric("knn", "probes", title="k-NN accuracy"),
+    Metric("linear_probe", "probes", title="linear probe accuracy"),
+    Metric("zero_shot", "probes", title="zero-shot accuracy"),
+    Metric("accuracy", "probes"),
+    needs="features",
+    place=1,
+)
+def _measured(notes: Notes, task: Compared) -> Iterator[Job]:
+    for name in task.subjects:
+        yield f"probes: {name}", partial(_probes, notes, task, name)
+
+
+def _probes(notes: Notes, task: Compared, name: str) -> None:
+    def row(metric: str) -> Measurement:
+        return Measurement("probes", metric, name)
+
+    subject, features = task.subjects[name], task.features[name][OUTPUT]
+    labels, texts = task.pictures.labels, task.texts
+    if labels is None:
+        for metric in ("knn", "linear_probe", "zero_shot"):
+            notes.absent(row(metric), "the pictures have no labels; pass --labels KEY")
+        return
+    for metric, probe in (("knn", knn), ("linear_probe", linear_probe)):
+        notes.measure(
+            row(metric),
+            lambda probe=probe: probe(features, labels, split_labelled(labels, task.seed)).correct.float(),
+        )
+    if texts is None:
+        notes.absent(row("zero_shot"), "the model has no text tower")
+    else:
+        notes.measure(row("zero_shot"), lambda: zero_shot(features, texts, labels).float())
+    if subject.classifier and task.pictures.labels_are_classes:
+        notes.measure(row("accuracy"), lambda: (features.argmax(1) == labels).float())

@@ -16,16 +16,29 @@ One code path makes both curves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.functional import gaussian_blur
 
-from .decisions import Decisions
-from .subject import Subject, outputs_of
+from ...core.errors import NotApplicable
+from ..baselines import find_method
+from ..decisions import Decisions
+from ..estimates import bootstrap
+from ..fills import FILLS
+from ..record import Curve, Measurement
+from ..registry import Headline, Job, Metric, measures
+from ..subject import Subject, outputs_of
+from ..task import OURS
+
+if TYPE_CHECKING:
+    from ..store import Notes
+    from ..task import Explained
 
 __all__ = [
     "FILLS",
@@ -44,34 +57,6 @@ FRACTIONS = (0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 0.8)
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
-
-
-def _grey(subject: Subject, images: Tensor) -> Tensor:
-    return subject.normalised(torch.full_like(images, 0.5))
-
-
-def _mean(subject: Subject, images: Tensor) -> Tensor:
-    return torch.zeros_like(images)
-
-
-def _blur(subject: Subject, images: Tensor) -> Tensor:
-    size = 2 * (min(images.shape[-2:]) // 8) + 1
-    return gaussian_blur(images, [size, size], [size / 4, size / 4])
-
-
-def _complement(subject: Subject, images: Tensor) -> Tensor:
-    return subject.normalised(1 - subject.colours(images))
-
-
-# Name -> what stands in for removed regions. `grey` is one half in every colour: its own complement, so it favours
-# neither half of [r, 1 - r]. `mean` is the normalisation's mean colour, `blur` the picture without detail (a Gaussian
-# of about a sixteenth of the side), `complement` the picture in its complementary colours.
-FILLS: dict[str, Callable[[Subject, Tensor], Tensor]] = {
-    "grey": _grey,
-    "mean": _mean,
-    "blur": _blur,
-    "complement": _complement,
-}
 
 
 def regions(size: Sequence[int], unit: int) -> tuple[Tensor, int]:
@@ -232,3 +217,128 @@ def infidelity(maps: Tensor, subsets: Tensor, drops: Tensor, unit: int = 16) -> 
         "infidelity": (given - cost).square().mean(1),
         "scaled_infidelity": 1 - F.cosine_similarity(given, cost, dim=1).square(),
     }
+
+
+# ----------------------------------------------------------------------------------------------------- what is measured
+
+
+@measures(
+    Metric(
+        "deletion_auc", "faithfulness", better=-1, title="deletion AUC",
+        headlines=(Headline("deletion_auc", 7, "student", OURS, None),),
+    ),
+    Metric(
+        "insertion_auc", "faithfulness", title="insertion AUC",
+        headlines=(Headline("insertion_auc", 8, "student", OURS, None),),
+    ),
+    Metric("removed_most_25", "faithfulness", better=-1, title="25 % removed, most important first"),
+    Metric("removed_least_25", "faithfulness", title="25 % removed, least important first"),
+    needs="maps",
+    place=30,
+)  # fmt: skip
+def _removals(notes: Notes, task: Explained, model: str, method: str) -> Iterator[Job]:
+    for unit, fill in task.settings.removals:
+        size = unit or task.unit
+        variant = f"{'pixels' if size == 1 else f'patches of {size}'}, {fill}"
+        yield (
+            f"removal curves: {model}, {method}, {variant}",
+            partial(_removal, notes, task, model, method, variant, size, fill),
+        )
+
+
+def _removal(notes: Notes, task: Explained, model: str, method: str, variant: str, size: int, fill: str) -> None:
+    fractions = (0.0, *FRACTIONS, 1.0)
+    quarter = fractions.index(0.25)
+    around = task.once(("ends", model, fill), lambda: _ends(task, model, fill))
+    names: tuple[tuple[Order, str, str], ...] = (
+        ("most", "deletion_auc", "removed_most_25"),
+        ("least", "insertion_auc", "removed_least_25"),
+    )
+    for order, of_area, of_quarter in names:
+        inner = removal_curve(
+            task.subjects[model],
+            task.pictures.images,
+            task.maps[model, method],
+            task.decisions,
+            order,
+            unit=size,
+            fill=fill,
+            seed=task.settings.seed,
+        )
+        curves = torch.cat([around[:, :1], inner, around[:, 1:]], 1)
+        row = Measurement("faithfulness", of_area, model, method, variant)
+        notes.measure(row, lambda curves=curves: area(curves, fractions))
+        notes.measure(dataclasses.replace(row, metric=of_quarter), lambda curves=curves: curves[:, quarter])
+        with contextlib.suppress(NotApplicable):  # the rows above say it
+            points = [bootstrap(column, task.settings.seed) for column in curves.T]
+            value, low, high = (tuple(getattr(point, name) for point in points) for name in ("value", "low", "high"))
+            notes.curves.append(Curve(model, method, variant, order, fractions, value, low, high))
+
+
+def _ends(task: Explained, model: str, fill: str) -> Tensor:
+    """(N, 2) confidence on the whole pictures and on the fill alone."""
+    subject, images = task.subjects[model], task.pictures.images
+    filled = (FILLS[fill](subject, part) for part in images.split(subject.batch_size))
+    return torch.stack([task.confidence(model), task.decisions.confidence(outputs_of(subject, filled))], 1)
+
+
+@measures(
+    Metric("average_drop", "faithfulness", better=-1),
+    Metric("average_gain", "faithfulness"),
+    Metric("increase", "faithfulness"),
+    needs="maps",
+    place=31,
+)
+def _drops(notes: Notes, task: Explained, model: str, method: str) -> Iterator[Job]:
+    yield f"average drop: {model}, {method}", partial(_drop, notes, task, model, method)
+
+
+def _drop(notes: Notes, task: Explained, model: str, method: str) -> None:
+    subject, maps = task.subjects[model], task.maps[model, method]
+    masked = masked_confidence(subject, task.pictures.images, maps, task.decisions)
+    for metric, values in average_drop(task.confidence(model), masked).items():
+        row = Measurement("faithfulness", metric, model, method)
+        if not subject.classifier and metric in ("average_gain", "increase"):
+            reason = "a model without classes is wholly confident of its own features from the start"
+            notes.absent(row, reason)
+        else:
+            notes.measure(row, lambda values=values: values)
+
+
+@measures(
+    Metric("sensitivity_n", "faithfulness", title="sensitivity-n"),
+    Metric("infidelity", "faithfulness", better=-1),
+    Metric("scaled_infidelity", "faithfulness", better=-1),
+    needs="maps",
+    place=32,
+)
+def _sensitivities(notes: Notes, task: Explained, model: str, method: str) -> Iterator[Job]:
+    yield f"sensitivity, infidelity: {model}, {method}", partial(_subsets, notes, task, model, method)
+
+
+def _subsets(notes: Notes, task: Explained, model: str, method: str) -> None:
+    """What random subsets cost is found out by the first method of a model, whose seconds it counts in."""
+    drawn, drops = task.once(("subsets", model), lambda: _drawn(task, model))
+    maps, unit = task.maps[model, method][: len(drawn)], task.unit
+    row = Measurement("faithfulness", "sensitivity_n", model, method)
+    notes.measure(row, lambda: sensitivity_n(maps, drawn, drops, unit))
+    for metric, values in infidelity(maps, drawn, drops, unit).items():
+        row = dataclasses.replace(row, metric=metric)
+        if metric == "infidelity" and not find_method(method).in_score_units:
+            notes.absent(row, "its maps are not in units of the score")
+        else:
+            notes.measure(row, lambda values=values: values)
+
+
+def _drawn(task: Explained, model: str) -> tuple[Tensor, Tensor]:
+    settings = task.settings
+    few = task.pictures.images[: settings.subset_pictures]
+    return subset_drops(
+        task.subjects[model],
+        few,
+        task.decisions.rows(torch.arange(len(few))),
+        shares=settings.shares,
+        count=settings.subsets,
+        unit=task.unit,
+        seed=settings.seed,
+    )

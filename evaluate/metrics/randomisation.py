@@ -9,14 +9,23 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert.taps import find_blocks
+from ...convert.taps import find_blocks
+from ..baselines import find_method, maps_of
+from ..record import Measurement
+from ..registry import Job, Metric, measures
+from ..subject import Subject
 from .perturbation import pooled, ranks
-from .subject import Subject
+
+if TYPE_CHECKING:
+    from ..store import Notes
+    from ..task import Explained
 
 __all__ = ["cascade", "rank_correlation", "shuffle_weights"]
 
@@ -50,3 +59,25 @@ def rank_correlation(maps: Tensor, others: Tensor, unit: int = 16) -> Tensor:
     """(B,) Spearman correlation of two maps (B, H, W) over regions of `unit` pixels, in [-1, 1]."""
     ours, theirs = (ranks(pooled(values, unit), "least").double() for values in (maps, others))
     return F.cosine_similarity(ours - ours.mean(1, keepdim=True), theirs - theirs.mean(1, keepdim=True))
+
+
+@measures(Metric("randomised", "faithfulness", better=-1, title="map kept after randomising"), needs="model", place=40)
+def _measured(notes: Notes, task: Explained, model: str) -> Iterator[Job]:
+    yield f"randomisation: {model}", partial(_randomised, notes, task, model)
+
+
+def _randomised(notes: Notes, task: Explained, model: str) -> None:
+    """How much of a map stays when what the model learnt is shuffled away, block by block from the top."""
+    settings = task.settings
+    images = task.pictures.images[: settings.cascade_pictures]
+    decisions = task.decisions.rows(torch.arange(len(images)))
+    methods = [method for known, method in task.maps if known == model and find_method(method).cheap]
+    for share, shuffled in cascade(task.subjects[model], settings.cascade_steps, settings.seed):
+        for method in methods:
+            before = task.maps[model, method][: len(images)]
+            notes.measure(
+                Measurement("faithfulness", "randomised", model, method, f"{share:.0%} of the blocks"),
+                lambda method=method, shuffled=shuffled, before=before: rank_correlation(
+                    before, maps_of(find_method(method), shuffled, images, decisions, settings.seed), task.unit
+                ),
+            )

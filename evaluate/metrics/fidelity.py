@@ -7,11 +7,23 @@ stand beside it. Linear CKA (Kornblith et al. 2019, arXiv 1905.00414, section 4)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import DataError
+from ...core.errors import DataError, NotApplicable
+from ..estimates import Estimate, jackknife
+from ..features import DENSE, OUTPUT
+from ..record import Measurement
+from ..registry import Headline, Job, Metric, measures
+
+if TYPE_CHECKING:
+    from ..store import Notes
+    from ..task import Compared
 
 __all__ = [
     "agreement",
@@ -22,6 +34,8 @@ __all__ = [
     "linear_cka",
     "neighbour_agreement",
 ]
+
+T = TypeVar("T")
 
 
 def fidelity(student: Tensor, teacher: Tensor, classifier: bool = False) -> dict[str, float]:
@@ -132,3 +146,59 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
             f"{tuple(student.shape[1:])} to the student. Pass the model that the student was converted from."
         )
     return _rows(student, teacher)
+
+
+# ----------------------------------------------------------------------------------------------------- what is measured
+
+
+@measures(
+    Metric("raw_cosine", "fidelity"),
+    Metric("centred_cosine", "fidelity", headlines=(Headline("centred_cosine", 0, "both", variant="output"),)),
+    Metric("linear_cka", "fidelity", title="linear CKA"),
+    Metric("neighbour_agreement", "fidelity"),
+    Metric("top1_agreement", "fidelity", title="top-1 agreement", headlines=(Headline("top1_agreement", 1, "both"),)),
+    Metric("top5_agreement", "fidelity", title="top-5 agreement"),
+    Metric("kl", "fidelity", better=-1, title="KL"),
+    Metric("dense_agreement", "fidelity"),
+    needs="features",
+    place=0,
+)
+def _measured(notes: Notes, task: Compared) -> Iterator[Job]:
+    yield "fidelity", partial(_fidelity, notes, task)
+
+
+def _fidelity(notes: Notes, task: Compared) -> None:
+    theirs, ours = task.features["teacher"], task.features["student"]
+
+    def row(metric: str, variant: str = "") -> Measurement:
+        return Measurement("fidelity", metric, "both", variant=variant)
+
+    for name, target in theirs.items():
+        if name == DENSE or name not in ours:
+            continue
+        pair = ours[name], target
+        for metric, values in cosines(*pair).items():
+            notes.measure(row(metric, name), partial(_several, values))
+        notes.measure(row("linear_cka", name), partial(_cka, pair, task.seed))
+    outputs = ours[OUTPUT], theirs[OUTPUT]
+    notes.measure(row("neighbour_agreement"), lambda: _several(neighbour_agreement(*outputs)))
+    if task.subjects["teacher"].classifier:
+        for metric, values in agreement(*outputs).items():
+            notes.measure(row(metric), lambda values=values: values)
+    else:
+        for metric in ("top1_agreement", "top5_agreement", "kl"):
+            notes.absent(row(metric), "the model has no classes")
+    if DENSE in theirs and DENSE in ours:
+        notes.measure(row("dense_agreement"), lambda: dense_agreement(ours[DENSE], theirs[DENSE]))
+
+
+def _cka(pair: tuple[Tensor, Tensor], seed: int) -> Estimate:
+    ours, theirs = pair
+    return _several(jackknife(lambda rows: linear_cka(ours[rows], theirs[rows]), len(ours), seed))
+
+
+def _several(values: T) -> T:
+    """As it is; one picture has no mean to be centred on."""
+    if (values.n if isinstance(values, Estimate) else len(values)) < 2:  # type: ignore[arg-type]
+        raise NotApplicable("one picture has no others to compare with")
+    return values

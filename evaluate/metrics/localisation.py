@@ -18,14 +18,26 @@ But for the signed share, only their positive part counts.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.errors import NotApplicable
-from .decisions import Decisions
+from ...core.errors import NotApplicable
+from ...core.pictures import fitted
+from ..baselines import Method, find_method, maps_of
+from ..decisions import ClassDecisions, Decisions
+from ..record import Measurement
+from ..registry import Headline, Job, Metric, measures
+from ..subject import Subject
+from ..task import OURS
+
+if TYPE_CHECKING:
+    from ..store import Notes
+    from ..task import Explained
 
 __all__ = [
     "Grids",
@@ -175,3 +187,96 @@ def grid_scores(maps: Tensor, grids: Grids) -> Tensor:
     number = cell.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
     own = torch.arange(side * side).repeat(len(grids))
     return positive_shares(maps, (number[None] == own[:, None, None]).to(maps))
+
+
+# ----------------------------------------------------------------------------------------------------- what is measured
+
+
+@measures(
+    Metric(
+        "energy_in_mask", "localisation",
+        headlines=(
+            Headline("energy_in_mask", 4, "student", OURS),
+            Headline("energy_in_mask_teacher", 5, "teacher", OURS),
+        ),
+    ),
+    Metric("pointing_game", "localisation"),
+    Metric("mask_area", "localisation", better=0),
+    needs="pictures",
+    place=10,
+)  # fmt: skip
+def _masks(notes: Notes, task: Explained) -> Iterator[Job]:
+    yield "masks", partial(_in_masks, notes, task)
+
+
+def _in_masks(notes: Notes, task: Explained) -> None:
+    masks = task.pictures.masks
+    for (model, method), maps in task.maps.items():
+        row = Measurement("localisation", "energy_in_mask", model, method)
+        if masks is None:
+            notes.absent(row, "the pictures have no masks; pass --masks SHARDS")
+            continue
+        notes.measure(row, lambda maps=maps: energy_in_mask(maps, masks))
+        notes.measure(dataclasses.replace(row, metric="pointing_game"), lambda maps=maps: pointing_game(maps, masks))
+    if masks is not None:
+        row = Measurement("localisation", "mask_area", "both")
+        notes.measure(row, lambda: (masks > 0.5).float().mean((1, 2)))
+
+
+@measures(
+    Metric(
+        "gridpg", "localisation", title="GridPG",
+        headlines=(Headline("grid_pointing", 6, "student", OURS, "native 2x2"),),
+    ),
+    needs="pictures",
+    place=50,
+)  # fmt: skip
+def _gridpg(notes: Notes, task: Explained) -> Iterator[Job]:
+    """The same grids, chosen by the teacher alone, for every method."""
+    for protocol, side in task.settings.protocols:
+        variant = f"{protocol} {side}x{side}"
+        for model, method in notes.bar(task.maps, f"GridPG, {variant}"):
+            row = Measurement("localisation", "gridpg", model, method, variant)
+            value = partial(_grid_scores, task, protocol, side, model, find_method(method))
+            yield f"GridPG {variant}: {model}, {method}", partial(notes.measure, row, value)
+
+
+def _grid_scores(task: Explained, protocol: str, side: int, model: str, way: Method) -> Tensor:
+    settings, pictures, decisions = task.settings, task.pictures, task.decisions
+    passes = way.passes * (side**2 if protocol == "native" else (2 * side - 1) ** 2)
+    passes = -(-passes // side**2) if way.shared else passes
+    if passes > settings.most_passes:
+        raise NotApplicable(f"{passes} passes a cell are more than {settings.most_passes} (--most-passes)")
+    grids = task.once(("grids", protocol, side), lambda: _chosen(task, protocol, side))
+
+    def maps(images: Tensor, wanted: Decisions) -> Tensor:
+        return maps_of(way, task.subjects[model], images, wanted, settings.seed)
+
+    make = native_maps if protocol == "native" else windowed_maps
+    found = grid_scores(make(pictures.images, decisions, grids, maps), grids)
+    # Cells of a grid are not independent: the interval is over grids.
+    return found.view(len(grids), -1).mean(1)
+
+
+def _chosen(task: Explained, protocol: str, side: int) -> Grids:
+    settings, decisions = task.settings, task.decisions
+    eligible = task.confidence("teacher") >= settings.confident
+    if isinstance(decisions, ClassDecisions):
+        # With labels, the teacher must be right; without, its own class is the decision.
+        eligible &= task.outputs["teacher"].argmax(1) == decisions.classes
+    # As many cells in every protocol.
+    count = max(1, settings.grids * 4 // side**2)
+    chosen = choose_grids(decisions, eligible, side, count, settings.seed)
+    for subject in task.subjects.values():
+        runs_on(subject, task.pictures.images, side if protocol == "native" else 1)
+    return chosen
+
+
+@torch.no_grad()
+def runs_on(subject: Subject, images: Tensor, side: int) -> None:
+    """Raises NotApplicable where the model does not take pictures `side` times as high and wide."""
+    try:
+        subject.model(fitted(images[:1].repeat(1, 1, side, side), subject.model))
+    except Exception as error:  # noqa: BLE001 - libraries raise anything here
+        size = " x ".join(str(length * side) for length in images.shape[-2:])
+        raise NotApplicable(f"the model does not take pictures of {size}: {str(error).splitlines()[0]}") from error

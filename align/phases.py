@@ -1,60 +1,122 @@
-"""The steps of a phase that descends."""
+"""The phases of a run: those that descend, step by step, and those that gather features and then solve."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from timm.utils.agc import adaptive_clip_grad
 from torch import Tensor
 
 from ..convert import calibrate, set_strength
 from ..convert.layers import RunningGains, batch_statistics, mean_sizes, recording, reference_gains
 from ..convert.taps import Call
+from ..data.index import ShardIndex
 from ..data.loader import Batch
 from . import state
-from .compiling import compile_blocks, eager
+from .compiling import compile_blocks, eager, make_eager
 from .distributed import prepare, whole
-from .floor import Walk, interval, strengths_of
+from .log import PhaseLog
 from .maps import Aim, decided, own_directions, teacher_maps
-from .measure import statistics_batches
-from .objectives import OBJECTIVES, EndToEnd, observe
+from .objectives import FITS, OBJECTIVES, observe
+from .objectives.end_to_end import EndToEnd
 from .optimizers import make_optimizer, scales
 from .paths import Draw, blended, with_own_inputs
-from .run import AlignRun
-from .schedule import learning_rate, share_at, warm_steps
+from .run import Run
+from .schedule import Walk, evaluated_every, learning_rate, path, share_at, strengths_at, warm_steps
 from .trust import Trust
 
-__all__ = ["Stepper"]
+__all__ = ["Stepper", "descend", "fit"]
+
+
+def descend(run: Run, number: int) -> None:
+    """Takes the steps of phase `number`, and does what is due after each; a signal ends it early."""
+    stepper, progress = Stepper(run, number), run.progress
+    log = PhaseLog(run, stepper.prepared, progress)
+    run.stepper, run.log = stepper, log
+    end = progress.first + run.recipe.steps[number]
+    for batch in run.pictures.batches(progress.step, end):
+        stepper.losses, stepper.norm = stepper.take(progress, batch)
+        progress.step += 1
+        log.step(progress, stepper.losses, stepper.norm)
+        run.over, run.stopped = progress.step == end, run.asked_to_stop()
+        _after_step(run, stepper)
+        if run.over or run.stopped:
+            break
+    log.close()
+    stepper.close()
+    make_eager(run.teacher, stepper.prepared.model)
+    run.seconds += log.seconds
+
+
+def _after_step(run: Run, stepper: Stepper) -> None:
+    if not any(callback.due(run) for callback in run.callbacks):
+        return
+    with stepper.prepared.whole(), eager(run.teacher):
+        for callback in run.callbacks:
+            if callback.due(run):  # asked only now: one before it may have ended the phase
+                callback.act(run)
+
+
+@torch.no_grad()
+def fit(run: Run, number: int) -> None:
+    """Solves phase `number`; stopped on the way, it starts again."""
+    progress, pictures = run.progress, run.pictures
+    phase = run.recipe.phases[number]
+    solver = FITS[phase.objective](run.learner.model, run.recipe, phase.settings)
+    end = progress.step + run.recipe.steps[number]
+    ids: list[Tensor] = []
+    for batch in pictures.batches(progress.step, end):
+        pictures.bad.add(batch.bad)
+        solver.gather(pictures.normalised(batch.pictures))
+        ids.append(batch.ids)
+        run.stopped = run.asked_to_stop()
+        if run.stopped:
+            return
+    solver.join(run.accelerator.gather)
+    shown = run.accelerator.gather(torch.cat(ids).to(run.accelerator.device))
+    assert isinstance(shown, Tensor)
+    run.fitted = solver.solve(list(pictures.held_out()))
+    for prototype in run.fitted["prototypes"]:
+        prototype["nearest"] = id = int(shown[prototype["nearest"]])
+        if isinstance(pictures.train, ShardIndex):
+            prototype["picture"] = f"{Path(pictures.train.file(id).path).name}:{pictures.train.key(id)}"
+    progress.begin_phase(number, ())
+    progress.step = end
+    run.evaluate()
+    progress.end_phase()
 
 
 class Stepper:
     """What takes the steps of phase `number`, from the phase's start, or from inside it after a resume.
 
     Attributes:
-        progress: where it starts. prepared: the objective that is minimised, and its optimizer.
+        prepared: the objective that is minimised, and its optimizer.
+        losses, norm: of the last step; no norm where it was refused.
     """
 
-    def __init__(self, run: AlignRun, number: int, progress: state.Progress) -> None:
+    def __init__(self, run: Run, number: int) -> None:
         self.run, self.phase, self.steps = run, run.recipe.phases[number], run.recipe.steps[number]
+        self.losses: dict[str, Tensor] = {}
+        self.norm: Tensor | float | None = None
+        progress = run.progress
         model = run.learner.model.to(run.accelerator.device)  # shards of an earlier phase leave it on the CPU
-        self.objective = OBJECTIVES[self.phase.objective](model, run.recipe)
+        self.objective = OBJECTIVES[self.phase.objective](model, run.recipe, self.phase.settings)
         pictured = self.phase.calibrate or self.phase.recalibrate_every or self.objective.asks_teacher
         self.gain_pictures = run.pictures.calibration(self.phase.calibrate or 64) if pictured else None
         if self.gain_pictures is not None:
             self.objective.centre_on(*observe(run.teacher, self.gain_pictures, self.objective.taps))
         checkpoint = run.checkpoint if progress.step > progress.first else None
         if checkpoint is None:
-            progress = self._begun(number, progress)
+            self._begin(number)
         else:
             self.objective.go_on(progress.begun)
         sizes = self._sizes(checkpoint)
-        self.progress = progress
         # A walk moves strengths that the phase itself leaves where they are.
-        self.moving = self.phase.moving or progress.walk is not None
+        self.moving = self.phase.moving or run.walk is not None
         self.step = progress.step - progress.first
         self.prepared = prepare(
             run.accelerator,
@@ -76,7 +138,7 @@ class Stepper:
             return {}
         if checkpoint is not None:
             return state.sizes_of(checkpoint, run.accelerator.device)
-        return mean_sizes(run.learner.model, run.teacher, statistics_batches(run))
+        return mean_sizes(run.learner.model, run.teacher, run.pictures.statistics())
 
     def close(self) -> None:
         """At the end of the phase."""
@@ -94,33 +156,37 @@ class Stepper:
             trust.begin()
         else:
             kept = state.trusted_of(checkpoint, accelerator.device)
-            trust.go_on(self.progress.trust, kept, accelerator.device)
+            trust.go_on(self.run.progress.trust, kept, accelerator.device)
         return trust
 
-    def _begun(self, number: int, progress: state.Progress) -> state.Progress:
-        """Does what comes before a phase's first step alone; returns `progress` at the phase's start."""
-        learner, recipe = self.run.learner, self.run.recipe
-        progress = dataclasses.replace(progress, walk=None)
+    def _begin(self, number: int) -> None:
+        """What comes before a phase's first step alone."""
+        run, recipe, progress = self.run, self.run.recipe, self.run.progress
+        run.walk = None
         if recipe.keep:
-            evaluated = interval(self.phase, recipe.batch_size, recipe.evaluate_every) // recipe.batch_size
-            progress = dataclasses.replace(progress, walk=Walk.begin(progress.step, evaluated, self.steps))
-        set_strength(learner.model, **strengths_of(self.phase, progress, self.steps))
+            run.walk = Walk.begin(progress.step, evaluated_every(recipe, self.phase) // recipe.batch_size, self.steps)
+        set_strength(run.learner.model, **self._strengths())
         if self.phase.calibrate:
             self._gains()
-        progress = progress.in_phase(number, scales(learner.model, self.phase.relative), self.objective.begin())
-        learner.begin()
-        if recipe.min_agreement or recipe.keep:  # the weights to go back to, should the first measurement fail
-            learner.keep()
-            progress = dataclasses.replace(progress, best_step=progress.step)
-        return progress
+        progress.begin_phase(number, scales(run.learner.model, self.phase.relative), self.objective.begin())
+        run.learner.begin()
+        for callback in run.callbacks:
+            callback.begin(run)
+
+    def _strengths(self) -> dict[str, float]:
+        """Every strength, and the window, of the student that takes the next step."""
+        run, step = self.run, self.run.progress.step
+        if run.walk is not None:
+            return path(self.phase, run.walk.at(step))
+        return strengths_at(self.phase, step - run.progress.first, self.steps)
 
     def take(self, progress: state.Progress, batch: Batch) -> tuple[dict[str, Tensor], Tensor | float | None]:
         """Takes the next step; returns losses, and the norm of the gradient before it was clipped."""
         run, phase, model, optimizer = self.run, self.phase, self.prepared.model, self.prepared.optimizer
         k = self.step = progress.step - progress.first
         if self.moving:
-            self._move(strengths_of(phase, progress, self.steps))
-        ramps = progress.walk is not None or k <= phase.ramp * self.steps
+            self._move(self._strengths())
+        ramps = run.walk is not None or k <= phase.ramp * self.steps
         if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and ramps:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
@@ -178,7 +244,7 @@ class Stepper:
         """What the maps of some of `part` are to be, where the objective compares maps."""
         if not isinstance(self.objective, EndToEnd) or not self.objective.map_weight:
             return ()
-        some, theirs = (whole[: max(1, round(self.run.recipe.map_share * len(part)))] for whole in (part, output))
+        some, theirs = (whole[: max(1, round(self.objective.map_share * len(part)))] for whole in (part, output))
         if self.run.student.labels is None:
             assert self.objective.mean_output is not None
             directions = own_directions(theirs, self.objective.mean_output)
@@ -190,7 +256,7 @@ class Stepper:
         """The dice of this step for the pictures from this process's picture `first` on."""
         recipe, accelerator = self.run.recipe, self.run.accelerator
         before = accelerator.process_index * (recipe.batch_size // accelerator.num_processes)
-        return Draw(recipe.seed, self.progress.first + self.step, recipe.batch_size, before + first)
+        return Draw(recipe.seed, self.run.progress.step, recipe.batch_size, before + first)
 
     def _backward(self, pictures: Tensor, learn: bool = True) -> dict[str, Tensor]:
         """Adds the gradient of this process's pictures, part by part; returns the losses over all parts, detached.

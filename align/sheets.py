@@ -22,10 +22,10 @@ from ..convert.taps import first_tensor
 from ..core.errors import BcosifyError
 from ..core.files import new_file
 from ..data.loader import held_out_batches
-from ..explain import ClassTarget, DirectionTarget, Target, explain, panel
+from ..explain import ClassTarget, DirectionTarget, Target, explain_scores, panel
 from .pictures import Pictures
 
-__all__ = ["EXPLANATIONS", "Probe", "make_probe"]
+__all__ = ["EXPLANATIONS", "ExplainedPictures", "explained_pictures"]
 
 EXPLANATIONS = "explanations"  # folder inside a run's
 CENTRED_ON = 64  # pictures that an embedding's mean is taken over
@@ -33,7 +33,7 @@ TILE = 224  # side of a tile of a sheet, in pixels
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
+class ExplainedPictures:
     """P pictures and what is explained of them.
 
     Attributes:
@@ -59,7 +59,7 @@ class Probe:
 
     def sheet(self, model: nn.Module) -> Image.Image:
         """The explanations by `model`, a row for each picture. Raises LedgerError where one does not add up."""
-        explanation = explain(model, self.pictures, self.target, batch_size=1)
+        explanation = explain_scores(model, self.pictures, self.target, batch_size=1)
         rows = [
             panel(_picture(self.shown[i]), explanation, caption, picture=i, size=TILE)
             for i, caption in enumerate(self.captions)
@@ -71,8 +71,8 @@ class Probe:
 
 
 @torch.no_grad()
-def make_probe(teacher: nn.Module, pictures: Pictures, labels: tuple[str, ...] | None) -> Probe:
-    """A probe of the first `Recipe.probe_pictures` held-out pictures, as `teacher` sees them.
+def explained_pictures(teacher: nn.Module, pictures: Pictures, labels: tuple[str, ...] | None) -> ExplainedPictures:
+    """The first `Recipe.probe_pictures` held-out pictures, and what `teacher` says of them.
 
     Args:
         labels: the names of the classes, or None where the output is an embedding.
@@ -84,9 +84,13 @@ def make_probe(teacher: nn.Module, pictures: Pictures, labels: tuple[str, ...] |
     shown, first = shown[:count], outputs[:count]
     if labels is None:
         directions = F.normalize(first - outputs.mean(0), dim=-1)[:, None]
-        return Probe(shown, normalised(shown), DirectionTarget(directions), ("the teacher's feature",) * len(shown))
+        return ExplainedPictures(
+            shown, normalised(shown), DirectionTarget(directions), ("the teacher's feature",) * len(shown)
+        )
     classes = first.argmax(1)
-    return Probe(shown, normalised(shown), ClassTarget(classes[:, None]), tuple(labels[i] for i in classes.tolist()))
+    return ExplainedPictures(
+        shown, normalised(shown), ClassTarget(classes[:, None]), tuple(labels[i] for i in classes.tolist())
+    )
 
 
 def _picture(pixels: Tensor) -> Image.Image:

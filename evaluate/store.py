@@ -1,0 +1,109 @@
+"""What an evaluation found so far, kept in a folder step by step, so that what was stopped can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..core.errors import DataError, NotApplicable
+from ..core.files import new_file
+from .estimates import Estimate, bootstrap
+from .record import Curve, Evaluation, Measurement, Seconds, read_evaluation
+
+__all__ = ["Notes"]
+
+
+class Notes:
+    """Measurements, curves and seconds as they come in, after those that `folder` holds of the same evaluation.
+
+    `facts` are what the evaluation is of (model, data, settings); steps of another one in the folder are thrown away.
+    """
+
+    def __init__(self, facts: dict[str, Any], folder: Path | None, seed: int, progress: bool) -> None:
+        self.facts, self.folder, self.seed, self.progress = facts, folder, seed, progress
+        before = _before(folder, facts)
+        self.measurements: list[Measurement] = list(before.measurements)
+        self.curves: list[Curve] = list(before.curves)
+        self.seconds: list[Seconds] = list(before.seconds)
+        if folder is not None and not before.seconds:
+            for stale in folder.glob("maps-*.safetensors"):
+                stale.unlink()
+
+    def evaluation(self) -> Evaluation:
+        return Evaluation(
+            **self.facts,
+            measurements=tuple(self.measurements),
+            curves=tuple(self.curves),
+            seconds=tuple(self.seconds),
+        )
+
+    def step(self, name: str, run: Callable[[], None]) -> None:
+        """Does a step that was not done before, and keeps what it found at once."""
+        if self.done(name):
+            return
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        took = Seconds(name, round(time.perf_counter() - wall, 2), round(time.process_time() - cpu, 2))
+        self.seconds.append(took)
+        if self.folder is not None:
+            self.evaluation().write(self.folder)
+
+    def done(self, name: str) -> bool:
+        return any(known.step == name for known in self.seconds)
+
+    def maps(self, model: str, method: str, make: Callable[[], Tensor]) -> Tensor | None:
+        """The maps that `make` gives, or gave before; None where there are none, which then is a row."""
+        name, path = f"maps: {model}, {method}", None
+        if self.folder is not None:
+            path = self.folder / f"maps-{model}-{method}.safetensors"
+        if self.done(name):
+            return load_file(path)["maps"] if path is not None and path.is_file() else None
+        found: list[Tensor] = []
+
+        def run() -> None:
+            try:
+                found.append(make())
+            except NotApplicable as error:
+                self.absent(Measurement("faithfulness", "maps", model, method), str(error))
+                return
+            if path is not None:
+                with new_file(path) as scratch:
+                    save_file({"maps": found[0].contiguous()}, scratch)
+
+        self.step(name, run)
+        return found[0] if found else None
+
+    def absent(self, row: Measurement, reason: str) -> None:
+        """Keeps that there is no such number, and why."""
+        self.measurements.append(dataclasses.replace(row, value=None, reason=reason))
+
+    def measure(self, row: Measurement, value: Callable[[], Tensor | Estimate]) -> None:
+        """Keeps the estimate that `value` gives, or the mean of its tensor (N,), or why there is none."""
+        try:
+            found = value()
+            estimate = found if isinstance(found, Estimate) else bootstrap(found, self.seed)
+            self.measurements.append(row.holding(estimate))
+        except NotApplicable as error:
+            self.absent(row, str(error))
+
+    def bar(self, items: Iterable[Any], title: str) -> Iterator[Any]:
+        return tqdm(items, desc=title, disable=not self.progress, leave=False)  # type: ignore[return-value]
+
+
+def _before(folder: Path | None, facts: dict[str, Any]) -> Evaluation:
+    """What `folder` holds of the evaluation with these facts; nothing where it holds none, or another one."""
+    with contextlib.suppress(DataError):
+        if folder is not None:
+            found = read_evaluation(folder)
+            if all(getattr(found, name) == json.loads(json.dumps(fact)) for name, fact in facts.items()):
+                return found
+    return Evaluation(**facts, measurements=())
