@@ -11,7 +11,7 @@ from .hub import is_student
 from .layers import strength_spans
 from .libraries import Preprocess, Teacher, load_teacher
 from .methods.bcos import BcosConfig
-from .student import Student, plan_for
+from .student import Student, plan_teacher
 from .taps import depth_taps, find_blocks
 
 __all__ = ["StudentFacts", "TeacherFacts", "inspect"]
@@ -105,7 +105,7 @@ def _teacher(teacher: Teacher) -> TeacherFacts:
         mean_and_std=f"{teacher.preprocess.mean}, {teacher.preprocess.std}",
         classes=len(teacher.labels) if teacher.labels else "unknown or none",
         text_tower="none" if teacher.text is None else "kept beside the student",
-        convert_bcos=plan_for(teacher, BcosConfig()).counts(),
+        convert_bcos=plan_teacher(teacher, BcosConfig()).counts(),
         blocks=len(blocks),
         taps=depth_taps(blocks),
     )

@@ -15,7 +15,7 @@ from ..core.pictures import fitted, noise_pictures
 from ..core.tensors import relative_error
 from .history import Conversion, History
 from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
-from .libraries import Preprocess, Source, Teacher, Text, check_plain, load_teacher
+from .libraries import Preprocess, Source, Teacher, Text, check_plain
 from .methods import find_method, method_of
 from .plan import Plan, apply_plan, plan_conversion
 
@@ -23,10 +23,11 @@ __all__ = [
     "Student",
     "carrying",
     "check_teacher",
-    "convert",
+    "convert_teacher",
     "identity_error",
     "lossy_steps",
     "output_of",
+    "plan_teacher",
     "with_reference_gains",
 ]
 
@@ -71,13 +72,12 @@ class Student:
         return dataclasses.replace(self, history=dataclasses.replace(self.history, **stages))
 
 
-def convert(teacher: Teacher | str, config: Any = "bcos", *, plan: Plan | None = None) -> Student:
+def convert_teacher(teacher: Teacher, config: Any = "bcos", *, plan: Plan | None = None) -> Student:
     """Converts a copy of `teacher`; until a strength moves the student is the teacher, and that is checked.
 
     Args:
-        teacher: a Teacher, or a reference such as `timm:resnet50` (see `load_teacher`).
         config: settings of the method, or its name for the default ones.
-        plan: a plan made before by `plan_for`, to spare making it again.
+        plan: a plan made before by `plan_teacher`, to spare making it again.
 
     A teacher in half precision is converted and compared in float32, then rounded back. One on the meta device is
     converted without the comparison.
@@ -87,9 +87,8 @@ def convert(teacher: Teacher | str, config: Any = "bcos", *, plan: Plan | None =
         LedgerError: the student differs from the teacher by more than rounding.
     """
     config = _settings(config)
-    teacher = load_teacher(teacher) if isinstance(teacher, str) else teacher
     check_plain(teacher.model, teacher.source.reference)
-    plan = plan or plan_for(teacher, config)
+    plan = plan or plan_teacher(teacher, config)
     original = _in_single_precision(teacher.model)
     model = copy.deepcopy(original)
     apply_plan(model, plan, teacher.preprocess)
@@ -136,7 +135,7 @@ def _take_precision(model: nn.Module, source: nn.Module) -> None:
             buffer.data = buffer.data.to(named[name])
 
 
-def plan_for(teacher: Teacher, config: Any) -> Plan:
+def plan_teacher(teacher: Teacher, config: Any) -> Plan:
     """The plan of converting `teacher` with `config` (settings, or the name of a method); changes nothing."""
     config = _settings(config)
     return plan_conversion(teacher.model, method_of(config), config, teacher.preprocess.size)

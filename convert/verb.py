@@ -21,9 +21,7 @@ from .libraries import Teacher, load_teacher
 from .memory import laid_out
 from .methods import find_method, method_of
 from .plan import Plan
-from .student import Student, carrying, lossy_steps, with_reference_gains
-from .student import convert as convert_teacher
-from .student import plan_for as plan_teacher
+from .student import Student, carrying, convert_teacher, lossy_steps, plan_teacher, with_reference_gains
 
 __all__ = ["convert", "plan_for"]
 
