@@ -35,7 +35,16 @@ from .run import AlignConfig
 from .trackers import check_trackers
 from .trust import check_trust
 
-__all__ = ["AUTO", "NEEDS", "check_data", "check_floor", "check_recipe", "check_request", "choose_recipe"]
+__all__ = [
+    "AUTO",
+    "NEEDS",
+    "check_data",
+    "check_floor",
+    "check_processes",
+    "check_recipe",
+    "check_request",
+    "choose_recipe",
+]
 
 # The recipes of each method that a student is given by itself, in the order in which they are tried.
 AUTO = {
@@ -81,12 +90,16 @@ def choose_recipe(student: Student) -> str:
     )
 
 
-def check_request(config: AlignConfig, accelerator: Accelerator) -> None:
-    """Raises BcosifyError for what is wrong before anything is loaded: trackers, shards of weights, the output."""
+def check_request(config: AlignConfig) -> None:
+    """Raises BcosifyError for what is wrong before accelerate starts: trackers, the output."""
     check_trackers(config.trackers)
+    check_free(config.out, config.overwrite)
+
+
+def check_processes(config: AlignConfig, accelerator: Accelerator) -> None:
+    """Raises RecipeError for what any phase asks and weights in shards do not do."""
     for recipe in (config.recipe, *map(config.recipe.view, range(len(config.recipe.phases)))):
         check_sharded(accelerator, recipe)
-    check_free(config.out, config.overwrite)
 
 
 def check_data(recipe: Recipe, student: Student, train: ShardIndex | Stream, val: ShardIndex, processes: int) -> None:

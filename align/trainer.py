@@ -21,7 +21,7 @@ from ..core.versions import versions
 from ..data.bad import BadSamples
 from . import state
 from .callbacks import default_callbacks
-from .checks import check_data, check_recipe, check_request
+from .checks import check_data, check_processes, check_recipe, check_request
 from .distributed import described, make_accelerator
 from .log import strengths, write_row
 from .objectives import FITS
@@ -50,12 +50,13 @@ def align(config: AlignConfig) -> dict[str, Any]:
     """
     recipe = floored(config.recipe)
     config = dataclasses.replace(config, recipe=recipe)
+    check_request(config)
     accelerator = make_accelerator(
         recipe.precision,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(str(config.work), str(config.work / TRACKED)),
     )
-    check_request(config, accelerator)
+    check_processes(config, accelerator)
     student = load(config.run)
     teacher = teacher_of(student, config.weights, any(phase.reference_gains for phase in recipe.phases))
     start_from(student, config.init_from)
