@@ -69,14 +69,14 @@ def teacher_maps(teacher: nn.Module, pictures: Tensor, directions: Tensor) -> Te
     block = teacher.get_submodule(blocks_of(teacher)[-1])
     with torch.autocast(pictures.device.type, enabled=False), Linearised(teacher) as mode:
 
-        def into(module: nn.Module, args: Any, kwargs: Any) -> Any:  # noqa: ARG001 - a hook
+        def into(module: nn.Module, args: Any, kwargs: Any) -> Any:
             leaves, tree = tree_flatten((args, kwargs))
             at = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
             if leaves[at].dim() == 3:
                 leaves[at] = mode.follow(leaves[at])
             return tree_unflatten(leaves, tree)
 
-        def out_of(module: nn.Module, args: Any, output: Any) -> Any:  # noqa: ARG001 - a hook
+        def out_of(module: nn.Module, args: Any, output: Any) -> Any:
             leaves, tree = tree_flatten(output)
             at = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
             if leaves[at].dim() == 4 and not mode.inputs:

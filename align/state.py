@@ -229,7 +229,7 @@ def _save_values(values: dict[str, Any], path: Path) -> None:
 def _load_values(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         plain = json.loads((file.metadata() or {}).get("plain", "{}"))
-        return {**{key: file.get_tensor(key) for key in file.keys()}, **plain}  # noqa: SIM118
+        return {**{key: file.get_tensor(key) for key in file.keys()}, **plain}
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:

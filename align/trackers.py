@@ -60,7 +60,7 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, out: Path, work: Pa
     try:
         settings = None if progress.step else dict(_flat(dataclasses.asdict(recipe)))
         accelerator.init_trackers(PROJECT, settings, options)
-    except Exception as error:  # noqa: BLE001 - each service has errors of its own
+    except Exception as error:
         raise BcosifyError(
             f"--tracker {' '.join(map(str, accelerator.log_with))}: it could not be started ({type(error).__name__}). "
             "Log in first (`wandb login`), or work without the network (WANDB_MODE=offline), or leave the tracker out."

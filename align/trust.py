@@ -77,7 +77,7 @@ class Trust:
         if walked % WINDOW and walked != self.warm:
             return False
         least = LEAST * ((walked - 1) % WINDOW + 1)
-        now, before = (max(total, least) if total == total else total for total in self.sums.tolist())  # noqa: PLR0124
+        now, before = (max(total, least) if total == total else total for total in self.sums.tolist())
         self.sums, level = None, self.level * now / before
         refused = not level <= 1 + self.share  # also where it is no number
         if refused:

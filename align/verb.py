@@ -55,7 +55,7 @@ def align(
     *,
     data: str | Path | Sequence[str | Path],
     recipe: str | Path = "auto",
-    set: Mapping[str, Any] | Sequence[str] = (),  # noqa: A002 - as in the command
+    set: Mapping[str, Any] | Sequence[str] = (),
     pictures: int | None = None,
     keep: float | None = None,
     val: str | Path | Sequence[str | Path] | None = None,

@@ -81,7 +81,7 @@ class Bench:
         words += ["--recipe", str(self.folder / "recipe.yaml"), "--out", str(self.folder / name), *more]
         return [sys.executable, *(launch if processes > 1 else []), *words]
 
-    def align(self, name: str, *more: str, **options) -> subprocess.CompletedProcess[str]:  # noqa: ANN003
+    def align(self, name: str, *more: str, **options) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(name, *more, **options), env=_environment(), capture_output=True, text=True, timeout=LIMIT
         )

@@ -16,7 +16,7 @@ def align(
     *,
     data: str,
     recipe: str = "auto",
-    set: list[str] | None = None,  # noqa: A002 - the flag reads --set
+    set: list[str] | None = None,
     pictures: int | None = None,
     keep: float | None = None,
     val: str | None = None,

@@ -13,7 +13,7 @@ def convert(
     out: Path | None = None,
     method: str = "bcos",
     keep: list[str] | None = None,
-    set: list[str] | None = None,  # noqa: A002 - the flag reads --set
+    set: list[str] | None = None,
     pretrained: bool = True,
     weights: Path | None = None,
     head: str = "auto",

@@ -12,7 +12,7 @@ from .console import console
 def export(
     model: str,
     *,
-    format: str,  # noqa: A002 - the flag reads --format
+    format: str,
     out: Path | None = None,
     explain: bool = False,
     overwrite: bool = False,

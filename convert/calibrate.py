@@ -54,7 +54,7 @@ def calibrate(
     generator = torch.Generator().manual_seed(0)
     places: dict[str, Tensor] = {}
 
-    def record(name: str):  # noqa: ANN202 - a hook
+    def record(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if name in targets:  # a shared layer counts where it runs first, as in `adjust`
                 return
@@ -64,7 +64,7 @@ def calibrate(
 
         return hook
 
-    def adjust(name: str):  # noqa: ANN202 - a hook
+    def adjust(name: str):
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if name not in targets:
                 return None

@@ -47,7 +47,7 @@ def read_header(path: Path) -> Header:
     """
     try:
         with safe_open(path, "pt") as file:
-            return Header(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+            return Header(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing.") from error
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
@@ -121,7 +121,7 @@ class _Sizes(TorchDispatchMode):
         super().__init__()
         self.header = header
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name.startswith("new_") or not any(isinstance(argument, Tensor) for argument in args):
             sizes = [math.prod(argument) for argument in args if _is_size(argument)]
@@ -147,7 +147,7 @@ def _registered(header: Header) -> Iterator[None]:
     """Counts every parameter and buffer that a module gets."""
     found = [0, 0]
 
-    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:  # noqa: ARG001 - a hook
+    def count(module: nn.Module, name: str, tensor: Tensor | None) -> None:
         if tensor is not None:
             found[0] += tensor.numel()
             found[1] += 1

@@ -52,7 +52,7 @@ ALIASES: dict[str, str] = {}
 
 
 def swap(
-    id: str,  # noqa: A002 - as files call it
+    id: str,
     layer: type[nn.Module],
     over: type[nn.Module] = nn.Module,
     arguments: type = NoArguments,
@@ -68,7 +68,7 @@ def swap(
     return register
 
 
-def find_swap(id: str) -> Swap:  # noqa: A002
+def find_swap(id: str) -> Swap:
     """The swap of an id, of now or earlier; raises PlanError with near misses."""
     found = SWAPS.get(ALIASES.get(id, id))
     if found is None:

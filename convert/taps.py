@@ -75,7 +75,7 @@ def record(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Call]]:
     """Fills the yielded dict with the last call of every named module; the hooks go when the block ends."""
     calls: dict[str, Call] = {}
 
-    def watch(name: str):  # noqa: ANN202 - a hook
+    def watch(name: str):
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             calls[name] = Call(args, kwargs, first_tensor(output))
 

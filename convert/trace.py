@@ -50,15 +50,15 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
     called: dict[str, None] = {}
     readers: set[str] = set()
 
-    def watch(name: str):  # noqa: ANN202 - a hook
-        def hook(module: nn.Module, args: tuple) -> None:  # noqa: ARG001
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
             called[name] = None
             if any(_is_picture(arg, picture) for arg in args[:1]):
                 readers.add(name)
 
         return hook
 
-    def cut(module: nn.Module, args: tuple) -> tuple:  # noqa: ARG001 - a hook
+    def cut(module: nn.Module, args: tuple) -> tuple:
         return (args[0].detach(), *args[1:])
 
     try:

@@ -34,7 +34,7 @@ def convert(
     *,
     out: str | Path | None = None,
     keep: Sequence[str] = (),
-    set: Settings = (),  # noqa: A002 - as in the command
+    set: Settings = (),
     pretrained: bool = True,
     weights: str | Path | None = None,
     head: str = "auto",
@@ -104,7 +104,7 @@ def plan_for(
     method: Any = "bcos",
     *,
     keep: Sequence[str] = (),
-    set: Settings = (),  # noqa: A002 - as in the command
+    set: Settings = (),
     pretrained: bool = True,
     weights: str | Path | None = None,
     head: str = "auto",

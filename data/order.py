@@ -68,7 +68,7 @@ def split(index: ShardIndex, held_out: float | int, seed: int = 0) -> tuple[Shar
         chosen[np.argsort(hashes, kind="stable")[:held_out]] = True
     else:
         chosen = hashes / 2.0**64 < held_out
-    if not 0 < held_out or not 0 < chosen.sum() < len(index):
+    if not held_out > 0 or not 0 < chosen.sum() < len(index):
         raise DataError(
             f"Holding out {held_out} of {len(index)} pictures leaves one side empty. "
             "Use a fraction between 0 and 1, or a count below that of the pictures."

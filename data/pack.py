@@ -137,7 +137,7 @@ def _as_jpeg(path: Path, size: int | None, quality: int) -> bytes | Exception:
         stream = io.BytesIO()
         picture.save(stream, "JPEG", quality=quality)
         return stream.getvalue()
-    except Exception as error:  # on broken files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+    except Exception as error:  # noqa: BLE001 - on broken files Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         return error
 
 

@@ -123,7 +123,7 @@ def _orientation(image: Image.Image, name: str) -> int:
         if orientation != 1:
             exif.tobytes()  # fails on damaged values
         return orientation
-    except Exception:
+    except Exception:  # noqa: BLE001 - on damaged values Pillow raises anything
         _warn(f"{name}its EXIF is damaged, so its orientation is ignored")
         return 0
 

@@ -177,7 +177,7 @@ class _Sequence:
                 self._put(picture)
                 if self.stopped.is_set():
                     return
-        except BaseException as error:  # it belongs to the thread that asks
+        except BaseException as error:  # noqa: BLE001 - it belongs to the thread that asks
             self._put(error)
 
     def _put(self, item: Streamed | BaseException) -> None:

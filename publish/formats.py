@@ -71,7 +71,7 @@ class Exported:
 def export(
     model: Student | str | Path,
     out: str | Path | None = None,
-    format: str = "onnx",  # noqa: A002 - as in the command
+    format: str = "onnx",
     explain: bool = False,
     overwrite: bool = False,
 ) -> Exported:

@@ -49,7 +49,7 @@ def publish(
     evaluation: str | Path | None = None,
     picture: str | Path | None = None,
     data: str | None = None,
-    license: str | None = None,  # noqa: A002 - as in the command
+    license: str | None = None,
     license_link: str | None = None,
     private: bool = False,
     create_pr: bool = False,

@@ -81,7 +81,7 @@ class Registered:
     config_class: type
     make: Callable[[nn.Module, Any], Any]
 
-    def __call__(self, student: nn.Module, settings: Recipe | ObjectiveConfig, own: Mapping[str, Any] = {}) -> Any:  # noqa: B006
+    def __call__(self, student: nn.Module, settings: Recipe | ObjectiveConfig, own: Mapping[str, Any] = {}) -> Any:
         """Args: own: settings that a phase has for itself; they come before those of a recipe."""
         if not isinstance(settings, self.config_class):
             names = [field.name for field in dataclasses.fields(self.config_class) if hasattr(settings, field.name)]
@@ -157,7 +157,7 @@ class Objective(nn.Module):
     def go_on(self, begun: dict[str, float]) -> None:
         """In a resumed run: what `begin` said at the start of the phase."""
 
-    def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:  # noqa: ARG002 - the general case needs no calls
+    def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:
         """Runs the student as this objective feeds it."""
         self.student(pictures)
 

@@ -35,5 +35,5 @@ class BlockOwn(Objective):
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
 
-def _cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:  # noqa: ARG001 - a hook
+def _cut(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(value.detach() if isinstance(value, Tensor) else value for value in args)

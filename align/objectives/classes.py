@@ -30,6 +30,6 @@ class Classes(Objective):
                 "pairwise, or end-to-end."
             )
 
-    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
         loss = class_divergence(first_tensor(self.student(pictures)), output)
         return {"classes": loss, "total": loss}

@@ -33,6 +33,6 @@ class Decisions(Classes):
         super().__init__(student, config)
         self.anchor = config.anchor
 
-    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
         loss = decision_error(first_tensor(self.student(pictures)), output, self.anchor)
         return {"output": loss, "total": loss}

@@ -45,11 +45,11 @@ class BlockLocal(Objective):
         sizes = {name: squared_size(channels_last(self.fitted(call, call.output))) for name, call in calls.items()}
         self.mean_sizes = {name: size.mean() for name, size in sizes.items()}
 
-    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
         losses = {name: self._unit(name, calls[name]) for name in self.taps if name in calls}
         return {**losses, "total": torch.stack(list(losses.values())).sum()}
 
-    def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:  # noqa: ARG002 - units see features, not pictures
+    def run(self, pictures: Tensor, calls: dict[str, Call]) -> None:
         for name in self.taps:
             if name in calls:
                 self._output(name, calls[name])
@@ -77,5 +77,5 @@ class LayerLocal(BlockLocal):
         return tuple(name for name, _ in scheduled_layers(student))
 
     @staticmethod
-    def fitted(call: Call, output: Tensor) -> Tensor:  # noqa: ARG004 - a layer is no residual branch
+    def fitted(call: Call, output: Tensor) -> Tensor:
         return output

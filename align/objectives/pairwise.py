@@ -20,6 +20,6 @@ class Pairwise(Objective):
     def __init__(self, student: nn.Module, config: ObjectiveConfig) -> None:
         super().__init__(student, config, ())
 
-    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def forward(self, pictures: Tensor, calls: dict[str, Call], output: Tensor) -> dict[str, Tensor]:
         loss = pairwise_error(first_tensor(self.student(pictures)), output)
         return {"output": loss, "total": loss}

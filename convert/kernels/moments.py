@@ -82,7 +82,7 @@ def _places(window: float, side: int) -> int:
 
 
 @carries_bias
-def carrying(proportion: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001 - explanation mode reads its name
+def carrying(proportion: Tensor, bias: Tensor) -> Tensor:
     """`proportion` (B, 1, ...), by which the shift counts."""
     return proportion
 

@@ -34,7 +34,7 @@ def six_channels(x: Tensor, mean: Tensor, std: Tensor, padding: Pads = (0, 0, 0,
 
 
 @input_colours
-def from_six_channels(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:  # noqa: ARG001 - read by explanation mode
+def from_six_channels(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Normalised x (B, 3, H, W), itself; in explanation mode as a linear function of [r, 1-r] (B, 6, H, W)."""
     return x
 

@@ -60,7 +60,7 @@ class SeparateAttention(BiasScheduled):
         need_weights: bool = True,
         attn_mask: Tensor | None = None,
         average_attn_weights: bool = True,
-        is_causal: bool = False,  # noqa: ARG002 - a hint about attn_mask, which is used as it is
+        is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """query (B, L, E), key and value (B, S, E'), or (L, B, E), ... where not batch_first, or without B."""
         batched = query.dim() == 3

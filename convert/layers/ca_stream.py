@@ -152,10 +152,10 @@ class CaStream(nn.Module):
         contributions = torch.einsum("bkd,bpd->bkp", gradients, shares.detach())
         return outputs.detach(), contributions.unflatten(-1, stages[-1].shape[-2:]), constants
 
-    def _pooled(self, final: Tensor, maps: Sequence[Tensor]) -> Tensor:  # noqa: ARG002 - a class token is in `final`
+    def _pooled(self, final: Tensor, maps: Sequence[Tensor]) -> Tensor:
         return self.stream(maps)
 
-    def _added(self, final: Tensor) -> dict[str, Tensor]:  # noqa: ARG002
+    def _added(self, final: Tensor) -> dict[str, Tensor]:
         """name -> (B, d): what goes into the pooled vector beside the shares of places."""
         return {}
 
@@ -178,5 +178,5 @@ class CaStreamForToken(BiasScheduled, CaStream):
     def _added(self, final: Tensor) -> dict[str, Tensor]:
         return {"class token": self._beta * final[:, 0]} if self._beta else {}
 
-    def _head_input(self, pooled: Tensor, final: Tensor) -> Tensor:  # noqa: ARG002
+    def _head_input(self, pooled: Tensor, final: Tensor) -> Tensor:
         return pooled.unsqueeze(1)

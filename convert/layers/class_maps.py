@@ -28,7 +28,7 @@ __all__ = ["ClassMaps", "LastMap", "LastMapChannelsLast", "LastTokens", "PlaceCl
 class LastMap(nn.Module):
     """Mixin: the class maps are made of what this module returns, (B, C, h, w)."""
 
-    def to_maps(self, output: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: ARG002 - of the picture
+    def to_maps(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, h, w)."""
         return output
 
@@ -36,7 +36,7 @@ class LastMap(nn.Module):
 class LastMapChannelsLast(LastMap):
     """Mixin: the same for (B, h, w, C)."""
 
-    def to_maps(self, output: Tensor, size: tuple[int, int]) -> Tensor:  # noqa: ARG002
+    def to_maps(self, output: Tensor, size: tuple[int, int]) -> Tensor:
         return output.movedim(-1, 1)
 
 

@@ -88,7 +88,7 @@ class _Coda(OutputKept):
     def rescale(self, gain: Tensor) -> None:
         self.gain.mul_(gain.to(self.gain.dtype))
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
+    def _apply(self, fn, recurse=True):
         gain = self.gain
         super()._apply(fn, recurse)
         if self.gain.dtype in HALF:

@@ -31,7 +31,7 @@ class DynamicConv2d(BiasScheduled):
         """The layer's formula, on x with zeros (rows, columns) still to be padded."""
         raise NotImplementedError
 
-    def pads(self, height: int, width: int) -> Pads:  # noqa: ARG002 - sizes matter to subclasses
+    def pads(self, height: int, width: int) -> Pads:
         """What the source pads a picture of this size with."""
         return self._reversed_padding_repeated_twice  # torch's own, in this order, with `same` and `valid` resolved
 

@@ -111,7 +111,7 @@ class Scheduled(nn.Module):
         """Sizes of parameters that start at zero, by name: what a learning rate in units of a weight's size goes by."""
         return {}
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
+    def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
         # Half precision has no 1.7: the buffers stay float32, or a saved model would come back as another function.
         for name, value in self.strengths().items():
@@ -120,7 +120,7 @@ class Scheduled(nn.Module):
                 self._buffers[name] = torch.tensor(value, device=buffer.device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, *args):  # noqa: ANN001, ANN002 - torch's own signature
+    def _load_from_state_dict(self, state_dict, prefix, *args):
         super()._load_from_state_dict(state_dict, prefix, *args)
         for name in self.strengths():
             if not getattr(self, name).is_meta:

@@ -104,7 +104,7 @@ class SixChannel(DynamicConv2d):
             )
         return self.respond(x, (0, 0))
 
-    def product(self, x: Tensor, padding: Pair, kernel: Tensor, bias: Tensor | None = None) -> Tensor:  # noqa: ARG002
+    def product(self, x: Tensor, padding: Pair, kernel: Tensor, bias: Tensor | None = None) -> Tensor:
         assert bias is None  # it is in the kernel
         return six_channel_products(*self._encoding(x), kernel, self.stride, self.dilation)
 

@@ -53,7 +53,7 @@ class _Watch(TorchFunctionMode):
         version = output._version  # a call too, behind which the list is another
         self._outputs.append((TensorWeakRef(output), layer, version))
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204, ARG002 - torch's own signature
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         result, alive = func(*args, **(kwargs or {})), []
         for reference, layer, version in self._outputs:
             output = reference()

@@ -169,7 +169,7 @@ class Origin(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- the descriptor
 
 
-def _reference(name: str, source: Source) -> Origin:  # noqa: ARG001 - one signature for all schemes
+def _reference(name: str, source: Source) -> Origin:
     return Origin(source.reference)
 
 
@@ -238,19 +238,19 @@ def _set_grad_checkpointing(model: nn.Module, on: bool) -> bool:
     return call_first(model, "set_grad_checkpointing", on)
 
 
-def _no_options(source: Source) -> dict[str, Any]:  # noqa: ARG001 - one signature for all libraries
+def _no_options(source: Source) -> dict[str, Any]:
     return {}
 
 
-def _no_files(folder: Path, preprocess: Preprocess) -> dict[str, Any]:  # noqa: ARG001
+def _no_files(folder: Path, preprocess: Preprocess) -> dict[str, Any]:
     return {}
 
 
-def _no_grid(model: nn.Module, pictures: Tensor) -> Tensor:  # noqa: ARG001
+def _no_grid(model: nn.Module, pictures: Tensor) -> Tensor:
     raise SourceError(f"{type(model).__name__} is of a library that does not show the features of its patches.")
 
 
-def _num_classes(source: Source, model: nn.Module) -> int:  # noqa: ARG001
+def _num_classes(source: Source, model: nn.Module) -> int:
     return getattr(model, "num_classes", 0) or 0
 
 

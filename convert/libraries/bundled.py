@@ -76,7 +76,7 @@ def _read_efficientnet(path: Path, keys: list[str]) -> dict[str, Tensor]:
     return dict(zip(keys, tensors.values(), strict=True))
 
 
-def _read_dinov2(path: Path, keys: list[str]) -> dict[str, Tensor]:  # noqa: ARG001 - one signature for all readers
+def _read_dinov2(path: Path, keys: list[str]) -> dict[str, Tensor]:
     """transformers' names inside an ONNX graph, whose linear weights are anonymous, transposed constants."""
     try:
         import onnx

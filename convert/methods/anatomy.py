@@ -130,15 +130,15 @@ def _watched(model: nn.Module, pictures: Tensor) -> tuple[dict[str, _Call], Tens
     calls: dict[str, _Call] = {}
     versions: dict[str, int] = {}
 
-    def begin(name: str):  # noqa: ANN202 - a hook
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:  # noqa: ARG001
+    def begin(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tensor = _first(args, kwargs)
             versions[name] = 0 if tensor is None else written_times(tensor)
 
         return hook
 
-    def end(name: str):  # noqa: ANN202 - a hook
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:  # noqa: ARG001
+    def end(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensor = _first(args, kwargs)
             given = None if tensor is None else _Value.of(tensor)
             returned = _Value.of(output) if isinstance(output, Tensor) else None

@@ -67,12 +67,12 @@ class StreamArguments:
 
 
 @swap("ca-stream.average", CaStream, arguments=StreamArguments)
-def average_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:  # noqa: ARG001
+def average_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:
     join(module, CaStream).open_stream(given.stages, given.widths, given.value)
 
 
 @swap("ca-stream.token", CaStreamForToken, arguments=StreamArguments)
-def token_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:  # noqa: ARG001
+def token_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:
     adopt(module, CaStreamForToken).open_stream(given.stages, given.widths, given.value)
 
 
@@ -107,7 +107,7 @@ DISTILLED = ("decisions", "pairwise", "end-to-end")
 READERS = {"average": average_stream, "token": token_stream}
 
 
-def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: CaStreamConfig) -> Decision | None:  # noqa: ARG001
+def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: CaStreamConfig) -> Decision | None:
     if name:
         return None
     place = _look(model, trace.size, config)

@@ -66,7 +66,7 @@ class Layers:
 
 
 def dynamic_swap(
-    id: str,  # noqa: A002
+    id: str,
     layer: type[BiasScheduled],
     over: type[nn.Module],
     arguments: type[DynamicArguments],
@@ -104,29 +104,29 @@ def _check_constants(module: nn.Module, names: tuple[str, ...]) -> None:
 
 
 @swap("common.fading_bias", BiasScheduled, arguments=FadingArguments)
-def fading_bias(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:  # noqa: ARG001
+def fading_bias(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:
     _check_constants(module, given.constants)
     adopt(module, BiasScheduled, given.constants)
 
 
 @swap("common.uncentred_batch_norm", UncentredBatchNorm, AnyBatchNorm)
-def uncentred_batch_norm(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+def uncentred_batch_norm(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:
     adopt(module, UncentredBatchNorm)
 
 
 @swap("common.separate_attention", SeparateAttention, nn.MultiheadAttention, FadingArguments)
-def separate_attention(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:  # noqa: ARG001
+def separate_attention(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:
     _check_constants(module, given.constants)
     adopt(module, SeparateAttention, given.constants)
 
 
 @swap("common.separate_attention_pool2d", SeparateAttentionPool2d)
-def separate_attention_pool2d(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+def separate_attention_pool2d(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:
     join(module, SeparateAttentionPool2d)
 
 
 @swap("common.six_channel_input", SixChannelInput)
-def six_channel_input(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+def six_channel_input(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:
     join(module, SixChannelInput).encode_with(preprocess.mean, preprocess.std)
 
 

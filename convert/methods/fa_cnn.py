@@ -57,7 +57,7 @@ class FaCnnConfig:
 
 
 @swap("fa-cnn.class_maps", ClassMaps)
-def class_maps(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+def class_maps(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:
     join(module, ClassMaps).class_maps = nn.Identity()
 
 
@@ -69,15 +69,15 @@ class SkipArguments:
 
 
 @swap("fa-cnn.dampened_skip", DampenedSkip, arguments=SkipArguments)
-def dampened_skip(module: nn.Module, preprocess: Preprocess, given: SkipArguments) -> None:  # noqa: ARG001
+def dampened_skip(module: nn.Module, preprocess: Preprocess, given: SkipArguments) -> None:
     adopt(module, DampenedSkip).form = given.form
 
 
-def _part(id: str, part: type[nn.Module]) -> Swap:  # noqa: A002
+def _part(id: str, part: type[nn.Module]) -> Swap:
     """The swap to a part of the head that needs nothing but its class."""
 
     @swap(id, part)
-    def change(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:  # noqa: ARG001
+    def change(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:
         join(module, part)
 
     return change

@@ -63,7 +63,7 @@ class ClassifierArguments:
 
 
 @swap("kmeans.prototype_linear", PrototypeLinear, nn.Linear, ClassifierArguments)
-def prototype_linear(module: nn.Module, preprocess: Preprocess, given: ClassifierArguments) -> None:  # noqa: ARG001
+def prototype_linear(module: nn.Module, preprocess: Preprocess, given: ClassifierArguments) -> None:
     join(module, PrototypeLinear).start_prototypes(given.prototypes)
 
 
@@ -77,7 +77,7 @@ class MapArguments:
 
 
 @swap("kmeans.prototype_maps", PrototypeMaps, arguments=MapArguments)
-def prototype_maps(module: nn.Module, preprocess: Preprocess, given: MapArguments) -> None:  # noqa: ARG001
+def prototype_maps(module: nn.Module, preprocess: Preprocess, given: MapArguments) -> None:
     join(module, PrototypeMaps).open_concepts(given.stages, given.widths, given.concepts)
 
 
@@ -122,7 +122,7 @@ def _fed(model: Any, picture: Tensor) -> Tensor:
     return given[0]
 
 
-def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: KMeansConfig) -> Decision | None:  # noqa: ARG001
+def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config: KMeansConfig) -> Decision | None:
     if not name:
         check_timm(model)
         _classifier(model)

@@ -277,6 +277,6 @@ def runs_on(subject: Subject, images: Tensor, side: int) -> None:
     """Raises NotApplicable where the model does not take pictures `side` times as high and wide."""
     try:
         subject.model(fitted(images[:1].repeat(1, 1, side, side), subject.model))
-    except Exception as error:  # noqa: BLE001 - libraries raise anything here
+    except Exception as error:
         size = " x ".join(str(length * side) for length in images.shape[-2:])
         raise NotApplicable(f"the model does not take pictures of {size}: {str(error).splitlines()[0]}") from error

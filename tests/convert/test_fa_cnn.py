@@ -43,7 +43,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
 
 
-def class_maps(student) -> tuple[list[Tensor], object]:  # noqa: ANN001
+def class_maps(student) -> tuple[list[Tensor], object]:
     seen: list[Tensor] = []
     return seen, student.model.class_maps.register_forward_hook(lambda module, args, output: seen.append(output))
 

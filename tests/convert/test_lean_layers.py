@@ -228,7 +228,7 @@ def test_many_gradients_at_once_are_each_of_them(kind):
             torch.testing.assert_close(several[k], one, rtol=1e-5, atol=1e-5)
 
 
-def kept(run, *besides: Tensor) -> int:  # noqa: ANN001
+def kept(run, *besides: Tensor) -> int:
     """Bytes kept for the backward pass of what `run` returns, beyond it and `besides`."""
     found: dict[int, int] = {}
 

@@ -35,7 +35,9 @@ def moved(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("copied", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy], ids=str)
+@pytest.mark.parametrize(
+    "copied", [lambda model: pickle.loads(pickle.dumps(model)), copy.deepcopy], ids=["pickled", "deep-copied"]
+)
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_copy_is_the_same_function_and_stands_alone(tiny, kind, copied):
     name, config = MODELS[kind]

@@ -92,7 +92,7 @@ def leaves(arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(argument.clone().requires_grad_() for argument in arguments)
 
 
-def close(found, wanted) -> None:  # noqa: ANN001
+def close(found, wanted) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
 
 

@@ -171,7 +171,7 @@ def test_a_crop_depends_on_seed_epoch_and_picture_alone(index):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_global_random_states_are_neither_used_nor_moved(index, workers):
     def states() -> tuple:
-        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
 
     torch.manual_seed(1)
     before = states()

@@ -560,7 +560,7 @@ def test_unknown_operation_is_counted_and_stays_out_of_the_ledger():
     with pytest.raises(LedgerError, match="does not move"):
         mode.pull(x.sum())
     with Linearised() as mode:
-        mode.follow(x).shape, mode.follow(x).argmax(), mode.follow(x) > 0  # noqa: B018
+        mode.follow(x).shape, mode.follow(x).argmax(), mode.follow(x) > 0
     assert not mode.unknown
 
 
@@ -896,7 +896,7 @@ def documented(decorator) -> dict[str, object]:
     lines = inspect.getdoc(decorator).splitlines()
     first = next(i for i, line in enumerate(lines) if line.startswith("    @"))
     space = {"F": F, "nn": nn, "torch": torch, **{one.__name__: one for one in (gated, dynamic_linear, input_encoding)}}
-    exec(textwrap.dedent("\n".join(lines[first:])), space)  # noqa: S102 - our own text
+    exec(textwrap.dedent("\n".join(lines[first:])), space)
     return space
 
 

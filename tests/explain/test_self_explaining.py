@@ -31,11 +31,11 @@ class NoBackward(torch.autograd.Function):
     """Identity through which no gradient gets."""
 
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:  # noqa: ANN001 - torch's own signature
+    def forward(ctx, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx, *gradients: Tensor) -> Tensor:  # noqa: ANN001
+    def backward(ctx, *gradients: Tensor) -> Tensor:
         raise AssertionError("a backward pass went through the model")
 
 

@@ -87,7 +87,7 @@ def _accept_any_size(visual: Any, image_size: int | None) -> None:
         visual.set_input_size(image_size)
 
 
-def features(network: Any, pictures: Tensor, has_classes: bool) -> Features:  # noqa: ARG001 - one signature for all
+def features(network: Any, pictures: Tensor, has_classes: bool) -> Features:
     """The image embedding; a tower shows no other feature. See `Library.features`."""
     embeds = network(pictures)
     return Features(None, embeds, embeds)

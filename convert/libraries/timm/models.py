@@ -148,7 +148,7 @@ def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict
     with contextlib.suppress(SafetensorError), safe_open(weights, "pt") as file:
         if isinstance(classifier, str):
             key = f"{classifier}.weight"
-            return {"num_classes": file.get_slice(key).get_shape()[0] if key in file.keys() else 0}  # noqa: SIM118
+            return {"num_classes": file.get_slice(key).get_shape()[0] if key in file.keys() else 0}
     return {}
 
 

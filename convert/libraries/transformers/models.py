@@ -229,7 +229,7 @@ def _labels(config: Any) -> tuple[str, ...] | None:
     return None if placeholders or len(names) != config.num_labels else names
 
 
-def class_count(source: Source, model: nn.Module) -> int:  # noqa: ARG001 - one signature for all libraries
+def class_count(source: Source, model: nn.Module) -> int:
     """How many classes the outputs of `model` are logits of; 0 for features and embeddings."""
     return source.model_args["config"]["num_labels"] if source.model_args["head"] == "classifier" else 0
 

@@ -56,7 +56,7 @@ class ToyNet(nn.Module):
         return self.head(self.last(x).mean((2, 3)))
 
 
-def load_toy(name: str, *, pretrained: bool, weights: Path | None, width: int = 8) -> Teacher:  # noqa: ARG001
+def load_toy(name: str, *, pretrained: bool, weights: Path | None, width: int = 8) -> Teacher:
     torch.manual_seed(0)
     model = ToyNet(width).eval()
     preprocess = Preprocess((32, 32), (0.5,) * 3, (0.5,) * 3, library="toy")
