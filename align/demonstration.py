@@ -21,6 +21,7 @@ from ..convert import BcosConfig, Student, convert, load, load_teacher
 from ..core.errors import DataError
 from ..core.files import check_free, new_file
 from ..data.pack import write_shards
+from ..data.pictures import read_picture
 from ..evaluate.report import data_url, render_page
 from ..explain import ClassTarget, explain_scores, panel
 from .recipe import load_recipe
@@ -149,7 +150,7 @@ def _photographs() -> dict[str, Image.Image]:
     missing = [name for name in (*EXPLAINED, *TRAINED) if not (folder / name).is_file()]
     if missing:
         raise DataError(f"this scikit-image has no {', '.join(missing)}; the demo was made with 0.26.")
-    return {name: Image.open(folder / name).convert("RGB") for name in (*EXPLAINED, *TRAINED)}
+    return {name: read_picture(folder / name) for name in (*EXPLAINED, *TRAINED)}
 
 
 def _shards(photographs: dict[str, Image.Image], out: Path) -> None:

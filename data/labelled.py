@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -167,7 +166,7 @@ def _mask(index: ShardIndex, i: int, preprocess: Preparation, transform: Callabl
     size = _picture(index, i).size
     kind = next((name for name in MASKS if name in index.extensions(i)), None)
     if kind is not None:
-        mask = Image.open(io.BytesIO(index.read(i, kind))).convert("L")
+        mask = decode(index.read(i, kind)).convert("L")
     elif (box := _facts(index, i).get("box")) is not None:
         mask = Image.new("L", size)
         ImageDraw.Draw(mask).rectangle([float(edge) for edge in box], fill=255)
