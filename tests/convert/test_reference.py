@@ -29,7 +29,7 @@ def pictures(count: int = 3, size: int = 64, seed: int = 1) -> Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(tiny, name: str = "test_resnet", config=None) -> tuple[nn.Module, nn.Module]:
+def pair(tiny, name: str = "test_resnet", config="bcos") -> tuple[nn.Module, nn.Module]:
     """A student, and its teacher in the student's layers."""
     student = convert(tiny(name), config).model.eval()
     return student, copy.deepcopy(student).requires_grad_(False)

@@ -84,7 +84,7 @@ def test_an_explanation_that_does_not_add_up_is_refused(student, out, monkeypatc
     def unbalanced(*_, **__):
         raise LedgerError("does not add up")
 
-    monkeypatch.setattr(staging, "explain", unbalanced)
+    monkeypatch.setattr(staging, "explain_scores", unbalanced)
     with pytest.raises(LedgerError):
         stage(Request(student, "org/name"), out)
 
@@ -93,8 +93,8 @@ def test_the_ledger_is_checked_without_a_picture_too(student, out, monkeypatch):
     import bcosify.publish.staging as staging
 
     asked = []
-    explain = staging.explain
-    monkeypatch.setattr(staging, "explain", lambda *args: asked.append(args) or explain(*args))
+    explain = staging.explain_scores
+    monkeypatch.setattr(staging, "explain_scores", lambda *args: asked.append(args) or explain(*args))
     stage(Request(student, "org/name"), out)
     assert len(asked) == 1 and asked[0][1].shape == (1, 3, 64, 64)
 
