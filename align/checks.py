@@ -120,11 +120,12 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     check_paths(recipe, student.model)
     check_trust(recipe)
     check_maps(recipe, student.model, teacher)
-    for number, phase in enumerate(recipe.phases):
-        own = recipe.view(number)
+    views = [recipe.view(number) for number in range(len(recipe.phases))]
+    for phase, own in zip(recipe.phases, views, strict=True):
         if phase.settings:
             check_maps(own, student.model, teacher)
         {**OBJECTIVES, **FITS}[phase.objective](student.model, own, phase.settings)  # each refuses what it cannot use
+    for own in views:
         if own.taps:
             _check_heard(own, teacher)
 

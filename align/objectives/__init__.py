@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
+from . import end_to_end as _first  # noqa: F401 - lists of objectives begin with it
 from .base import FITS, OBJECTIVES, Objective, ObjectiveConfig, Registered, deviations, observe, with_settings
 
 __all__ = ["FITS", "OBJECTIVES", "Objective", "ObjectiveConfig", "Registered", "deviations", "observe", "with_settings"]
