@@ -36,7 +36,6 @@ from .trackers import check_trackers
 from .trust import check_trust
 
 __all__ = [
-    "AUTO",
     "NEEDS",
     "check_data",
     "check_floor",
@@ -45,15 +44,6 @@ __all__ = [
     "check_request",
     "choose_recipe",
 ]
-
-# The recipes of each method that a student is given by itself, in the order in which they are tried.
-AUTO = {
-    "bcos": ("bcos/cnn", "bcos/vit"),
-    "coda": ("coda/cnn", "coda/vit"),
-    "fa-cnn": ("fa-cnn/cnn",),
-    "ca-stream": ("ca-stream/cnn", "ca-stream/vit"),
-    "kmeans": ("kmeans/fit",),
-}
 
 
 def _has_batch_norm(model: nn.Module) -> bool:
@@ -77,7 +67,7 @@ def choose_recipe(student: Student) -> str:
 
     Raises RecipeError where none does.
     """
-    names = AUTO.get(student.method, ())
+    names = find_method(student.method).recipes
     for name in names:
         recipe = load_recipe(name)
         with contextlib.suppress(RecipeError):

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from bcosify.convert import Student, load, reload_teacher, set_strength
-from bcosify.convert.layers import DampenedSkip
+from bcosify.convert.methods.fa_cnn.dampening import DampenedSkip
 from bcosify.data.index import index_shards
 from bcosify.data.loader import held_out_batches
 from bcosify.data.names import expand

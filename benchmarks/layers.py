@@ -24,14 +24,13 @@ import torch.nn.functional as F
 from bcosify.convert.layers import (
     BcosConv2d,
     BcosLinear,
-    CodaConv2d,
-    CodaLinear,
     Scheduled,
     SixChannelBcosConv2d,
     UncentredBatchNorm,
     adopt,
     set_strength,
 )
+from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
 from torch import Tensor, nn
 
 try:

@@ -34,7 +34,7 @@ def convert(
         reference: the model to convert ({references}). Inside timm: and open_clip: also hf-hub:ORG/NAME[@rev] and
             local-dir:PATH.
         out: folder to write; not needed with --dry-run.
-        method: the target family: `bcos`, `coda`, `fa-cnn`, `ca-stream` or `kmeans`.
+        method: the target family: {methods}.
         keep: modules to leave as they are, by name (with all below) or 're:PATTERN'.
         set: settings of the method, such as scale=unbounded (bcos: B-cosification's own variant), squash=sq (coda),
             dampening=branch (fa-cnn), stages=3 (ca-stream) or prototypes=5 (kmeans).

@@ -88,7 +88,7 @@ def _parser(verb: str, function: Any) -> ArgumentParser:
     Parameters without a default are positional, keyword-only ones a required option; a bool is --flag or --no-flag.
     """
     documented = docstring_parser.parse(function.__doc__ or "")
-    help_of = {item.arg_name: _with_references(item.description or "") for item in documented.params}
+    help_of = {item.arg_name: _spelt_out(item.description or "") for item in documented.params}
     text = "\n\n".join(filter(None, (documented.short_description, documented.long_description)))
     formatter = argparse.RawDescriptionHelpFormatter
     parser = ArgumentParser(prog=f"bcosify {verb}", description=text, formatter_class=formatter, exit_on_error=False)
@@ -114,13 +114,18 @@ def _parser(verb: str, function: Any) -> ArgumentParser:
     return parser
 
 
-def _with_references(text: str) -> str:
-    """`text` with `{references}` spelt out: how a model of each library is named. Only then are libraries imported."""
-    if "{references}" not in text:
-        return text
-    from ..convert.libraries import reference_forms
+def _spelt_out(text: str) -> str:
+    """`text` with `{references}` and `{methods}` spelt out: how a model of each library is named, and the target
+    families. Only then are libraries and methods imported."""
+    if "{references}" in text:
+        from ..convert.libraries import reference_forms
 
-    return text.replace("{references}", ", ".join(reference_forms()))
+        text = text.replace("{references}", ", ".join(reference_forms()))
+    if "{methods}" in text:
+        from ..convert.methods import METHODS
+
+        text = text.replace("{methods}", ", ".join(f"`{name}` ({method.hint})" for name, method in METHODS.items()))
+    return text
 
 
 def _item_type(hint: Any) -> Any:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Decision",
     "Method",
+    "Paper",
     "Plan",
     "Step",
     "apply_plan",
@@ -86,8 +87,18 @@ class Plan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Paper:
+    """A paper or preprint that a method comes from."""
+
+    title: str
+    authors: str
+    venue: str
+    link: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Method:
-    """One target family: a frozen config, and a rule that decides on a layer.
+    """One target family: a frozen config, a rule that decides on a layer, and what others say of it.
 
     Attributes:
         decide: (name, module, model, seen, config) -> Decision; None for a module with nothing to say (a container).
@@ -97,6 +108,9 @@ class Method:
         whole: whether a swap of the whole model is a conversion; else it only goes with swaps of layers.
         trains: the one module that alignment trains; empty for the whole model.
         objectives: swap -> the objectives of alignment that fit a model with it; empty for all that train.
+        title, what: its name and a sentence on its layers, for model cards. papers: to cite there.
+        hint: a few words, for the help of the command.
+        recipes: those that `--recipe auto` tries, in this order.
     """
 
     name: str
@@ -107,6 +121,11 @@ class Method:
     whole: bool = False
     trains: str = ""
     objectives: Mapping[Swap, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    title: str = ""
+    what: str = ""
+    papers: tuple[Paper, ...] = ()
+    hint: str = ""
+    recipes: tuple[str, ...] = ()
 
     def start(self, config: Any) -> dict[str, float]:
         """The strengths at which a student is its teacher."""

@@ -17,6 +17,7 @@ from ..convert import Student
 from ..convert.layers import STRENGTHS, strength_spans
 from ..convert.libraries import LIBRARIES
 from ..convert.library_files import class_count
+from ..convert.methods import find_method
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
 from .licences import Base, Licence
@@ -31,66 +32,6 @@ class Shown:
     target: str
     ledger: dict[str, Any]
 
-
-@dataclasses.dataclass(frozen=True)
-class Work:
-    """A paper or preprint to cite."""
-
-    title: str
-    authors: str
-    venue: str
-    link: str
-
-
-BCOS = (
-    Work("B-cos Networks: Alignment is All We Need for Interpretability", "Böhle, Fritz, Schiele", "CVPR 2022",
-         "https://arxiv.org/abs/2205.10268"),
-    Work("B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers", "Böhle, Singh, Fritz, Schiele",
-         "TPAMI 2024", "https://arxiv.org/abs/2306.10898"),
-    Work("B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable",
-         "Arya, Rao, Böhle, Schiele", "NeurIPS 2024", "https://arxiv.org/abs/2411.00715"),
-)  # fmt: skip
-CODA = (
-    Work("Convolutional Dynamic Alignment Networks for Interpretable Classifications", "Böhle, Fritz, Schiele",
-         "CVPR 2021", "https://arxiv.org/abs/2104.00032"),
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A method in the words of a card."""
-
-    name: str
-    what: str
-    works: tuple[Work, ...] = ()
-
-
-KINDS = {
-    "bcos": Kind(
-        "B-cos",
-        "Its convolutions and linear layers respond as far as input and weight point the same way, "
-        "y = |cos(x, w)|^(B-1) · w·x, and their biases fade.",
-        BCOS,
-    ),
-    "coda": Kind(
-        "CoDA", "Its convolutions and linear layers are dynamic alignment units, whose weights follow the patch.", CODA
-    ),
-    "fa-cnn": Kind(
-        "FA-CNN",
-        "Its classifier works before the pooling, so there is one map for each class.",
-        (Work("FA-CNN", "Farvardin, Chapman", "2026", "https://arxiv.org/abs/2603.25798"),),
-    ),
-    "ca-stream": Kind(
-        "CA-Stream",
-        "A stream of attention beside the frozen backbone takes the place of the pooling.",
-        (Work("CA-Stream", "Torres et al.", "2024", "https://arxiv.org/abs/2404.14996"),),
-    ),
-    "kmeans": Kind(
-        "k-means prototypes",
-        "The nearest prototype decides, in the place of the linear classifier.",
-        (Work("KMEx", "Gautam et al.", "2024", "https://arxiv.org/abs/2312.07822"),),
-    ),
-}
 
 # How a student is opened with this package; the libraries' own ways are in their descriptors. `{repo}` is ORG/NAME.
 BCOSIFY = """\
@@ -149,13 +90,13 @@ def card_of(
         shown: the ledger of `explanation.png`, where there is one.
     """
     template = resources.files("bcosify.model_cards").joinpath("template.md").read_text("utf-8")
-    kind = KINDS[student.method]
+    method = find_method(student.method)
     tables = {} if evaluation is None else method_tables(evaluation)
     return ModelCard.from_template(
         _metadata(student, repo, base, licence, evaluation),
         template_str=template,
-        title=f"{student.source.architecture}, {kind.name}",
-        kind=kind,
+        title=f"{student.source.architecture}, {method.title}",
+        method=method,
         repo=repo,
         base=base,
         terms=licence,

@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...convert.layers import PrototypeLinear, PrototypeMaps
-from ...convert.layers.prototypes import joined_stages
+from ...convert.methods.kmeans.layers import PrototypeLinear, PrototypeMaps, joined_stages
 from ...core.errors import DataError, RecipeError
 from ...core.files import new_file
 from ...core.hooks import captured_inputs

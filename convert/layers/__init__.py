@@ -1,14 +1,9 @@
-"""Dynamic-linear layers, one idea a file."""
+"""The dynamic-linear layers that methods share, one idea a file; a method's own layers lie beside it."""
 
 from .attention import SeparateAttention, SeparateAttentionPool2d
 from .batch_norm import UncentredBatchNorm, batch_statistics, estimate_statistics
 from .bcos import BcosConv2d, BcosConv2dSame, BcosLinear
-from .ca_stream import CaStream, CaStreamForToken, Stream
-from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
-from .coda import CodaConv2d, CodaConv2dSame, CodaLinear, Squash
 from .convolution import DynamicConv2d
-from .dampening import DampenedSkip, Dampening
-from .prototypes import Concepts, PrototypeLinear, PrototypeMaps
 from .reference import (
     ReferenceSized,
     RunningGains,
@@ -35,8 +30,6 @@ from .stem import (
     SixChannel,
     SixChannelBcosConv2d,
     SixChannelBcosConv2dSame,
-    SixChannelCodaConv2d,
-    SixChannelCodaConv2dSame,
     SixChannelInput,
 )
 from .watch import watching
@@ -47,23 +40,7 @@ __all__ = [
     "BcosConv2dSame",
     "BcosLinear",
     "BiasScheduled",
-    "CaStream",
-    "CaStreamForToken",
-    "ClassMaps",
-    "CodaConv2d",
-    "CodaConv2dSame",
-    "CodaLinear",
-    "Concepts",
-    "DampenedSkip",
-    "Dampening",
     "DynamicConv2d",
-    "LastMap",
-    "LastMapChannelsLast",
-    "LastTokens",
-    "PlaceClassifier",
-    "PlaceNorm",
-    "PrototypeLinear",
-    "PrototypeMaps",
     "ReferenceSized",
     "Rescalable",
     "RunningGains",
@@ -73,11 +50,7 @@ __all__ = [
     "SixChannel",
     "SixChannelBcosConv2d",
     "SixChannelBcosConv2dSame",
-    "SixChannelCodaConv2d",
-    "SixChannelCodaConv2dSame",
     "SixChannelInput",
-    "Squash",
-    "Stream",
     "UncentredBatchNorm",
     "adopt",
     "at_start",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["at_one_place", "features_of", "is_column", "places", "stage_count"]
+__all__ = ["at_one_place", "features_of", "is_column", "places", "stage_count", "weighed"]
 
 
 def features_of(model: Any, images: Tensor, stages: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
@@ -55,3 +55,14 @@ def at_one_place(model: Any, pooled: Tensor, final: Tensor) -> Tensor:
 
 def _channels_last(model: Any) -> bool:
     return getattr(model, "output_fmt", "NCHW") == "NHWC"
+
+
+def weighed(
+    outputs: Tensor, maps: Tensor, constants: dict[str, Tensor], weights: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """What `SelfExplaining.output_maps` returns, of maps (B, D, h, w) and constants, (B, D) or (D,), of all outputs."""
+    if weights is None:
+        return outputs, maps, constants
+    wanted = weights(outputs.detach())
+    shares = {name: (wanted * constant.unsqueeze(-2)).sum(-1) for name, constant in constants.items()}
+    return outputs, torch.einsum("bkd,bdhw->bkhw", wanted, maps), shares

@@ -41,15 +41,12 @@ from ..kernels.six_channels import (
 )
 from ..kernels.windows import Pads, Pair
 from .bcos import BcosConv2d, BcosConv2dSame
-from .coda import CodaConv2d, CodaConv2dSame
 from .convolution import DynamicConv2d
 
 __all__ = [
     "SixChannel",
     "SixChannelBcosConv2d",
     "SixChannelBcosConv2dSame",
-    "SixChannelCodaConv2d",
-    "SixChannelCodaConv2dSame",
     "SixChannelInput",
 ]
 
@@ -126,11 +123,3 @@ class SixChannelBcosConv2d(SixChannel, BcosConv2d):
 
 class SixChannelBcosConv2dSame(SixChannel, BcosConv2dSame):
     """Six-channel stem over timm's `Conv2dSame`, B-cos."""
-
-
-class SixChannelCodaConv2d(SixChannel, CodaConv2d):
-    """Six-channel stem over `nn.Conv2d`, of alignment units."""
-
-
-class SixChannelCodaConv2dSame(SixChannel, CodaConv2dSame):
-    """Six-channel stem over timm's `Conv2dSame`, of alignment units."""

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate import Accelerator
-from bcosify.align.checks import AUTO, NEEDS, check_recipe, choose_recipe
+from bcosify.align.checks import NEEDS, check_recipe, choose_recipe
 from bcosify.align.recipe import list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import check_teacher, convert, load, load_teacher, save
@@ -54,8 +54,8 @@ def test_a_student_that_no_recipe_is_made_for_is_named(run):
 
 
 def test_every_recipe_that_auto_may_choose_ships():
-    assert {name for names in AUTO.values() for name in names} <= set(list_recipes())
-    assert set(AUTO) == set(METHODS)
+    assert {name for method in METHODS.values() for name in method.recipes} <= set(list_recipes())
+    assert all(method.recipes for method in METHODS.values())
 
 
 def test_a_recipe_for_another_method_is_refused(run, shards, tmp_path):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from bcosify.align.prepare import checkpoint_gradients
 from bcosify.convert import BcosConfig, CodaConfig, convert, load_teacher, set_strength
-from bcosify.convert.layers import BcosConv2d, BcosLinear, CodaConv2d, CodaLinear, UncentredBatchNorm, batch_statistics
+from bcosify.convert.layers import BcosConv2d, BcosLinear, UncentredBatchNorm, batch_statistics
+from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
 from bcosify.convert.randomise import randomise
 from bcosify.core.pictures import noise_pictures
 from safetensors.torch import load_file, save_file

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from bcosify.convert import CaStreamConfig, convert, load, load_teacher, save
-from bcosify.convert.layers import Stream, set_strength
+from bcosify.convert.layers import set_strength
+from bcosify.convert.methods.ca_stream.layers import Stream
 from bcosify.core.errors import CheckpointError, PlanError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import DirectionTarget, Linearised, SelfExplaining, TopTarget, explain

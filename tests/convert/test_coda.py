@@ -12,14 +12,8 @@ from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for,
 from bcosify.convert.kernels import alignment, memory
 from bcosify.convert.kernels.alignment import Layout
 from bcosify.convert.kernels.alignment import aligned as response
-from bcosify.convert.layers import (
-    CodaConv2d,
-    CodaLinear,
-    DynamicConv2d,
-    adopt,
-    scheduled_layers,
-    watching,
-)
+from bcosify.convert.layers import DynamicConv2d, adopt, scheduled_layers, watching
+from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
 from bcosify.core.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
 from hypothesis import given, settings

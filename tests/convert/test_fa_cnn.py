@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from bcosify.convert import FaCnnConfig, convert, identity_error, load, plan_for, save, set_strength
 from bcosify.convert.blocks import blocks_of
-from bcosify.convert.layers import ClassMaps, DampenedSkip, LastMap, PlaceClassifier, PlaceNorm, adopt, at_start
-from bcosify.convert.layers.dampening import FORMS, skipping
+from bcosify.convert.layers import adopt, at_start
 from bcosify.convert.methods.anatomy import look
+from bcosify.convert.methods.fa_cnn.class_maps import ClassMaps, LastMap, PlaceClassifier, PlaceNorm
+from bcosify.convert.methods.fa_cnn.dampening import FORMS, DampenedSkip, skipping
 from bcosify.core.errors import PlanError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import DirectionTarget, TopTarget, explain

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from bcosify.convert import KMeansConfig, convert, load, load_teacher, save
-from bcosify.convert.layers import PrototypeLinear
-from bcosify.convert.layers.prototypes import joined_stages
+from bcosify.convert.methods.kmeans.layers import PrototypeLinear, joined_stages
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import PlanError
 from bcosify.core.pictures import noise_pictures

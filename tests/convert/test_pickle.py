@@ -10,7 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from bcosify.convert import BcosConfig, CaStreamConfig, CodaConfig, FaCnnConfig, KMeansConfig, convert, set_strength
-from bcosify.convert.layers import BcosLinear, PlaceClassifier, adopt, join, scheduled_layers, strength_spans
+from bcosify.convert.layers import BcosLinear, adopt, join, scheduled_layers, strength_spans
+from bcosify.convert.methods.fa_cnn.class_maps import PlaceClassifier
 from torch import nn
 
 from regression_models import CONVNEXT, timm_teacher

@@ -9,13 +9,12 @@ import torch
 from bcosify.convert.layers import (
     BcosConv2d,
     BcosLinear,
-    CodaConv2d,
-    CodaLinear,
     SixChannelBcosConv2d,
     UncentredBatchNorm,
     adopt,
     set_strength,
 )
+from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap

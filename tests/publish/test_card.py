@@ -10,9 +10,10 @@ import jinja2.meta
 import pytest
 from bcosify.convert import load
 from bcosify.convert.history import Alignment
+from bcosify.convert.methods import METHODS
 from bcosify.evaluate.record import Measurement, read_evaluation
 from bcosify.publish import card as cards
-from bcosify.publish.card import KINDS, Shown, card_of, load_lines, markdown, task_of, turned
+from bcosify.publish.card import Shown, card_of, load_lines, markdown, task_of, turned
 from bcosify.publish.licences import Base, Licence
 from huggingface_hub import HfApi, ModelCard
 
@@ -139,11 +140,11 @@ def test_the_explained_picture_and_its_ledger(made):
     assert "explanation.png" not in card_of(made, "org/name", BASE, TERMS).text
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_has_its_words(made, method):
     card = card_of(dataclasses.replace(made, method=method), "org/name", BASE, TERMS)
-    assert KINDS[method].what in card.text
-    assert all(work.link in sections(card)["Citation"] for work in KINDS[method].works)
+    assert METHODS[method].what in card.text
+    assert all(paper.link in sections(card)["Citation"] for paper in METHODS[method].papers)
 
 
 def test_the_template_asks_for_nothing_that_it_does_not_get(made, monkeypatch):

@@ -25,10 +25,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...explain.linearise import Linearised
-from ..kernels.precision import without_autocast
-from .scheduled import BiasScheduled
-from .stages import at_one_place, features_of, places
+from ....explain.linearise import Linearised
+from ...kernels.precision import without_autocast
+from ...layers.scheduled import BiasScheduled
+from ...layers.stages import at_one_place, features_of, places
 
 __all__ = ["CaStream", "CaStreamForToken", "Stream"]
 

@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .class_maps import weighed
-from .stages import features_of, places
+from ...layers.stages import features_of, places, weighed
 
 __all__ = ["Concepts", "PrototypeLinear", "PrototypeMaps", "joined_stages"]
 

@@ -12,23 +12,14 @@ from typing import get_args
 
 from torch import nn
 
-from ...core.errors import PlanError, near_miss
-from ..layers import (
-    ClassMaps,
-    DampenedSkip,
-    Dampening,
-    LastMap,
-    LastMapChannelsLast,
-    LastTokens,
-    PlaceClassifier,
-    PlaceNorm,
-    adopt,
-    join,
-)
-from ..libraries import Preprocess
-from ..plan import Decision, Method, kept_modules
-from ..swaps import NoArguments, Swap, swap
-from .anatomy import Anatomy, Head, Layout, look
+from ....core.errors import PlanError, near_miss
+from ...layers import adopt, join
+from ...libraries import Preprocess
+from ...plan import Decision, Method, Paper, kept_modules
+from ...swaps import NoArguments, Swap, swap
+from ..anatomy import Anatomy, Head, Layout, look
+from .class_maps import ClassMaps, LastMap, LastMapChannelsLast, LastTokens, PlaceClassifier, PlaceNorm
+from .dampening import DampenedSkip, Dampening
 
 __all__ = ["METHOD", "FaCnnConfig"]
 
@@ -125,4 +116,15 @@ def _ends(config: FaCnnConfig) -> dict[str, float]:
     return {"dampening": 4.0 if config.dampening == "bound" else 0.5}
 
 
-METHOD = Method("fa-cnn", FaCnnConfig, _decide, _ends, look)
+METHOD = Method(
+    name="fa-cnn",
+    config_class=FaCnnConfig,
+    decide=_decide,
+    ends=_ends,
+    look=look,
+    title="FA-CNN",
+    what="Its classifier works before the pooling, so there is one map for each class.",
+    papers=(Paper("FA-CNN", "Farvardin, Chapman", "2026", "https://arxiv.org/abs/2603.25798"),),
+    hint="class maps before the pooling",
+    recipes=("fa-cnn/cnn",),
+)

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import PlanError
-from ...core.hooks import captured_inputs
-from ...core.pictures import fitted, noise_pictures
-from ..layers import PrototypeLinear, PrototypeMaps, join
-from ..layers.stages import places
-from ..libraries import Preprocess
-from ..plan import Decision, Method, class_path
-from ..randomise import randomise
-from ..swaps import swap
-from ..trace import Trace
-from .kinds import LINEARS
-from .timm_stages import check_timm, last_stages, seen_stages
+from ....core.errors import PlanError
+from ....core.hooks import captured_inputs
+from ....core.pictures import fitted, noise_pictures
+from ...layers import join
+from ...layers.stages import places
+from ...libraries import Preprocess
+from ...plan import Decision, Method, Paper, class_path
+from ...randomise import randomise
+from ...swaps import swap
+from ...trace import Trace
+from ..kinds import LINEARS
+from ..timm_stages import check_timm, last_stages, seen_stages
+from .layers import PrototypeLinear, PrototypeMaps
 
 __all__ = ["METHOD", "KMeansConfig"]
 
@@ -148,4 +149,9 @@ METHOD = Method(
     ends=lambda config: {},
     whole=True,
     objectives={prototype_linear: ("prototypes",)},
+    title="k-means prototypes",
+    what="The nearest prototype decides, in the place of the linear classifier.",
+    papers=(Paper("KMEx", "Gautam et al.", "2024", "https://arxiv.org/abs/2312.07822"),),
+    hint="prototypes in the place of the classifier",
+    recipes=("kmeans/fit",),
 )

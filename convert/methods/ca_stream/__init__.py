@@ -15,14 +15,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from ...core.errors import PlanError, near_miss
-from ...core.pictures import fitted, noise_pictures
-from ..layers import CaStream, CaStreamForToken, adopt, join
-from ..libraries import Preprocess
-from ..plan import Decision, Method
-from ..swaps import Swap, swap
-from ..trace import Trace
-from .timm_stages import check_timm, head_reads, last_stages, seen_stages
+from ....core.errors import PlanError, near_miss
+from ....core.pictures import fitted, noise_pictures
+from ...layers import adopt, join
+from ...libraries import Preprocess
+from ...plan import Decision, Method, Paper
+from ...swaps import Swap, swap
+from ...trace import Trace
+from ..timm_stages import check_timm, head_reads, last_stages, seen_stages
+from .layers import CaStream, CaStreamForToken
 
 __all__ = ["METHOD", "CaStreamConfig"]
 
@@ -130,4 +131,9 @@ METHOD = Method(
     trains="stream",
     # Of an average, the pooled vector is matched best by uniform attention: there is nothing to learn from it.
     objectives={average_stream: ("decisions", "pairwise"), token_stream: DISTILLED},
+    title="CA-Stream",
+    what="A stream of attention beside the frozen backbone takes the place of the pooling.",
+    papers=(Paper("CA-Stream", "Torres et al.", "2024", "https://arxiv.org/abs/2404.14996"),),
+    hint="attention beside a frozen backbone",
+    recipes=("ca-stream/cnn", "ca-stream/vit"),
 )

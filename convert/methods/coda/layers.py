@@ -17,15 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.alignment import FLOOR, SQUASHES, TINY, Layout, Squash, aligned, gram_of
-from ..kernels.precision import wide, without_autocast
-from ..kernels.squares import sum_of_squares
-from ..kernels.windows import Pair
-from .convolution import DynamicConv2d, SamePadding
-from .scheduled import biased
-from .watch import OutputKept
+from ...kernels.alignment import FLOOR, SQUASHES, TINY, Layout, Squash, aligned, gram_of
+from ...kernels.precision import wide, without_autocast
+from ...kernels.squares import sum_of_squares
+from ...kernels.windows import Pair
+from ...layers.convolution import DynamicConv2d, SamePadding
+from ...layers.scheduled import biased
+from ...layers.stem import SixChannel
+from ...layers.watch import OutputKept
 
-__all__ = ["SQUASHES", "CodaConv2d", "CodaConv2dSame", "CodaLinear", "Squash"]
+__all__ = [
+    "SQUASHES",
+    "CodaConv2d",
+    "CodaConv2dSame",
+    "CodaLinear",
+    "SixChannelCodaConv2d",
+    "SixChannelCodaConv2dSame",
+    "Squash",
+]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -156,3 +165,11 @@ class CodaConv2d(_Coda, DynamicConv2d):
 
 class CodaConv2dSame(SamePadding, CodaConv2d):
     """Alignment units over timm's `Conv2dSame`."""
+
+
+class SixChannelCodaConv2d(SixChannel, CodaConv2d):
+    """Six-channel stem over `nn.Conv2d`, of alignment units."""
+
+
+class SixChannelCodaConv2dSame(SixChannel, CodaConv2dSame):
+    """Six-channel stem over timm's `Conv2dSame`, of alignment units."""

@@ -12,19 +12,12 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ...core.errors import PlanError, near_miss
-from ..layers import (
-    CodaConv2d,
-    CodaConv2dSame,
-    CodaLinear,
-    SixChannelCodaConv2d,
-    SixChannelCodaConv2dSame,
-    Squash,
-)
-from ..plan import Decision, Method
-from ..trace import Trace
-from . import dynamic_linear
-from .dynamic_linear import DynamicArguments, dynamic_swap
+from ....core.errors import PlanError, near_miss
+from ...plan import Decision, Method, Paper
+from ...trace import Trace
+from .. import dynamic_linear
+from ..dynamic_linear import DynamicArguments, dynamic_swap
+from .layers import CodaConv2d, CodaConv2dSame, CodaLinear, SixChannelCodaConv2d, SixChannelCodaConv2dSame, Squash
 
 __all__ = ["METHOD", "CodaConfig"]
 
@@ -135,4 +128,19 @@ def _positions(trace: Trace, stages: list[str]) -> list[int]:
     ]
 
 
-METHOD = Method("coda", CodaConfig, _decide, ends=lambda config: {"beta": 0.0})
+PAPERS = (
+    Paper("Convolutional Dynamic Alignment Networks for Interpretable Classifications", "Böhle, Fritz, Schiele",
+          "CVPR 2021", "https://arxiv.org/abs/2104.00032"),
+)  # fmt: skip
+
+METHOD = Method(
+    name="coda",
+    config_class=CodaConfig,
+    decide=_decide,
+    ends=lambda config: {"beta": 0.0},
+    title="CoDA",
+    what="Its convolutions and linear layers are dynamic alignment units, whose weights follow the patch.",
+    papers=PAPERS,
+    hint="dynamic alignment units",
+    recipes=("coda/cnn", "coda/vit"),
+)

@@ -10,12 +10,12 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from ...core.errors import PlanError, near_miss
-from ..layers import BcosConv2d, BcosConv2dSame, BcosLinear, SixChannelBcosConv2d, SixChannelBcosConv2dSame
-from ..plan import Decision, Method
-from ..trace import Trace
-from . import dynamic_linear
-from .dynamic_linear import DynamicArguments, dynamic_swap
+from ....core.errors import PlanError, near_miss
+from ...layers import BcosConv2d, BcosConv2dSame, BcosLinear, SixChannelBcosConv2d, SixChannelBcosConv2dSame
+from ...plan import Decision, Method, Paper
+from ...trace import Trace
+from .. import dynamic_linear
+from ..dynamic_linear import DynamicArguments, dynamic_swap
 
 __all__ = ["METHOD", "BcosConfig"]
 
@@ -65,4 +65,24 @@ def _decide(name: str, module: nn.Module, model: nn.Module, trace: Trace, config
     return dynamic_linear.decide(name, module, model, trace, LAYERS, arguments)
 
 
-METHOD = Method("bcos", BcosConfig, _decide, ends=lambda config: {"b": 2.0, "beta": 0.0})
+PAPERS = (
+    Paper("B-cos Networks: Alignment is All We Need for Interpretability", "Böhle, Fritz, Schiele", "CVPR 2022",
+          "https://arxiv.org/abs/2205.10268"),
+    Paper("B-cos Alignment for Inherently Interpretable CNNs and Vision Transformers", "Böhle, Singh, Fritz, Schiele",
+          "TPAMI 2024", "https://arxiv.org/abs/2306.10898"),
+    Paper("B-cosification: Transforming Deep Neural Networks to be Inherently Interpretable",
+          "Arya, Rao, Böhle, Schiele", "NeurIPS 2024", "https://arxiv.org/abs/2411.00715"),
+)  # fmt: skip
+
+METHOD = Method(
+    name="bcos",
+    config_class=BcosConfig,
+    decide=_decide,
+    ends=lambda config: {"b": 2.0, "beta": 0.0},
+    title="B-cos",
+    what="Its convolutions and linear layers respond as far as input and weight point the same way, "
+    "y = |cos(x, w)|^(B-1) · w·x, and their biases fade.",
+    papers=PAPERS,
+    hint="layers that respond as far as input and weight point the same way",
+    recipes=("bcos/cnn", "bcos/vit"),
+)

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.hooks import hooked
+from ....core.hooks import hooked
+from ...layers.stages import weighed
 from .dampening import DampenedSkip, skipping
 
 __all__ = ["ClassMaps", "LastMap", "LastMapChannelsLast", "LastTokens", "PlaceClassifier", "PlaceNorm"]
@@ -75,17 +76,6 @@ class PlaceClassifier(nn.Module):
 
 
 PartT = TypeVar("PartT", bound=nn.Module)
-
-
-def weighed(
-    outputs: Tensor, maps: Tensor, constants: dict[str, Tensor], weights: Callable[[Tensor], Tensor] | None
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """What `SelfExplaining.output_maps` returns, of maps (B, D, h, w) and constants, (B, D) or (D,), of all outputs."""
-    if weights is None:
-        return outputs, maps, constants
-    wanted = weights(outputs.detach())
-    shares = {name: (wanted * constant.unsqueeze(-2)).sum(-1) for name, constant in constants.items()}
-    return outputs, torch.einsum("bkd,bdhw->bkhw", wanted, maps), shares
 
 
 class ClassMaps(nn.Module):

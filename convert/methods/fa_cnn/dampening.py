@@ -27,8 +27,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import is_exactly
-from .scheduled import Scheduled
+from ...kernels.dispatch import is_exactly
+from ...layers.scheduled import Scheduled
 
 __all__ = ["FORMS", "DampenedSkip", "Dampening", "skipping"]
 
