@@ -6,7 +6,6 @@ Asked is everything that would stop a run later; nothing was written yet.
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -135,13 +134,10 @@ def check_strengths(student: Student, recipe: Recipe) -> None:
     for number, phase in enumerate(recipe.phases):
         where = f"phases.{number}"
         for name, ends in phase.strengths.items():
-            known = STRENGTHS[name]
-            if not all(known.least <= value <= known.most and math.isfinite(value) for value in ends):
-                wrong.append(f"{where}.{name} lies between {known.least:g} and {known.most:g}; got {list(ends)}")
-        if phase.window < 0 or not math.isfinite(phase.window) or (phase.window >= 1 and phase.window % 2 != 1):
-            wrong.append(
-                f"{where}.window is 0 (the whole map), a share below 1, or an odd number; got {phase.window:g}"
-            )
+            faults = [fault for value in ends if (fault := STRENGTHS[name].fault(value))]
+            wrong += [f"{where}.{name} {fault}" for fault in faults[:1]]
+        if fault := STRENGTHS["window"].fault(phase.window):
+            wrong.append(f"{where}.window {fault}")
         for name, (begin, end) in phase.ramps.items():
             if name not in phase.strengths:
                 wrong.append(f"{where}.ramps: no strength {name}.{near_miss(name, phase.strengths)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ..core.errors import LedgerError, SourceError
 from ..core.pictures import fitted, noise_pictures
 from ..core.tensors import relative_error
 from .history import Conversion, History
-from .layers import described, estimate_gains, fold_gains, set_strength, strength_spans, watching
+from .layers import STRENGTHS, described, estimate_gains, fold_gains, set_strength, strength_spans, watching
 from .libraries import Preprocess, Source, Teacher, Text, check_plain
 from .methods import find_method, method_of
 from .plan import Plan, apply_plan, plan_conversion
@@ -33,12 +33,6 @@ __all__ = [
 
 # A larger relative difference than float32 rounding through a deep network explains: the student is another function.
 IDENTITY_LIMIT = 1e-4
-# What a value of a strength means.
-WORDS: dict[str, Callable[[float], str]] = {
-    "b": lambda value: "" if value == 1 else f"B={value:g}",
-    "beta": lambda value: "biases removed" if value == 0 else "biases kept" if value == 1 else f"{value:.0%} of biases",
-    "dampening": lambda value: f"dampening={value:g}" if value else "",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +244,7 @@ def with_reference_gains(student: nn.Module, teacher: nn.Module, batches: Sequen
 def _words(strengths: Mapping[str, float]) -> list[str]:
     """What strengths mean, such as `B=1.5` and `biases carried`."""
     carried = strengths.get("carry", 0.0)
-    told = {name: WORDS[name](value) for name, value in strengths.items() if name in WORDS}
+    told = {name: STRENGTHS[name].words(value) for name, value in strengths.items()}
     if carried:
         told |= {"beta": "biases carried" if carried == 1 else f"{carried:.0%} of biases carried"}
     return list(filter(None, told.values()))

@@ -14,13 +14,14 @@ import copyreg
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...core.errors import near_miss
 from ...explain.linearise import partly_carried
 from ..kernels.dispatch import is_exactly
 
@@ -42,29 +43,55 @@ __all__ = [
 ]
 
 
+def _silent(value: float) -> str:
+    return ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Strength:
     """What a schedule may move.
 
     Attributes:
         start: where a layer is the source's own. least, most: its range.
+        range: the range in words, after "lies" or "is".
+        words: what a value means, in words; empty where there is nothing to say.
     """
 
     start: float
     least: float
     most: float
+    range: str
+    words: Callable[[float], str] = _silent
+    allows: Callable[[float], bool] = lambda value: True
+
+    def fault(self, value: float) -> str:
+        """What is wrong with a value, after the strength's name; empty where nothing is."""
+        fits = self.least <= value <= self.most and math.isfinite(value) and self.allows(value)
+        return "" if fits else f"is {self.range}; got {value:g}"
 
 
 STRENGTHS = {
-    "b": Strength(1.0, 1.0, math.inf),
-    "beta": Strength(1.0, 0.0, 1.0),
-    "dampening": Strength(0.0, 0.0, math.inf),
+    "b": Strength(1.0, 1.0, math.inf, "at least 1", lambda value: "" if value == 1 else f"B={value:g}"),
+    "beta": Strength(
+        1.0,
+        0.0,
+        1.0,
+        "between 0 and 1",
+        lambda value: {0: "biases removed", 1: "biases kept"}.get(value, f"{value:.0%} of biases"),
+    ),
+    "dampening": Strength(0.0, 0.0, math.inf, "at least 0", lambda value: f"dampening={value:g}" if value else ""),
     # The share of the biases that counts in proportion to the layer's own input.
-    "carry": Strength(0.0, 0.0, 1.0),
-    # Where that proportion is taken: 0 is the whole map, below 1 a share of its side, above so many places.
-    "window": Strength(0.0, 0.0, math.inf),
+    "carry": Strength(0.0, 0.0, 1.0, "between 0 and 1"),
+    # Where that proportion is taken.
+    "window": Strength(
+        0.0,
+        0.0,
+        math.inf,
+        "0 (the whole map), a share below 1 of its side, or an odd number of places",
+        allows=lambda value: value < 1 or value % 2 == 1,
+    ),
     # How much of the proportion is that of the whole map, where the window is smaller.
-    "spread": Strength(0.0, 0.0, 1.0),
+    "spread": Strength(0.0, 0.0, 1.0, "between 0 and 1"),
 }
 
 
@@ -292,28 +319,22 @@ def strength_spans(model: nn.Module) -> dict[str, tuple[float, float]]:
     return {name: (min(values), max(values)) for name, values in found.items()}
 
 
-def set_strength(
-    model: nn.Module,
-    b: float | None = None,
-    beta: float | None = None,
-    dampening: float | None = None,
-    carry: float | None = None,
-    window: float | None = None,
-    spread: float | None = None,
-) -> None:
+def set_strength(model: nn.Module, b: float | None = None, beta: float | None = None, **others: float | None) -> None:
     """Sets strengths in all layers of `model` that have them; None leaves a value as it is.
 
     B is at least 1; beta, carry and spread lie in [0, 1]; dampening is at least 0; window is 0 (the whole map), a share
-    of the map's side below 1, or an odd number of places. Raises ValueError for other values.
+    of the map's side below 1, or an odd number of places. Example: `set_strength(student.model, b=1.5, beta=0.5)`.
+
+    Raises:
+        ValueError: for other values, and TypeError for other names.
     """
-    given = {"b": b, "beta": beta, "dampening": dampening, "carry": carry, "window": window, "spread": spread}
+    given = {"b": b, "beta": beta, **others}
     wanted = {name: value for name, value in given.items() if value is not None}
     for name, value in wanted.items():
-        known = STRENGTHS[name]
-        if not known.least <= value <= known.most or math.isinf(value):
-            raise ValueError(f"{name} lies between {known.least:g} and {known.most:g}; got {value}")
-    if window is not None and window >= 1 and window % 2 != 1:
-        raise ValueError(f"window is 0 (the whole map), a share below 1, or an odd number of places; got {window}")
+        if name not in STRENGTHS:
+            raise TypeError(f"no strength {name!r}.{near_miss(name, STRENGTHS)} There are: {', '.join(STRENGTHS)}.")
+        if fault := STRENGTHS[name].fault(value):
+            raise ValueError(f"{name} {fault}")
     for _, layer in scheduled_layers(model):
         for name in wanted.keys() & layer.moves:
             layer.set_strength(name, wanted[name])

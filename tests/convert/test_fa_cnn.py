@@ -282,7 +282,7 @@ def test_each_form_is_its_formula_and_begins_at_the_block_itself():
         assert torch.equal(dampened(change, 0.0, form)(x), x + change)
     with pytest.raises(ValueError, match="of the form branch is at most 1"):
         dampened(change, 1.5, "branch")
-    with pytest.raises(ValueError, match="dampening lies between 0 and inf; got -1"):
+    with pytest.raises(ValueError, match="dampening is at least 0; got -1"):
         set_strength(dampened(change, 0.5), dampening=-1)
 
 
