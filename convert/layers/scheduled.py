@@ -77,7 +77,7 @@ STRENGTHS = {
         0.0,
         1.0,
         "between 0 and 1",
-        lambda value: {0: "biases removed", 1: "biases kept"}.get(value, f"{value:.0%} of biases"),
+        lambda value: {0.0: "biases removed", 1.0: "biases kept"}.get(value, f"{value:.0%} of biases"),
     ),
     "dampening": Strength(0.0, 0.0, math.inf, "at least 0", lambda value: f"dampening={value:g}" if value else ""),
     # The share of the biases that counts in proportion to the layer's own input.
