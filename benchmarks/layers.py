@@ -27,7 +27,7 @@ from bcosify.convert.layers import (
     Scheduled,
     SixChannelBcosConv2d,
     UncentredBatchNorm,
-    adopt,
+    convert_in_place,
     set_strength,
 )
 from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
@@ -63,26 +63,26 @@ class TwoProducts(nn.Module):
 
 
 def bcos_layer(source: nn.Module) -> nn.Module:
-    layer = adopt(copy.deepcopy(source), BcosLinear if isinstance(source, nn.Linear) else BcosConv2d)
+    layer = convert_in_place(copy.deepcopy(source), BcosLinear if isinstance(source, nn.Linear) else BcosConv2d)
     set_strength(layer, b=2.0, beta=0.0)
     return layer
 
 
 def coda_layer(source: nn.Module) -> nn.Module:
-    layer = adopt(copy.deepcopy(source), CodaLinear if isinstance(source, nn.Linear) else CodaConv2d)
+    layer = convert_in_place(copy.deepcopy(source), CodaLinear if isinstance(source, nn.Linear) else CodaConv2d)
     layer.start_alignment(rank=4, basis=4, squash="l2")
     return layer
 
 
 def stem_layer(source: nn.Module) -> nn.Module:
-    layer = adopt(copy.deepcopy(source), SixChannelBcosConv2d)
+    layer = convert_in_place(copy.deepcopy(source), SixChannelBcosConv2d)
     layer.encode_with(MEAN, STD)
     set_strength(layer, b=2.0, beta=0.0)
     return layer
 
 
 def batch_norm_layer(source: nn.Module) -> nn.Module:
-    layer: Scheduled = adopt(copy.deepcopy(source), UncentredBatchNorm)
+    layer: Scheduled = convert_in_place(copy.deepcopy(source), UncentredBatchNorm)
     set_strength(layer, beta=0.0)
     return layer.train()
 

@@ -22,7 +22,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.errors import LedgerError
 
-__all__ = ["Ledger", "continuous", "frozen", "graft", "leaves", "moves", "pulled", "tensors", "write"]
+__all__ = [
+    "Ledger",
+    "continuous",
+    "follows_input",
+    "frozen",
+    "leaves",
+    "pulled",
+    "tensors",
+    "with_gradient_of",
+    "write",
+]
 
 # What arguments and results are nested in.
 NESTS = (tuple, list, dict)
@@ -35,7 +45,7 @@ UNNAMED: Names = ("unnamed",)
 UNKNOWN = "?"
 
 
-def moves(value: object) -> TypeGuard[Tensor]:
+def follows_input(value: object) -> TypeGuard[Tensor]:
     """Whether `value` is a tensor that moves with the explained input."""
     return isinstance(value, Tensor) and value.requires_grad
 
@@ -80,7 +90,7 @@ def leaves(value: Any) -> list[Any]:
     return found
 
 
-def graft(value: Tensor, linear: Tensor) -> Tensor:
+def with_gradient_of(value: Tensor, linear: Tensor) -> Tensor:
     """`linear`, a fresh tensor, with its values (and strides) replaced by `value`: the model's own, bit for bit.
 
     A rule thus only chooses the derivative. What it gets wrong shows as a ledger that does not balance, never as
@@ -93,7 +103,7 @@ def graft(value: Tensor, linear: Tensor) -> Tensor:
 def pulled(value: Tensor, input: Tensor, pull: Callable[..., Tensor], *kept: Tensor) -> Tensor:
     """`value`, a fresh tensor, as a linear function of `input` whose transpose is pull(gradient, *kept).
 
-    As `graft`, for rules that know the derivative: the linear function itself is never computed.
+    As `with_gradient_of`, for rules that know the derivative: the linear function itself is never computed.
     """
     return _Pulled.apply(input, value, pull, *kept)
 
@@ -251,7 +261,7 @@ class Ledger:
 
         `response` gives the rest of `out`, where that is known better than by a difference: it carries the constant.
         """
-        if UNKNOWN in self.names(source) or not moves(out):
+        if UNKNOWN in self.names(source) or not follows_input(out):
             return
         constant = torch.as_tensor(constant, device=out.device).detach()
         if not constant.any():
@@ -318,7 +328,7 @@ class Ledger:
         self.enter(out, constant, source)
         return out
 
-    def adopt(self, target: Tensor) -> None:
+    def convert_in_place(self, target: Tensor) -> None:
         """Readies a constant `target` to be written to with something that moves.
 
         What stays of it is a constant, and so is what stays of the memory of which it may be a view.

@@ -33,16 +33,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
-from .ledger import Ledger, leaves, moves, write
+from .ledger import Ledger, follows_input, leaves, write
 from .rules import (
     IN_PLACE,
     OPERATIONS,
     PROPERTIES,
     Operation,
     Rule,
-    beside,
-    beside_energy,
-    beside_mean,
     carried_bias,
     carrier,
     colours,
@@ -52,6 +49,9 @@ from .rules import (
     linear,
     linear_in_encoding,
     resolve,
+    with_energy_rule,
+    with_mean_rule,
+    with_statistics_rule,
 )
 
 __all__ = ["Linearised", "dynamic_linear", "gated", "input_encoding"]
@@ -145,7 +145,7 @@ class Linearised(TorchFunctionMode):
         if not all(map(self._ledger.settled, given)):
             args, options = self._ledger.settle((args, options))
             given = leaves((args, options))
-        if any(map(moves, given)):
+        if any(map(follows_input, given)):
             return self._linearised(func, args, options)
         return self._ledger.inherit(self._of_constants(func, args, options), given)
 
@@ -162,21 +162,21 @@ class Linearised(TorchFunctionMode):
         if "out" in kwargs:
             kwargs = {key: value for key, value in kwargs.items() if key != "out"}
         writes = operation.in_place or kwargs.get("inplace")
-        if writes and not (operation.rule in IN_PLACE and moves(args[0]) and not ledger.gates(args[0])):
+        if writes and not (operation.rule in IN_PLACE and follows_input(args[0]) and not ledger.gates(args[0])):
             into = args[0]
             if operation.in_place:
                 func = _out_of_place(func)
             else:
                 kwargs = kwargs | {"inplace": False}
-        if into is not None and not moves(into):
-            ledger.adopt(into)
+        if into is not None and not follows_input(into):
+            ledger.convert_in_place(into)
         out = ledger.inherit(operation.rule(ledger, func, *args, **kwargs), (args, kwargs))
         if into is None:
             return out
         # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be
         # written over something that moves if it seems to move, but it stays a gate.
-        write(into, out if moves(out) else ledger.entered(out, out))
-        return ledger.mark(into, not moves(out) or ledger.gates(out))
+        write(into, out if follows_input(out) else ledger.entered(out, out))
+        return ledger.mark(into, not follows_input(out) or ledger.gates(out))
 
 
 # ------------------------------------------------------------------------------------------- to declare your own layers
@@ -251,7 +251,7 @@ def with_statistics(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P,
 
     In explanation mode x is itself and the other a constant.
     """
-    return _declared(function, beside)
+    return _declared(function, with_statistics_rule)
 
 
 def with_mean(function: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Tensor, ...]]:
@@ -259,7 +259,7 @@ def with_mean(function: Callable[P, tuple[Tensor, ...]]) -> Callable[P, tuple[Te
 
     In explanation mode x and its mean are what they are, linear in x, and the others constants.
     """
-    return _declared(function, beside_mean)
+    return _declared(function, with_mean_rule)
 
 
 def linear_in(
@@ -302,7 +302,7 @@ def with_energy(function: Callable[P, tuple[Tensor, Tensor]]) -> Callable[P, tup
 
     In explanation mode the sum is <x, sg(x)>, linear in x.
     """
-    return _declared(function, beside_energy)
+    return _declared(function, with_energy_rule)
 
 
 # Functions that explanation mode must see though none of their arguments moves.

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .attribution import main_output
-from .ledger import Ledger, continuous, leaves, moves, pulled, tensors
+from .ledger import Ledger, continuous, follows_input, leaves, pulled, tensors
 from .linearise import Linearised
 from .rules import resolve
 from .transposed import transposed
@@ -73,7 +73,7 @@ def _convolved(
     groups: int = 1,
 ) -> Tensor | None:
     """`F.conv2d` as a linear function of x, whose transpose has a fast derivative; None where it is something else."""
-    if x.dim() != 4 or isinstance(padding, str) or moves(weight) or moves(bias):
+    if x.dim() != 4 or isinstance(padding, str) or follows_input(weight) or follows_input(bias):
         return None
     size, stride, padding, dilation = x.shape, _pair(stride), _pair(padding), _pair(dilation)
     value = F.conv2d(x.detach(), weight, bias, stride, padding, dilation, groups)
@@ -104,7 +104,7 @@ class _Attached(Linearised):
     ) -> Any:
         args, options = self._ledger.settle((args, options))
         given = leaves((args, options))
-        if any(map(moves, given)):
+        if any(map(follows_input, given)):
             convolved = _convolved(self._ledger, *args, **options) if func is F.conv2d else None
             return self._linearised(func, args, options) if convolved is None else convolved
         out = self._of_constants(func, args, options)

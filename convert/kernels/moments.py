@@ -26,7 +26,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-def moments_beside(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def input_and_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x, and its `moments`."""
     return x, *moments(x)
 
@@ -91,7 +91,7 @@ def carrying(proportion: Tensor, bias: Tensor) -> Tensor:
 
 
 class _MomentsBeside(torch.autograd.Function):
-    """`moments_beside`: the gradients of all three meet in one pass over x."""
+    """`input_and_moments`: the gradients of all three meet in one pass over x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -103,7 +103,7 @@ class _MomentsBeside(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, of_mean: Tensor, of_variance: Tensor) -> Tensor | None:  # type: ignore[override]
         x, mean = ctx.saved_tensors
         if backward_is_followed(grad, of_mean, of_variance):
-            return gradients_of(moments_beside, (x,), (True,), (grad, of_mean, of_variance))[0]
+            return gradients_of(input_and_moments, (x,), (True,), (grad, of_mean, of_variance))[0]
         count = x.numel() / x.shape[1]
         slope = of_variance * (2 / count)
         shift = of_mean / count - mean * slope
@@ -129,4 +129,4 @@ def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean + centre.flatten(), variance_of(mean, square)
 
 
-with_moments = with_mean(lean(moments_beside, _MomentsBeside.apply, lambda x: (x, *_moments(x))))
+with_moments = with_mean(lean(input_and_moments, _MomentsBeside.apply, lambda x: (x, *_moments(x))))

@@ -22,7 +22,7 @@ def squares(x: Tensor, dim: Dims) -> Tensor:
     return x.to(wide(x)).square().sum(dim, keepdim=True)
 
 
-def squares_beside(x: Tensor, dim: Dims) -> tuple[Tensor, Tensor]:
+def input_and_squares(x: Tensor, dim: Dims) -> tuple[Tensor, Tensor]:
     """x, and its `squares`."""
     return x, squares(x, dim)
 
@@ -43,7 +43,7 @@ sum_of_squares = lean(squares, _squares)
 
 
 class _SquaresBeside(torch.autograd.Function):
-    """`squares_beside`: the gradients of both meet in one pass over x."""
+    """`input_and_squares`: the gradients of both meet in one pass over x."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: Dims) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ class _SquaresBeside(torch.autograd.Function):
             return grad, None
         (x,) = ctx.saved_tensors
         if backward_is_followed(grad, of_squares):
-            return gradients_of(squares_beside, (x, ctx.dim), (True, False), (grad, of_squares))
+            return gradients_of(input_and_squares, (x, ctx.dim), (True, False), (grad, of_squares))
         of_squares = of_squares.to(x.dtype)
         if grad is None:
             return 2 * x * of_squares, None
@@ -66,7 +66,7 @@ class _SquaresBeside(torch.autograd.Function):
         return grad.addcmul_(x, of_squares, value=2), None
 
 
-with_squares_of = lean(squares_beside, _SquaresBeside.apply, lambda x, dim: (x, _squares(x, dim)))
+with_squares_of = lean(input_and_squares, _SquaresBeside.apply, lambda x, dim: (x, _squares(x, dim)))
 
 
 @with_statistics

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bcos import BcosLinear
-from .scheduled import BiasScheduled, adopt
+from .scheduled import BiasScheduled, convert_in_place
 
 __all__ = ["SeparateAttention", "SeparateAttentionPool2d"]
 
@@ -49,7 +49,7 @@ class SeparateAttention(BiasScheduled):
             self._parameters.pop(name, None)
         for name, weight, part in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
             assert weight is not None
-            self.add_module(name, adopt(_linear(weight, part), BiasScheduled))
+            self.add_module(name, convert_in_place(_linear(weight, part), BiasScheduled))
 
     def forward(
         self,

@@ -39,7 +39,7 @@ __all__ = ["UncentredBatchNorm", "batch_statistics", "estimate_statistics"]
 class UncentredBatchNorm(Rescalable):
     """Mixin for BatchNorm: x * weight / sigma + (beta + carry * rho(x)) * (bias - weight * mean / sigma)."""
 
-    moves: ClassVar[tuple[str, ...]] = (*Rescalable.moves, "window", "spread")
+    strength_names: ClassVar[tuple[str, ...]] = (*Rescalable.strength_names, "window", "spread")
     window: Tensor
     spread: Tensor
     _window: float

@@ -29,7 +29,7 @@ __all__ = ["BcosConv2d", "BcosConv2dSame", "BcosLinear"]
 class _Bcos(OutputKept):
     """Mixin: B beside beta. `bounded=False` leaves the weight's norm in the scale (B-cosification's own variant)."""
 
-    moves: ClassVar[tuple[str, ...]] = ("b", *OutputKept.moves)
+    strength_names: ClassVar[tuple[str, ...]] = ("b", *OutputKept.strength_names)
     b: Tensor
     _b: float
     weight: nn.Parameter

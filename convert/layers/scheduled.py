@@ -30,9 +30,9 @@ __all__ = [
     "BiasScheduled",
     "Rescalable",
     "Scheduled",
-    "adopt",
     "at_start",
     "biased",
+    "convert_in_place",
     "described",
     "faded",
     "faded_and_carried",
@@ -98,17 +98,17 @@ STRENGTHS = {
 class Scheduled(nn.Module):
     """Mixin: a layer that is the source's own where its strengths start, and something else elsewhere.
 
-    `moves` names those that it has. Each is a buffer, which travels in the state dict; the float beside it spares a
+    `strength_names`: those that it has. Each is a buffer, which travels in the state dict; the float beside it spares a
     device synchronisation at every forward.
     """
 
-    moves: ClassVar[tuple[str, ...]] = ()
+    strength_names: ClassVar[tuple[str, ...]] = ()
     # Whether forward reads the buffers, not their mirrors: in a compiled model each new float is a new program.
     reads_buffers: bool = False
 
     def start_schedule(self) -> None:
-        """Called once, by `adopt`: every strength as in the source's own function."""
-        for name in self.moves:
+        """Called once, by `convert_in_place`: every strength as in the source's own function."""
+        for name in self.strength_names:
             self._register_strength(name, STRENGTHS[name].start)
 
     def _register_strength(self, name: str, value: float) -> None:
@@ -127,7 +127,7 @@ class Scheduled(nn.Module):
 
     def strengths(self) -> dict[str, float]:
         """The current value of every buffer that the schedule moves."""
-        return {name: getattr(self, f"_{name}") for name in self.moves}
+        return {name: getattr(self, f"_{name}") for name in self.strength_names}
 
     def _strength(self, name: str) -> float | Tensor:
         """What forward multiplies by: the mirror, or the buffer () itself."""
@@ -166,7 +166,7 @@ class BiasScheduled(Scheduled):
     changes no value, only what the ledger calls it. (Ours. For a BatchNorm it does change the function, see there.)
     """
 
-    moves: ClassVar[tuple[str, ...]] = ("beta", "carry")
+    strength_names: ClassVar[tuple[str, ...]] = ("beta", "carry")
     beta: Tensor
     carry: Tensor
     _beta: float
@@ -284,7 +284,7 @@ def join(module: nn.Module, mixin: type[MixinT], fading: tuple[str, ...] = ()) -
     return module
 
 
-def adopt(module: nn.Module, mixin: type[LayerT], fading: tuple[str, ...] = ()) -> LayerT:
+def convert_in_place(module: nn.Module, mixin: type[LayerT], fading: tuple[str, ...] = ()) -> LayerT:
     """As `join`, and starts the schedule at the source's own function.
 
     `fading` names parameters or buffers, beside `bias`, that the source's forward reads and that count beta times.
@@ -336,5 +336,5 @@ def set_strength(model: nn.Module, b: float | None = None, beta: float | None = 
         if fault := STRENGTHS[name].fault(value):
             raise ValueError(f"{name} {fault}")
     for _, layer in scheduled_layers(model):
-        for name in wanted.keys() & layer.moves:
+        for name in wanted.keys() & layer.strength_names:
             layer.set_strength(name, wanted[name])

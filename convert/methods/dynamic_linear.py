@@ -26,7 +26,7 @@ from ..layers import (
     SixChannel,
     SixChannelInput,
     UncentredBatchNorm,
-    adopt,
+    convert_in_place,
     join,
 )
 from ..libraries import Preprocess
@@ -78,7 +78,7 @@ def dynamic_swap(
     def change(module: nn.Module, preprocess: Preprocess, given: DynamicArguments) -> None:
         if given.standardised:
             _fold_standardisation(module)
-        adopted = adopt(module, layer)
+        adopted = convert_in_place(module, layer)
         if isinstance(adopted, SixChannel):
             adopted.encode_with(preprocess.mean, preprocess.std)
         prepare(adopted, given)
@@ -106,18 +106,18 @@ def _check_constants(module: nn.Module, names: tuple[str, ...]) -> None:
 @swap("common.fading_bias", BiasScheduled, arguments=FadingArguments)
 def fading_bias(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:
     _check_constants(module, given.constants)
-    adopt(module, BiasScheduled, given.constants)
+    convert_in_place(module, BiasScheduled, given.constants)
 
 
 @swap("common.uncentred_batch_norm", UncentredBatchNorm, AnyBatchNorm)
 def uncentred_batch_norm(module: nn.Module, preprocess: Preprocess, given: NoArguments) -> None:
-    adopt(module, UncentredBatchNorm)
+    convert_in_place(module, UncentredBatchNorm)
 
 
 @swap("common.separate_attention", SeparateAttention, nn.MultiheadAttention, FadingArguments)
 def separate_attention(module: nn.Module, preprocess: Preprocess, given: FadingArguments) -> None:
     _check_constants(module, given.constants)
-    adopt(module, SeparateAttention, given.constants)
+    convert_in_place(module, SeparateAttention, given.constants)
 
 
 @swap("common.separate_attention_pool2d", SeparateAttentionPool2d)

@@ -19,7 +19,7 @@ moves, with every summand that does not move entered in the ledger. With sg = st
 from __future__ import annotations
 
 from .affine import linear
-from .gates import beside, beside_energy, beside_mean, carried_bias, carrier, gate, gate_by
+from .gates import carried_bias, carrier, gate, gate_by, with_energy_rule, with_mean_rule, with_statistics_rule
 from .inputs import colours, encoding, linear_in_encoding
 from .rule import Operation, Rule
 from .table import IN_PLACE, OPERATIONS, PROPERTIES, resolve
@@ -30,9 +30,6 @@ __all__ = [
     "PROPERTIES",
     "Operation",
     "Rule",
-    "beside",
-    "beside_energy",
-    "beside_mean",
     "carried_bias",
     "carrier",
     "colours",
@@ -42,4 +39,7 @@ __all__ = [
     "linear",
     "linear_in_encoding",
     "resolve",
+    "with_energy_rule",
+    "with_mean_rule",
+    "with_statistics_rule",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..ledger import Ledger, continuous, frozen, moves, tensors
+from ..ledger import Ledger, continuous, follows_input, frozen, tensors
 from .rule import Rule, Run
 
 __all__ = [
@@ -52,11 +52,11 @@ def affine(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
         return run(*args, **kwargs)
 
     out = run(*args, **kwargs)
-    if not moves(out):
+    if not follows_input(out):
         return out
     with torch.no_grad():
         literal = at(None)
-        for leaf in {id(leaf): leaf for leaf in tensors(leaves) if not moves(leaf)}.values():
+        for leaf in {id(leaf): leaf for leaf in tensors(leaves) if not follows_input(leaf)}.values():
             ledger.enter(out, at(leaf) - literal, leaf)
     ledger.enter(out, literal, None)
     return out
@@ -69,7 +69,7 @@ def combination(coefficients: Callable[[Any], tuple[Any, Any]]) -> Rule:
         out = run(input, other) if alpha == 1 else run(input, other, alpha=alpha)
         first, second = zip((input, other), coefficients(alpha), strict=True)
         for (operand, coefficient), (rest, factor) in ((first, second), (second, first)):
-            if not moves(operand):
+            if not follows_input(operand):
                 ledger.enter(out, operand * coefficient, operand, lambda rest=rest, factor=factor: rest * factor)
         return still_gate(ledger, out, input, other)
 
@@ -93,7 +93,8 @@ def extreme(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
     shape = torch.broadcast_shapes(*(leaf.shape for leaf in tensors((args, kwargs))))
     leaves, tree = tree_flatten((args, kwargs))
     followed = [
-        ledger.entered(leaf.expand(shape), leaf) if continuous(leaf) and not moves(leaf) else leaf for leaf in leaves
+        ledger.entered(leaf.expand(shape), leaf) if continuous(leaf) and not follows_input(leaf) else leaf
+        for leaf in leaves
     ]
     args, kwargs = tree_unflatten(followed, tree)
     return run(*args, **kwargs)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ledger import Ledger, frozen, graft, moves, pulled
+from ..ledger import Ledger, follows_input, frozen, pulled, with_gradient_of
 from .affine import affine
 from .products import weighted
 from .rule import Run
@@ -39,7 +39,7 @@ def attention(
     options = (attn_mask, dropout_p, is_causal)
     more = {"scale": scale, "enable_gqa": enable_gqa}
     plain = attn_mask is None and not dropout_p and not is_causal and query.shape[:-2] == value.shape[:-2]
-    if not moves(value) or not plain or query.device.type != "cpu":
+    if not follows_input(value) or not plain or query.device.type != "cpu":
         return run(query, key, value, *options, **more)
 
     # torch's backward pass on a CPU makes the gradients of query and key too, wanted or not: five products, not two.
@@ -68,7 +68,7 @@ def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) ->
         out, _ = run(**constant)
     shown = (weights.mean(-3) if given.average_attn_weights else weights) if given.need_weights else None
     ledger.name(shown, ("softmax output",))
-    if not moves(given.value) and not moves(given.static_v):
+    if not follows_input(given.value) and not follows_input(given.static_v):
         return ledger.name(out, ("attention output",)), shown
 
     width, heads = given.embed_dim_to_check, given.num_heads
@@ -86,4 +86,4 @@ def multi_head_attention(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) ->
     values = values.reshape(len(weights), heads, -1, width // heads)
     seen = weights @ F.pad(values, (0, 0, 0, int(given.add_zero_attn)))
     seen = weighted(ledger, F.linear, seen.transpose(1, 2).flatten(2), given.out_proj_weight, given.out_proj_bias)
-    return graft(out, seen.transpose(0, 1).reshape(out.shape).clone()), shown
+    return with_gradient_of(out, seen.transpose(0, 1).reshape(out.shape).clone()), shown

@@ -8,13 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ledger import Ledger, frozen, graft, moves, pulled
+from ..ledger import Ledger, follows_input, frozen, pulled, with_gradient_of
 from .rule import Rule, Run
 
 __all__ = [
-    "beside",
-    "beside_energy",
-    "beside_mean",
     "carried_bias",
     "carrier",
     "clipping",
@@ -27,13 +24,16 @@ __all__ = [
     "routing",
     "saturation",
     "scaled",
+    "with_energy_rule",
+    "with_mean_rule",
+    "with_statistics_rule",
 ]
 
 
 def gate(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Pointwise a(x), or x times a gate:  x · sg(a(x) / x), and 0 where x is 0."""
     value = run(*frozen((input, *args)), **frozen(kwargs))
-    if not moves(input):
+    if not follows_input(input):
         return value
     return scaled(ledger, value, input, _factor(value, input.detach()))
 
@@ -46,7 +46,7 @@ def gate_by(apart: Run, gradient: Run | None = None) -> Rule:
 
     def rule(ledger: Ledger, run: Run, input: Tensor, *others: Any, **more: Any) -> Tensor:
         others, more = frozen(others), frozen(more)
-        if not moves(input):
+        if not follows_input(input):
             return run(input, *others, **more)
         with torch.no_grad():
             # Not `detach`: what is written over x, which nothing reads again, would show as a change of a view.
@@ -105,7 +105,7 @@ def power(ledger: Ledger, run: Run, input: Any, exponent: Any) -> Tensor:
 
 def clipping(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """`clamp` and its like: a gate where 0 stays 0, else a known non-linear operation."""
-    if moves(input) and not run(input.new_zeros(()), *frozen(args), **frozen(kwargs)).any():
+    if follows_input(input) and not run(input.new_zeros(()), *frozen(args), **frozen(kwargs)).any():
         return gate(ledger, run, input, *args, **kwargs)
     return ledger.name(run(*frozen((input, *args)), **frozen(kwargs)), ("clamp output",))
 
@@ -113,7 +113,7 @@ def clipping(ledger: Ledger, run: Run, input: Tensor, *args: Any, **kwargs: Any)
 def gated_half(ledger: Ledger, run: Run, input: Tensor, dim: int = -1) -> Tensor:
     """`glu`: the first half of the channels, gated by the second."""
     half, control = input.chunk(2, dim)
-    return graft(run(input.detach(), dim), half * control.detach().sigmoid())
+    return with_gradient_of(run(input.detach(), dim), half * control.detach().sigmoid())
 
 
 def freezing(name: str) -> Rule:
@@ -125,17 +125,17 @@ def freezing(name: str) -> Rule:
     return rule
 
 
-def beside(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
+def with_statistics_rule(ledger: Ledger, run: Run, input: Tensor, *args: Any) -> Any:
     """The input itself, and a statistic of it that is only ever part of a gate."""
     with torch.no_grad():
         return input, ledger.name(run(*frozen((input, *args)))[1], ("norm output",))
 
 
-def beside_mean(ledger: Ledger, run: Run, input: Tensor) -> Any:
-    """As `beside`, where the first statistic is the mean of every channel, which is linear."""
+def with_mean_rule(ledger: Ledger, run: Run, input: Tensor) -> Any:
+    """As `with_statistics_rule`, where the first statistic is the mean of every channel, which is linear."""
     _, mean, *others = run(input.detach())
     moving = input.mean([dim for dim in range(input.dim()) if dim != 1])
-    return input, graft(mean, moving), *ledger.name(others, ("norm output",))
+    return input, with_gradient_of(mean, moving), *ledger.name(others, ("norm output",))
 
 
 def distrusting(name: str) -> Rule:
@@ -161,8 +161,8 @@ def carrier(ledger: Ledger, run: Run, term: Tensor, bias: Any) -> Tensor:
     return ledger.carries(run(term, frozen(bias)), bias)
 
 
-def beside_energy(ledger: Ledger, run: Run, input: Tensor, dim: Any) -> Any:
+def with_energy_rule(ledger: Ledger, run: Run, input: Tensor, dim: Any) -> Any:
     """The input itself, and its sum of squares, as the linear function <x, sg(x)>."""
     value = run(*frozen((input, dim)))[1]
     linear = (input * input.detach()).sum(dim, keepdim=True)
-    return input, graft(value, linear.to(value.dtype))
+    return input, with_gradient_of(value, linear.to(value.dtype))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ledger import Ledger, frozen, graft, pulled
+from ..ledger import Ledger, frozen, pulled, with_gradient_of
 from .rule import Rule, Run
 
 __all__ = ["colours", "encoding", "linear_in_encoding"]
@@ -21,7 +21,7 @@ def encoding(
     x, mean, std = frozen((x, mean, std))
     leaf = ledger.encode(run(x, mean, std, (0, 0, 0, 0)))
     value = run(x, mean, std, padding)
-    out = graft(value, F.pad(leaf, padding) if any(padding) else leaf.clone())
+    out = with_gradient_of(value, F.pad(leaf, padding) if any(padding) else leaf.clone())
     inside = F.pad(torch.ones_like(leaf, dtype=torch.bool), padding)
     ledger.enter(out, value.masked_fill(inside, 0), "padding")
     return out
@@ -48,4 +48,4 @@ def colours(ledger: Ledger, run: Run, x: Tensor, mean: Tensor, std: Tensor) -> T
     r = x * std + mean
     leaf = ledger.encode(torch.cat([r, 1 - r], 1))
     half, k = 1 / (2 * std), (1 - 2 * mean) / (2 * std)
-    return graft(run(x, mean, std).clone(), leaf[:, :3] * (k + half) + leaf[:, 3:] * (k - half))
+    return with_gradient_of(run(x, mean, std).clone(), leaf[:, :3] * (k + half) + leaf[:, 3:] * (k - half))

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ledger import Ledger, frozen, graft, pulled
+from ..ledger import Ledger, frozen, pulled, with_gradient_of
 from .products import product
 from .rule import Run
 
@@ -48,7 +48,7 @@ def rms_norm(
     dims = tuple(range(-len(normalized_shape), 0))
     eps = torch.finfo(input.dtype).eps if eps is None else eps
     out = input * input.detach().square().mean(dims, keepdim=True).add(eps).rsqrt()
-    return _dressed(ledger, run(input.detach(), normalized_shape, frozen(weight), eps), out, weight, None)
+    return _apply_affine(ledger, run(input.detach(), normalized_shape, frozen(weight), eps), out, weight, None)
 
 
 def group_norm(
@@ -63,7 +63,7 @@ def group_norm(
 ) -> Tensor:
     out = _standardised(input.reshape(input.shape[0], num_groups, -1), (-1,), eps).reshape(input.shape)
     value = run(input.detach(), num_groups, *frozen((weight, bias, eps)))
-    return _dressed(ledger, value, out, weight, bias, per_channel=True)
+    return _apply_affine(ledger, value, out, weight, bias, per_channel=True)
 
 
 def batch_norm(
@@ -117,17 +117,17 @@ def instance_norm(
         return batch_norm(ledger, F.batch_norm, input, running_mean, running_var, weight, bias, False, momentum, eps)
     value = run(input.detach(), None, None, *frozen((weight, bias)), True, momentum, eps)
     out = _standardised(input, tuple(range(2, input.dim())), eps)
-    return _dressed(ledger, value, out, weight, bias, per_channel=True)
+    return _apply_affine(ledger, value, out, weight, bias, per_channel=True)
 
 
 def normalize(ledger: Ledger, run: Run, input: Tensor, p: float = 2.0, dim: Any = 1, eps: float = 1e-12) -> Tensor:
     norm = torch.linalg.vector_norm(input.detach(), p, dim, keepdim=True).clamp_min(eps)
-    return graft(run(input.detach(), p, dim, eps), input / norm)
+    return with_gradient_of(run(input.detach(), p, dim, eps), input / norm)
 
 
 def cosine_similarity(ledger: Ledger, run: Run, x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Tensor:
     units = (x / torch.linalg.vector_norm(x.detach(), 2, dim, keepdim=True).clamp_min(eps) for x in (x1, x2))
-    return graft(run(x1.detach(), x2.detach(), dim, eps), product(ledger, torch.mul, *units).sum(dim))
+    return with_gradient_of(run(x1.detach(), x2.detach(), dim, eps), product(ledger, torch.mul, *units).sum(dim))
 
 
 def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
@@ -138,12 +138,14 @@ def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
     return centred * (variance + eps).rsqrt()
 
 
-def _dressed(ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False) -> Tensor:
+def _apply_affine(
+    ledger: Ledger, value: Tensor, out: Tensor, weight: Any, bias: Any, per_channel: bool = False
+) -> Tensor:
     """`value` with the derivative of out · weight + bias, which lie along the last axes or else the channels."""
     align = _per_channel if per_channel else lambda vector, like: vector
     bare = out
     if weight is None:
-        out = graft(value, out.clone())
+        out = with_gradient_of(value, out.clone())
     else:
         out = pulled(value, out, lambda grad, weight: grad * align(weight, grad), frozen(weight))
     if bias is not None:

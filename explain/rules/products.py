@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..ledger import Ledger, frozen, graft, moves, pulled
+from ..ledger import Ledger, follows_input, frozen, pulled, with_gradient_of
 from .affine import ADD, still_gate
 from .rule import Rule, Run
 
@@ -18,7 +18,7 @@ __all__ = ["multiply_add", "product", "projection", "quotient", "weighted"]
 def product(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Tensor:
     """Operations that are linear in each of their tensors: m moving factors get 1/m of the product each."""
     leaves, tree = tree_flatten((args, kwargs))
-    moving = [index for index, leaf in enumerate(leaves) if moves(leaf)]
+    moving = [index for index, leaf in enumerate(leaves) if follows_input(leaf)]
     moving = [index for index in moving if not ledger.gates(leaves[index])] or moving
 
     def term(keep: int) -> Tensor:
@@ -28,14 +28,14 @@ def product(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Tensor:
     terms = [term(keep) for keep in moving]
     if len(terms) < 2:
         return still_gate(ledger, terms[0] if terms else run(*args, **kwargs), *leaves)
-    return graft(terms[0], torch.stack(terms).mean(0) if len(terms) > 2 else (terms[0] + terms[1]) / 2)
+    return with_gradient_of(terms[0], torch.stack(terms).mean(0) if len(terms) > 2 else (terms[0] + terms[1]) / 2)
 
 
 def quotient(
     ledger: Ledger, run: Run, input: Any, other: Any, *, rounding_mode: str | None = None, **kwargs: Any
 ) -> Any:
     """Division by something that moves: the divisor is a gate."""
-    if rounding_mode is not None or not moves(input):
+    if rounding_mode is not None or not follows_input(input):
         value = run(*frozen((input, other)), rounding_mode=rounding_mode, **kwargs)
         return ledger.name(value, ("div output",))
     return still_gate(ledger, run(input, frozen(other), **kwargs), input, other)
@@ -43,7 +43,7 @@ def quotient(
 
 def projection(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None) -> Tensor:
     """`linear`. (A weight that moves makes it a product.)"""
-    if moves(weight) or moves(bias) or not moves(input):
+    if follows_input(weight) or follows_input(bias) or not follows_input(input):
         return weighted(ledger, run, input, weight, bias)
     out = pulled(run(input.detach(), weight, bias), input, _through, weight)
     if bias is not None:
@@ -63,10 +63,10 @@ def _through(grad: Tensor, weight: Tensor) -> Tensor:
 def weighted(ledger: Ledger, run: Run, input: Tensor, weight: Tensor, bias: Any = None, *args: Any, **kwargs: Any):
     """The convolutions. (A weight that moves makes them products, as in dynamic convolution.)"""
     shape = (-1, *(1,) * (weight.dim() - 2))
-    if moves(bias) or (moves(input) and moves(weight)):
+    if follows_input(bias) or (follows_input(input) and follows_input(weight)):
         sum_of_products = product(ledger, run, input, weight, None, *args, **kwargs)
         out = sum_of_products if bias is None else ADD(ledger, torch.add, sum_of_products, bias.reshape(shape))
-        return graft(run(*frozen((input, weight, bias, *args)), **kwargs), out)
+        return with_gradient_of(run(*frozen((input, weight, bias, *args)), **kwargs), out)
     out = run(input, weight, bias, *args, **kwargs)
     if bias is not None:
         ledger.enter(out, bias.reshape(shape), bias, lambda: run(input.detach(), weight, None, *args, **kwargs))
@@ -81,6 +81,6 @@ def multiply_add(multiply: Run, multiply_rule: Rule = product) -> Rule:
         settings = {key: given for key, given in (("beta", beta), ("alpha", alpha), ("value", value)) if given != 1}
         result = ledger.inherit(multiply_rule(ledger, multiply, a, b), (a, b))
         out = ADD(ledger, torch.add, *(ledger.inherit(x * y, x) for x, y in ((input, beta), (result, scale))))
-        return graft(run(*frozen((input, a, b)), **settings), out)
+        return with_gradient_of(run(*frozen((input, a, b)), **settings), out)
 
     return rule

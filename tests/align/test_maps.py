@@ -15,7 +15,7 @@ from bcosify.align.recipe import Phase
 from bcosify.convert import convert, load, load_teacher, set_strength
 from bcosify.convert.blocks import blocks_of
 from bcosify.convert.layers.bcos import BcosLinear
-from bcosify.convert.layers.scheduled import adopt
+from bcosify.convert.layers.scheduled import convert_in_place
 from bcosify.convert.taps import record
 from bcosify.core.errors import RecipeError
 from bcosify.explain import explain
@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_finite_differences():
 def test_gates_of_b_cos_layers_are_held_fixed():
     """Two B-cos layers with a GELU between, written out with detached gates."""
     torch.manual_seed(0)
-    layers = [adopt(nn.Linear(5, 7), BcosLinear), adopt(nn.Linear(7, 3), BcosLinear)]
+    layers = [convert_in_place(nn.Linear(5, 7), BcosLinear), convert_in_place(nn.Linear(7, 3), BcosLinear)]
     net = nn.Sequential(nn.Flatten(), layers[0], nn.GELU(), layers[1])
     set_strength(net, 2.0, 0.0)
     images, directions, weights = torch.randn(4, 1, 1, 5), torch.randn(4, 3), torch.randn(4, 1, 5)

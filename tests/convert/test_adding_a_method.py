@@ -12,7 +12,7 @@ import torch
 from bcosify.align.checks import choose_recipe
 from bcosify.cli.main import main
 from bcosify.convert import convert, load, set_strength
-from bcosify.convert.layers import Scheduled, adopt, at_start
+from bcosify.convert.layers import Scheduled, at_start, convert_in_place
 from bcosify.convert.methods import METHODS, register
 from bcosify.convert.plan import Decision, Method, Paper
 from bcosify.convert.swaps import SWAPS, swap
@@ -35,7 +35,7 @@ class QuietConfig:
 class QuietLinear(Scheduled):
     """Mixin over a linear layer: its response is divided by 1 + dampening."""
 
-    moves = ("dampening",)
+    strength_names = ("dampening",)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) / (1 + self._strength("dampening"))  # type: ignore[misc]
@@ -67,7 +67,9 @@ QUIET = Method(
 
 @pytest.fixture
 def quiet() -> Iterator[Method]:
-    swap("quiet.linear", QuietLinear, nn.Linear)(lambda module, preprocess, given: adopt(module, QuietLinear))
+    swap("quiet.linear", QuietLinear, nn.Linear)(
+        lambda module, preprocess, given: convert_in_place(module, QuietLinear)
+    )
     register(QUIET)
     yield QUIET
     del METHODS["quiet"], SWAPS["quiet.linear"]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from bcosify.convert import BcosConfig, convert, plan_for, set_strength
-from bcosify.convert.layers import BcosLinear, BiasScheduled, SeparateAttention, adopt
+from bcosify.convert.layers import BcosLinear, BiasScheduled, SeparateAttention, convert_in_place
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import PlanError
 from bcosify.core.pictures import noise_pictures
@@ -26,7 +26,7 @@ def pair(**options) -> tuple[nn.MultiheadAttention, SeparateAttention]:
         for parameter in source.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
     constants = ("bias_k", "bias_v") if source.bias_k is not None else ()
-    return source, adopt(copy.deepcopy(source), SeparateAttention, constants)
+    return source, convert_in_place(copy.deepcopy(source), SeparateAttention, constants)
 
 
 def tokens(*shape: int, seed: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from bcosify.convert import CodaConfig, Student, convert, fold, load, save, set_strength
-from bcosify.convert.layers import UncentredBatchNorm, adopt, batch_statistics, scheduled_layers
+from bcosify.convert.layers import UncentredBatchNorm, batch_statistics, convert_in_place, scheduled_layers
 from bcosify.convert.layers.bcos import BcosLinear
 from bcosify.convert.layers.scheduled import BiasScheduled
 from bcosify.convert.randomise import randomise
@@ -40,7 +40,7 @@ def norm_of(kind: type[nn.Module], channels: int = 3, **options) -> UncentredBat
             tensor.data.uniform_(0.5, 2.0, generator=generator) if "var" in name else tensor.data.normal_(
                 0, 1, generator=generator
             )
-    return adopt(norm, UncentredBatchNorm)
+    return convert_in_place(norm, UncentredBatchNorm)
 
 
 def rho_by_hand(x: Tensor, mean: Tensor, var: Tensor, window: float, spread: float) -> Tensor:
@@ -275,7 +275,9 @@ def test_without_constants_carriers_add_up_to_the_carried_part(students, name):
 def test_a_response_that_is_small_beside_what_it_carries_is_known_exactly():
     """As a difference of sums it would be rounding, and the ledger off by as much."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Flatten(), adopt(nn.Linear(12, 5), BcosLinear), nn.Linear(5, 2, bias=False)).eval()
+    model = nn.Sequential(
+        nn.Flatten(), convert_in_place(nn.Linear(12, 5), BcosLinear), nn.Linear(5, 2, bias=False)
+    ).eval()
     with torch.no_grad():
         model[1]._parameters["weight"].mul_(1e-6)
         model[1]._parameters["bias"].fill_(3.0)
@@ -305,7 +307,7 @@ def small(last: nn.Module) -> nn.Sequential:
     """Layers at B = 1 behind a ReLU: what is frozen in explanation mode has no derivative but in the norm."""
     torch.manual_seed(3)
     return nn.Sequential(
-        adopt(nn.Conv2d(3, 6, 3, bias=False), BiasScheduled), norm_of(nn.BatchNorm2d, 6), nn.ReLU(),
+        convert_in_place(nn.Conv2d(3, 6, 3, bias=False), BiasScheduled), norm_of(nn.BatchNorm2d, 6), nn.ReLU(),
         nn.AdaptiveAvgPool2d(2), nn.Flatten(), last,
     ).eval()  # fmt: skip
 
@@ -339,7 +341,7 @@ def test_the_direct_map_is_that_of_detached_carriers():
 def test_what_a_linear_layer_carries_follows_its_own_response():
     """Written out: carry · bias · <r, sg(r)> / |r|^2 over the channels of every token."""
     torch.manual_seed(3)
-    layer = adopt(nn.Linear(12, 5), BcosLinear)
+    layer = convert_in_place(nn.Linear(12, 5), BcosLinear)
     model = nn.Sequential(nn.Flatten(2), layer, nn.ReLU(), nn.Flatten(), nn.Linear(15, 2, bias=False)).eval()
     set_strength(model, beta=0.25, carry=0.5)
     x = seeded(2, 3, 3, 4)
@@ -391,7 +393,7 @@ def test_carried_biases_are_saved_and_loaded(students, tmp_path, name):
     batch = pictures_for(student)
     assert torch.equal(opened.model(batch), student.model(batch))
     for _, layer in scheduled_layers(opened.model):
-        assert layer.strengths() == {key: MOVED[key] for key in layer.moves}
+        assert layer.strengths() == {key: MOVED[key] for key in layer.strength_names}
     ours, theirs = (explain(each.model, batch, 0) for each in (opened, student))
     assert ours.direct is not None and theirs.direct is not None and torch.equal(ours.direct, theirs.direct)
 

@@ -12,7 +12,7 @@ from bcosify.convert import CodaConfig, convert, identity_error, load, plan_for,
 from bcosify.convert.kernels import alignment, memory
 from bcosify.convert.kernels.alignment import Layout
 from bcosify.convert.kernels.alignment import aligned as response
-from bcosify.convert.layers import DynamicConv2d, adopt, scheduled_layers, watching
+from bcosify.convert.layers import DynamicConv2d, convert_in_place, scheduled_layers, watching
 from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
 from bcosify.core.errors import PlanError
 from bcosify.explain import Linearised, SelfTarget, TopTarget, explain
@@ -32,7 +32,7 @@ bases = st.integers(0, 2)
 
 def aligned(source: nn.Module, mixin: type, rank: int = 2, basis: int = 2, squash: str = "l2", move: float = 0.1):
     """A converted copy whose low-rank part is random, of this size."""
-    layer = adopt(copy.deepcopy(source), mixin)
+    layer = convert_in_place(copy.deepcopy(source), mixin)
     layer.start_alignment(rank, basis, squash)
     moving = layer.directions if layer.mixing is None else layer.mixing
     nn.init.normal_(moving, std=move) if move else None

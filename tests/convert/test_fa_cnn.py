@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from bcosify.convert import FaCnnConfig, convert, identity_error, load, plan_for, save, set_strength
 from bcosify.convert.blocks import blocks_of
-from bcosify.convert.layers import adopt, at_start
+from bcosify.convert.layers import at_start, convert_in_place
 from bcosify.convert.methods.anatomy import look
 from bcosify.convert.methods.fa_cnn.class_maps import ClassMaps, LastMap, PlaceClassifier, PlaceNorm
 from bcosify.convert.methods.fa_cnn.dampening import FORMS, DampenedSkip, skipping
@@ -234,7 +234,7 @@ class Block(nn.Module):
 
 
 def dampened(change: Tensor, e: float, form: str = "bound") -> DampenedSkip:
-    block = adopt(Block(change), DampenedSkip)
+    block = convert_in_place(Block(change), DampenedSkip)
     block.form = form  # type: ignore[assignment]
     block.set_strength("dampening", e)
     return block

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.convert import BcosConfig, CodaConfig, convert, fold, set_strength
-from bcosify.convert.layers import BcosConv2d, UncentredBatchNorm, adopt
+from bcosify.convert.layers import BcosConv2d, UncentredBatchNorm, convert_in_place
 from bcosify.explain import explain
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,7 +114,7 @@ def test_a_norm_stays_where_its_gain_has_no_layer_of_its_own(teach, monkeypatch,
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_a_layer_that_takes_its_norms_or_a_gain_responds_as_the_formula_says(b, bounded, seed):
     torch.manual_seed(seed)
-    layer, x = adopt(nn.Conv2d(4, 6, 3, bias=False).double(), BcosConv2d), torch.randn(2, 4, 5, 5).double()
+    layer, x = convert_in_place(nn.Conv2d(4, 6, 3, bias=False).double(), BcosConv2d), torch.randn(2, 4, 5, 5).double()
     layer.bounded = bounded
     layer.weight.data[0] = 0
     set_strength(layer, b=round(b, 2))

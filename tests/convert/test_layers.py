@@ -15,8 +15,8 @@ from bcosify.convert.layers import (
     BcosLinear,
     BiasScheduled,
     UncentredBatchNorm,
-    adopt,
     batch_statistics,
+    convert_in_place,
     estimate_statistics,
     scheduled_layers,
     set_strength,
@@ -67,7 +67,7 @@ def slow_conv(layer: nn.Conv2d, x: Tensor, b: float, beta: float) -> Tensor:
 
 def adopted(layer: nn.Module, mixin: type = BcosLinear, b: float | None = None, beta: float | None = None) -> nn.Module:
     """A converted copy."""
-    layer = adopt(copy.deepcopy(layer), mixin)
+    layer = convert_in_place(copy.deepcopy(layer), mixin)
     set_strength(layer, b, beta)
     return layer
 
@@ -322,7 +322,9 @@ def test_beta_scales_the_bias_of_any_layer(kind, beta):
 
 
 def test_strengths_are_validated_and_left_alone_where_not_given():
-    model = nn.Sequential(adopt(nn.Linear(3, 3), BcosLinear), adopt(nn.LayerNorm(3), BiasScheduled))
+    model = nn.Sequential(
+        convert_in_place(nn.Linear(3, 3), BcosLinear), convert_in_place(nn.LayerNorm(3), BiasScheduled)
+    )
     shares = [{name: wrong} for name in ("beta", "carry", "spread") for wrong in (-0.1, 1.1, math.nan)]
     for wrong in ({"b": 0.9}, {"b": math.nan}, {"b": math.inf}, {"window": -1}, {"window": math.inf}, *shares):
         with pytest.raises(ValueError, match="^(b|beta|carry|spread|window) is (at least 1|between 0 and 1|0 .*); got"):
@@ -357,7 +359,7 @@ def test_a_swap_keeps_names_precision_and_what_is_trained(kind):
     source = make().to(torch.bfloat16)
     source.weight.requires_grad_(False)
     weight, keys = source.weight, set(source.state_dict())
-    layer = adopt(source, mixin)
+    layer = convert_in_place(source, mixin)
     assert layer is source and layer.weight is weight and isinstance(layer, mixin)
     assert (layer.weight.dtype, layer.weight.requires_grad) == (torch.bfloat16, False)
     assert set(layer.state_dict()) == keys | {"b", "beta", "carry"}
@@ -368,7 +370,7 @@ def test_a_swap_keeps_names_precision_and_what_is_trained(kind):
 def test_a_swap_works_without_memory(kind):
     make, mixin, shape = LAYERS[kind]
     with torch.device("meta"):
-        layer = adopt(make(), mixin)
+        layer = convert_in_place(make(), mixin)
         layer._b = 2.0
         assert layer(torch.empty(shape)).device.type == "meta"
     real = adopted(make(), mixin, 2.0, 0.5)

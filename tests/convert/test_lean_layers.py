@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from bcosify.convert.kernels import depthwise, memory, moments
 from bcosify.convert.kernels.bcos import bcos, bcos_scale
-from bcosify.convert.layers import BcosConv2d, BcosLinear, UncentredBatchNorm, adopt, set_strength, watching
+from bcosify.convert.layers import BcosConv2d, BcosLinear, UncentredBatchNorm, convert_in_place, set_strength, watching
 from bcosify.explain import Linearised
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -65,7 +65,7 @@ def both(kind: str, b: float, dtype: torch.dtype = torch.float32) -> tuple[nn.Mo
     torch.manual_seed(0)
     make, shape = SOURCES[kind]
     source = make().to(dtype)
-    layer = adopt(copy.deepcopy(source), BcosLinear if isinstance(source, nn.Linear) else BcosConv2d)
+    layer = convert_in_place(copy.deepcopy(source), BcosLinear if isinstance(source, nn.Linear) else BcosConv2d)
     set_strength(layer, b=b, beta=0.0)
     return layer, Plain(source, b), torch.randn(shape, dtype=dtype)
 
@@ -164,7 +164,7 @@ BIASED = [nn.Linear(5, 4), nn.Conv2d(5, 4, 3), nn.Conv2d(5, 5, 3, groups=5)]
 )
 def test_a_layer_with_a_bias_returns_what_its_source_does_under_autocast(source, beta, dtype):
     mixin = BcosLinear if isinstance(source, nn.Linear) else BcosConv2d
-    layer = adopt(copy.deepcopy(source), mixin)
+    layer = convert_in_place(copy.deepcopy(source), mixin)
     set_strength(layer, b=2.0, beta=beta)
     x = torch.randn(2, 5) if isinstance(source, nn.Linear) else torch.randn(2, 5, 6, 6)
     with torch.autocast("cpu", dtype):
@@ -259,7 +259,7 @@ def test_a_layer_keeps_input_weight_output_and_norms(kind, b):
 
 def test_a_training_batch_norm_keeps_its_input_and_numbers_for_every_channel():
     torch.manual_seed(0)
-    norm = adopt(nn.BatchNorm2d(8), UncentredBatchNorm)
+    norm = convert_in_place(nn.BatchNorm2d(8), UncentredBatchNorm)
     set_strength(norm, beta=0.0)
     x = torch.randn(4, 8, 9, 9, requires_grad=True)
     norm.train()
@@ -269,7 +269,7 @@ def test_a_training_batch_norm_keeps_its_input_and_numbers_for_every_channel():
 @pytest.mark.parametrize(("beta", "layout", "size"), pairs(beta=[0.0, 0.4, 1.0], layout=LAYOUTS, size=SIZES))
 def test_a_training_batch_norm_has_the_plain_formulas_gradients(beta, layout, size):
     torch.manual_seed(0)
-    norm = adopt(nn.BatchNorm2d(5), UncentredBatchNorm).double()
+    norm = convert_in_place(nn.BatchNorm2d(5), UncentredBatchNorm).double()
     set_strength(norm, beta=beta)
     with torch.no_grad():
         for parameter in norm.parameters():
@@ -296,7 +296,7 @@ def maps(size: str, dtype: torch.dtype) -> Tensor:
 def test_a_spread_that_is_small_beside_its_mean_keeps_its_digits(layout, size):
     torch.manual_seed(0)
     x = (maps(size, torch.float32) * 0.01 + 100).contiguous(memory_format=LAYOUTS[layout])
-    norm = adopt(nn.BatchNorm2d(5, momentum=1.0), UncentredBatchNorm).train()
+    norm = convert_in_place(nn.BatchNorm2d(5, momentum=1.0), UncentredBatchNorm).train()
     norm(x)
     torch.testing.assert_close(norm._buffers["running_mean"], x.double().mean((0, 2, 3)).float())
     wanted = x.double().var((0, 2, 3), correction=0).float()
@@ -315,7 +315,7 @@ def test_processes_tell_each_other_statistics_without_losing_digits(monkeypatch)
 
 def test_a_training_batch_norm_has_second_derivatives():
     torch.manual_seed(0)
-    norm = adopt(nn.BatchNorm2d(2), UncentredBatchNorm).double().train()
+    norm = convert_in_place(nn.BatchNorm2d(2), UncentredBatchNorm).double().train()
     set_strength(norm, beta=0.3)
     x = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(norm, (x,), fast_mode=True)

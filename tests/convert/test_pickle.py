@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import pytest
 import torch
 from bcosify.convert import BcosConfig, CaStreamConfig, CodaConfig, FaCnnConfig, KMeansConfig, convert, set_strength
-from bcosify.convert.layers import BcosLinear, adopt, join, scheduled_layers, strength_spans
+from bcosify.convert.layers import BcosLinear, convert_in_place, join, scheduled_layers, strength_spans
 from bcosify.convert.methods.fa_cnn.class_maps import PlaceClassifier
 from torch import nn
 
@@ -67,7 +67,7 @@ def test_another_process_computes_the_same(tiny):
 
 def test_classes_that_are_made_of_others_have_names_of_their_own(tiny):
     torch.manual_seed(0)
-    layer = join(adopt(nn.Linear(4, 3), BcosLinear), PlaceClassifier)
+    layer = join(convert_in_place(nn.Linear(4, 3), BcosLinear), PlaceClassifier)
     other = pickle.loads(pickle.dumps(layer))
     x = torch.randn(2, 4)
     assert type(other) is type(layer) and torch.equal(other(x), layer(x))
@@ -79,7 +79,7 @@ def test_classes_that_are_made_of_others_have_names_of_their_own(tiny):
 
 
 def test_a_class_on_top_of_a_converted_one_is_copied_too():
-    layer = adopt(nn.Linear(4, 3), BcosLinear)
+    layer = convert_in_place(nn.Linear(4, 3), BcosLinear)
     layer.__class__ = type("Wrapped", (type(layer),), {})
     other, x = copy.deepcopy(layer), torch.randn(2, 4)
     assert type(other) is type(layer) and torch.equal(other(x), layer(x)) and other.weight is not layer.weight

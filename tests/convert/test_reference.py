@@ -18,7 +18,7 @@ from bcosify.convert.layers import (
     reference_gains,
 )
 from bcosify.convert.layers.bcos import BcosConv2d, BcosLinear
-from bcosify.convert.layers.scheduled import adopt
+from bcosify.convert.layers.scheduled import convert_in_place
 from bcosify.explain import TopTarget, explain
 from torch import Tensor, nn
 
@@ -91,8 +91,8 @@ def test_gain_and_gradient_are_those_of_the_plain_formula(b, beta):
     """In float64, through E[student^2] too, for everything that has a gradient."""
     torch.manual_seed(0)
     source = nn.Linear(5, 4).double()
-    teacher = adopt(copy.deepcopy(source), BcosLinear).requires_grad_(False)
-    student = adopt(copy.deepcopy(source), BcosLinear)
+    teacher = convert_in_place(copy.deepcopy(source), BcosLinear).requires_grad_(False)
+    student = convert_in_place(copy.deepcopy(source), BcosLinear)
     with torch.no_grad():
         student.weight.mul_(torch.tensor([1.0, 0.5, 3.0, 1.0])[:, None]).add_(torch.randn(4, 5).double() * 0.3)
     set_strength(student, b, beta)
@@ -124,7 +124,7 @@ def test_gain_and_gradient_are_those_of_the_plain_formula(b, beta):
 def test_the_mean_is_over_pictures_and_places_of_every_channel():
     """A convolution: every channel comes out with the teacher's mean square, whatever the student's filters' size."""
     torch.manual_seed(0)
-    teacher = adopt(nn.Conv2d(3, 4, 3, stride=2, bias=True), BcosConv2d).requires_grad_(False)
+    teacher = convert_in_place(nn.Conv2d(3, 4, 3, stride=2, bias=True), BcosConv2d).requires_grad_(False)
     student = copy.deepcopy(teacher)
     student.weight.data = torch.randn_like(student.weight) * torch.tensor([0.01, 1.0, 5.0, 100.0]).view(-1, 1, 1, 1)
     set_strength(student, 1.7, 0)
@@ -140,7 +140,7 @@ def test_the_mean_is_over_pictures_and_places_of_every_channel():
 @pytest.mark.parametrize("dead", ["teacher", "student", "both"])
 def test_dead_channels_stay_finite(dead):
     torch.manual_seed(0)
-    teacher = adopt(nn.Conv2d(3, 4, 3), BcosConv2d).requires_grad_(False)
+    teacher = convert_in_place(nn.Conv2d(3, 4, 3), BcosConv2d).requires_grad_(False)
     student = copy.deepcopy(teacher).requires_grad_()
     for name, layer in (("teacher", teacher), ("student", student)):
         if dead in (name, "both"):
@@ -302,7 +302,7 @@ def test_folded_gains_are_the_same_function(tiny, name, config):
 def test_gains_at_rest_are_ratios_of_means_over_all_batches():
     """Not means of ratios: batches that differ a thousandfold in size tell them apart."""
     torch.manual_seed(0)
-    teacher = adopt(nn.Linear(5, 4), BcosLinear).requires_grad_(False)
+    teacher = convert_in_place(nn.Linear(5, 4), BcosLinear).requires_grad_(False)
     student = copy.deepcopy(teacher)
     set_strength(student, 2, 0)
     batches = [torch.randn(6, 5), torch.randn(6, 5) * 30]
@@ -367,7 +367,7 @@ def a_pair_of_layers() -> tuple[nn.Sequential, nn.Sequential]:
     source = nn.Sequential(nn.Linear(5, 4))
     teacher, student = copy.deepcopy(source), copy.deepcopy(source)
     for model in (teacher, student):
-        adopt(model[0], BcosLinear)
+        convert_in_place(model[0], BcosLinear)
     set_strength(student, 1.6, 0.3)
     return student, teacher.requires_grad_(False)
 

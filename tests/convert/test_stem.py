@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bcosify.convert.kernels.six_channels import six_channels
-from bcosify.convert.layers import SixChannelBcosConv2d, SixChannelBcosConv2dSame, adopt, set_strength
+from bcosify.convert.layers import SixChannelBcosConv2d, SixChannelBcosConv2dSame, convert_in_place, set_strength
 from bcosify.explain import Linearised
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 def encoded(source: nn.Conv2d) -> nn.Module:
     mixin = SixChannelBcosConv2dSame if isinstance(source, Conv2dSame) else SixChannelBcosConv2d
-    layer = adopt(copy.deepcopy(source), mixin)
+    layer = convert_in_place(copy.deepcopy(source), mixin)
     layer.encode_with(MEAN, STD)
     return layer
 

@@ -11,7 +11,7 @@ from bcosify.convert.layers import (
     BcosLinear,
     SixChannelBcosConv2d,
     UncentredBatchNorm,
-    adopt,
+    convert_in_place,
     set_strength,
 )
 from bcosify.convert.methods.coda.layers import CodaConv2d, CodaLinear
@@ -24,27 +24,27 @@ Run = Callable[..., Tensor]
 
 
 def bcos(source: nn.Module, b: float) -> nn.Module:
-    layer = adopt(source, BcosLinear if isinstance(source, nn.Linear) else BcosConv2d)
+    layer = convert_in_place(source, BcosLinear if isinstance(source, nn.Linear) else BcosConv2d)
     set_strength(layer, b=b, beta=0.5)
     return layer
 
 
 def stem() -> nn.Module:
-    layer = adopt(nn.Conv2d(3, 2, 3, 2, 1), SixChannelBcosConv2d)
+    layer = convert_in_place(nn.Conv2d(3, 2, 3, 2, 1), SixChannelBcosConv2d)
     layer.encode_with((0.5, 0.4, 0.3), (0.2, 0.3, 0.25))
     set_strength(layer, b=1.5)
     return layer
 
 
 def coda(source: nn.Module, basis: int, squash: str) -> nn.Module:
-    layer = adopt(source, CodaLinear if isinstance(source, nn.Linear) else CodaConv2d)
+    layer = convert_in_place(source, CodaLinear if isinstance(source, nn.Linear) else CodaConv2d)
     layer.start_alignment(2, basis, squash)
     nn.init.normal_(layer.directions if layer.mixing is None else layer.mixing, std=0.3)
     return layer
 
 
 def norm() -> nn.Module:
-    layer = adopt(nn.BatchNorm2d(2), UncentredBatchNorm)
+    layer = convert_in_place(nn.BatchNorm2d(2), UncentredBatchNorm)
     set_strength(layer, beta=0.3)
     return layer
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ....core.errors import PlanError, near_miss
 from ....core.pictures import fitted, noise_pictures
-from ...layers import adopt, join
+from ...layers import convert_in_place, join
 from ...libraries import Preprocess
 from ...plan import Decision, Method, Paper
 from ...swaps import Swap, swap
@@ -74,7 +74,7 @@ def average_stream(module: nn.Module, preprocess: Preprocess, given: StreamArgum
 
 @swap("ca-stream.token", CaStreamForToken, arguments=StreamArguments)
 def token_stream(module: nn.Module, preprocess: Preprocess, given: StreamArguments) -> None:
-    adopt(module, CaStreamForToken).open_stream(given.stages, given.widths, given.value)
+    convert_in_place(module, CaStreamForToken).open_stream(given.stages, given.widths, given.value)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -166,7 +166,7 @@ class CaStream(nn.Module):
 class CaStreamForToken(BiasScheduled, CaStream):
     """Mixin over a whole timm model whose head reads the class token: beta times that token, the rest the stream's."""
 
-    moves: ClassVar[tuple[str, ...]] = ("beta",)  # no bias of it is carried
+    strength_names: ClassVar[tuple[str, ...]] = ("beta",)  # no bias of it is carried
 
     @property
     def _stream_share(self) -> float:

@@ -13,7 +13,7 @@ from typing import get_args
 from torch import nn
 
 from ....core.errors import PlanError, near_miss
-from ...layers import adopt, join
+from ...layers import convert_in_place, join
 from ...libraries import Preprocess
 from ...plan import Decision, Method, Paper, kept_modules
 from ...swaps import NoArguments, Swap, swap
@@ -61,7 +61,7 @@ class SkipArguments:
 
 @swap("fa-cnn.dampened_skip", DampenedSkip, arguments=SkipArguments)
 def dampened_skip(module: nn.Module, preprocess: Preprocess, given: SkipArguments) -> None:
-    adopt(module, DampenedSkip).form = given.form
+    convert_in_place(module, DampenedSkip).form = given.form
 
 
 def _part(id: str, part: type[nn.Module]) -> Swap:

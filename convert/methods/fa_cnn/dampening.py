@@ -60,7 +60,7 @@ FORMS: dict[Dampening, Callable[[Tensor, Tensor, float | Tensor], Tensor]] = {
 class DampenedSkip(Scheduled):
     """Mixin over a block that returns a tensor of the shape of its first argument (B, ...)."""
 
-    moves: ClassVar[tuple[str, ...]] = ("dampening",)
+    strength_names: ClassVar[tuple[str, ...]] = ("dampening",)
     dampening: Tensor
     _dampening: float
     form: Dampening = "bound"
