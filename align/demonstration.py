@@ -40,7 +40,9 @@ REFERENCE = "bundled:efficientnet_lite0"
 # Two minutes on twelve photographs do not carry a CNN to B = 2 without biases (recipe bcos/cnn and far more pictures do
 # better). So the early stages and the classifier stay plain, biases stay, and the ledger shows what they add.
 KEPT = (*(f"blocks.{stage}" for stage in range(5)), "classifier")
-WHY = "the first five stages and the classifier stay plain and biases stay: two minutes of training do not carry more"
+WHY = (
+    "The first five stages, the classifier and the biases stay as they are: two minutes of training do not carry more."
+)
 
 
 @dataclasses.dataclass(frozen=True)
