@@ -16,7 +16,7 @@ from bcosify.convert import Preprocess, load_teacher
 from bcosify.core.errors import NotApplicable
 from bcosify.core.pictures import fitted
 from bcosify.data.index import index_shards
-from bcosify.data.labelled import find_pictures, read_pictures
+from bcosify.data.labelled import Pictures, find_pictures, read_pictures
 from bcosify.data.loader import held_out_batches
 from bcosify.data.names import expand
 from bcosify.data.views import to_model_input
@@ -24,9 +24,8 @@ from bcosify.evaluate.contrast import MEASURES, SideBySide, contrast, other_deci
 from bcosify.evaluate.decisions import Decisions, decide
 from bcosify.evaluate.estimates import bootstrap
 from bcosify.evaluate.metrics.fidelity import confident_agreement, fidelity
-from bcosify.evaluate.metrics.localisation import choose_grids, grid_scores, native_maps, pooled, windowed_maps
+from bcosify.evaluate.metrics.localisation import choose_grids, grid_scores, native_maps, pooled, runs_on, windowed_maps
 from bcosify.evaluate.subject import Subject, outputs_of
-from bcosify.evaluate.suite import Pictures, runs_on
 from bcosify.explain import Explanation, explain
 from torch import Tensor, nn
 
