@@ -5,21 +5,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from safetensors import SafetensorError
-
-from ....core.errors import SourceError, first_line, translated
+from ....core.errors import first_line
+from ..errors import FAILURES, translate_library_errors
 
 __all__ = ["FAILURES", "translate_errors"]
-
-FAILURES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
 def translate_errors(name: str) -> Iterator[None]:
     """Turns what open_clip and the hub raise into one SourceError with what to do next."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    reached = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
 
     def no_name(error: Exception) -> str:
         return f"open_clip:{name}: no name of a hub repository (ORG/NAME): {error}"
@@ -34,9 +28,5 @@ def translate_errors(name: str) -> Iterator[None]:
     def not_built(error: Exception) -> str:
         return f"open_clip:{name}: open_clip cannot build it: {first_line(error, 3)}"
 
-    with (
-        translated(FAILURES, SourceError, not_built),
-        translated(reached, SourceError, unreachable),
-        translated(HFValidationError, SourceError, no_name),
-    ):
+    with translate_library_errors(no_name=no_name, unreachable=unreachable, not_built=not_built):
         yield

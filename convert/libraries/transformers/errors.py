@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from safetensors import SafetensorError
-
-from ....core.errors import SourceError, first_line, translated
+from ....core.errors import first_line
+from ..errors import FAILURES, translate_library_errors
 
 __all__ = ["FAILURES", "quiet", "translate_errors"]
-
-# What building and loading raise on a bad configuration or file.
-FAILURES = (AssertionError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
@@ -34,9 +30,6 @@ def quiet() -> Iterator[None]:
 @contextlib.contextmanager
 def translate_errors(reference: str) -> Iterator[None]:
     """Turns what transformers and the hub raise into one SourceError with what to do next."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    reached = (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, ConnectionError, TimeoutError)
 
     def no_name(error: Exception) -> str:
         return f"{reference}: no such folder, and no name of a hub repository (ORG/NAME): {error}"
@@ -50,9 +43,5 @@ def translate_errors(reference: str) -> Iterator[None]:
     def not_opened(error: Exception) -> str:
         return f"{reference}: transformers cannot open it: {first_line(error)}"
 
-    with (
-        translated(FAILURES, SourceError, not_opened),
-        translated(reached, SourceError, unreachable),
-        translated(HFValidationError, SourceError, no_name),
-    ):
+    with translate_library_errors(no_name=no_name, unreachable=unreachable, not_built=not_opened):
         yield
