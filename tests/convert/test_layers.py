@@ -327,8 +327,12 @@ def test_strengths_are_validated_and_left_alone_where_not_given():
     )
     shares = [{name: wrong} for name in ("beta", "carry", "spread") for wrong in (-0.1, 1.1, math.nan)]
     for wrong in ({"b": 0.9}, {"b": math.nan}, {"b": math.inf}, {"window": -1}, {"window": math.inf}, *shares):
-        with pytest.raises(ValueError, match="^(b|beta|carry|spread|window) is (at least 1|between 0 and 1|0 .*); got"):
+        (name,) = wrong
+        words = {"b": "at least 1", "window": r"0 \(the whole map\), .*"}.get(name, "between 0 and 1")
+        with pytest.raises(ValueError, match=f"^{name} is {words}; got"):
             set_strength(model, **wrong)
+    with pytest.raises(TypeError, match="no strength 'cary'. Did you mean 'carry'"):
+        set_strength(model, cary=1.0)
     for wrong in (2, 4, 1.5, 7.5):
         with pytest.raises(ValueError, match=f"^window is 0 .*, or an odd number of places; got {wrong}$"):
             set_strength(model, beta=0.5, window=wrong)
