@@ -67,7 +67,7 @@ def pictures(size: int, count: int = 2) -> Tensor:
 
 def moved(student: Student) -> Student:
     """Not at the start any more, so that every layer's strengths have to come back too."""
-    if any(layer.moves for _, layer in scheduled_layers(student.model)):
+    if any(layer.strength_names for _, layer in scheduled_layers(student.model)):
         set_strength(student.model, b=1.5, beta=0.5, dampening=0.5)
     return student
 
