@@ -266,7 +266,7 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
             contributions[:, k] = torch.einsum("bchw,bchw->bhw", encoded, gradients[:, k])
             shares.append(constants)
 
-    explanation = _entered(output, scores, contributions, shares)
+    explanation = _explanation(output, scores, contributions, shares)
     explanation = dataclasses.replace(explanation, encoded_inputs=encoded, encoded_gradients=gradients)
     if parts:
         explanation = _in_parts(explanation, torch.stack(direct, 1), parts)
@@ -310,7 +310,7 @@ def _read_off(model: nn.Module, images: Tensor, target: Target) -> tuple[Explana
         {**of_target, **{name: share.detach().expand(len(images), -1)[:, k] for name, share in constants.items()}}
         for k, of_target in enumerate(own)
     ]
-    return _entered(output, scores, contributions, shares), _cause(mode, scores)
+    return _explanation(output, scores, contributions, shares), _cause(mode, scores)
 
 
 def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -327,7 +327,7 @@ def _cover(cells: int, pixels: int) -> Tensor:
     return overlap.clamp_min(0) * cells / pixels
 
 
-def _entered(
+def _explanation(
     output: Tensor, scores: Tensor, contributions: Tensor, shares: Sequence[Mapping[str, Tensor]]
 ) -> Explanation:
     """The explanation, with its residual, from the shares (B,) by name that constants have in each of K scores."""

@@ -205,9 +205,9 @@ class Ledger:
         parent = first.rpartition(".")[0]
         return "+".join([first, *(name.removeprefix(f"{parent}.") if parent else name for name in rest)])
 
-    def settle(self, value: Any) -> Any:
+    def detach(self, value: Any) -> Any:
         """`value` fit to be an argument: parameters cut from their gradient, so that only the input moves."""
-        return _each_tensor(self._settled, value)
+        return _each_tensor(self._detached, value)
 
     def name(self, result: Any, names: Iterable[str]) -> Any:
         """Names those tensors of `result` that do not move, beside the names that they have."""
@@ -322,19 +322,19 @@ class Ledger:
 
         return hook
 
-    def entered(self, constant: Tensor, source: object) -> Tensor:
-        """`constant` as a tensor that autograd follows, already entered under the name of `source`."""
+    def recorded(self, constant: Tensor, source: object) -> Tensor:
+        """`constant` as a tensor that autograd follows, already recorded under the name of `source`."""
         out = constant.detach() + self._anchor.to(constant.device, constant.dtype)
         self.enter(out, constant, source)
         return out
 
-    def convert_in_place(self, target: Tensor) -> None:
+    def make_writable(self, target: Tensor) -> None:
         """Readies a constant `target` to be written to with something that moves.
 
         What stays of it is a constant, and so is what stays of the memory of which it may be a view.
         """
         whole = target if target._base is None else target._base
-        whole.copy_(self.entered(whole.clone(), target))
+        whole.copy_(self.recorded(whole.clone(), target))
 
     def pull(self, score: Tensor, retain_graph: bool = False) -> tuple[list[Tensor], dict[str, Tensor]]:
         """The gradient of `score` () at each explained input, and the share (B,) of each constant in the score."""
@@ -362,17 +362,17 @@ class Ledger:
         return gradients, constants, self._carried
 
     @staticmethod
-    def settled(tensor: Tensor) -> bool:
+    def is_detached(tensor: Tensor) -> bool:
         """Whether it is fit to be an argument as it is."""
         return not (tensor.is_inference() or (tensor.requires_grad and tensor.is_leaf))
 
-    def _settled(self, tensor: Tensor) -> Tensor:
-        if self.settled(tensor):
+    def _detached(self, tensor: Tensor) -> Tensor:
+        if self.is_detached(tensor):
             return tensor
-        settled = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+        detached = tensor.detach().clone() if tensor.is_inference() else tensor.detach()
         if tensor in self._names:
-            self._names[settled] = self._names[tensor]
-        return settled
+            self._names[detached] = self._names[tensor]
+        return detached
 
     def _add(self, name: str, constant: Tensor, gradient: Tensor | None) -> None:
         """A backward hook: adds Σ gradient · constant of each picture to the share of `name`."""

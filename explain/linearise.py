@@ -71,7 +71,7 @@ class Linearised(TorchFunctionMode):
         super().__init__()
         self._model = model
         self._ledger = Ledger(model)
-        self._entered: list[ExitStack] = []
+        self._stacks: list[ExitStack] = []
 
     # What callers use is the ledger's; the mode is only how it gets filled.
 
@@ -116,11 +116,11 @@ class Linearised(TorchFunctionMode):
             stack.enter_context(_buffers_kept(self._model))
             stack.enter_context(_innermost(self))
             super().__enter__()
-            self._entered.append(stack.pop_all())
+            self._stacks.append(stack.pop_all())
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        stack = self._entered.pop()
+        stack = self._stacks.pop()
         stack.callback(super().__exit__, *exception)
         stack.__exit__(*exception)
 
@@ -134,16 +134,16 @@ class Linearised(TorchFunctionMode):
         if not given:
             return func(*args, **options)
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():  # as nearly always: to enter costs time
-            return self._entered_in_ledger(func, args, options, given)
+            return self._recorded_call(func, args, options, given)
         with torch.inference_mode(False), torch.enable_grad():
-            return self._entered_in_ledger(func, args, options, given)
+            return self._recorded_call(func, args, options, given)
 
-    def _entered_in_ledger(
+    def _recorded_call(
         self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], given: list[Any]
     ) -> Any:
         """The call, of whose arguments `given` are the tensors."""
-        if not all(map(self._ledger.settled, given)):
-            args, options = self._ledger.settle((args, options))
+        if not all(map(self._ledger.is_detached, given)):
+            args, options = self._ledger.detach((args, options))
             given = leaves((args, options))
         if any(map(follows_input, given)):
             return self._linearised(func, args, options)
@@ -169,13 +169,13 @@ class Linearised(TorchFunctionMode):
             else:
                 kwargs = kwargs | {"inplace": False}
         if into is not None and not follows_input(into):
-            ledger.convert_in_place(into)
+            ledger.make_writable(into)
         out = ledger.inherit(operation.rule(ledger, func, *args, **kwargs), (args, kwargs))
         if into is None:
             return out
         # Written by a copy, so that views and aliases of the target see it too. What was frozen in place can only be
         # written over something that moves if it seems to move, but it stays a gate.
-        write(into, out if follows_input(out) else ledger.entered(out, out))
+        write(into, out if follows_input(out) else ledger.recorded(out, out))
         return ledger.mark(into, not follows_input(out) or ledger.gates(out))
 
 

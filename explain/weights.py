@@ -99,10 +99,10 @@ class _Attached(Linearised):
         in the parameters' own graph."""
         return self._weights.let_in()
 
-    def _entered_in_ledger(
+    def _recorded_call(
         self, func: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], given: list[Any]
     ) -> Any:
-        args, options = self._ledger.settle((args, options))
+        args, options = self._ledger.detach((args, options))
         given = leaves((args, options))
         if any(map(follows_input, given)):
             convolved = _convolved(self._ledger, *args, **options) if func is F.conv2d else None
@@ -155,12 +155,12 @@ class _Weights(Ledger):
         self._twins[value] = twin
         self._held.append(value)
 
-    def _settled(self, tensor: Tensor) -> Tensor:
-        if self.settled(tensor):
+    def _detached(self, tensor: Tensor) -> Tensor:
+        if self.is_detached(tensor):
             return tensor
         if tensor in self._cut:
             return self._cut[tensor]
-        value = self._cut[tensor] = super()._settled(tensor)
+        value = self._cut[tensor] = super()._detached(tensor)
         if continuous(value) and not tensor.is_inference():
             self._keep(value, tensor)
         return value

@@ -93,7 +93,7 @@ def extreme(ledger: Ledger, run: Run, *args: Any, **kwargs: Any) -> Any:
     shape = torch.broadcast_shapes(*(leaf.shape for leaf in tensors((args, kwargs))))
     leaves, tree = tree_flatten((args, kwargs))
     followed = [
-        ledger.entered(leaf.expand(shape), leaf) if continuous(leaf) and not follows_input(leaf) else leaf
+        ledger.recorded(leaf.expand(shape), leaf) if continuous(leaf) and not follows_input(leaf) else leaf
         for leaf in leaves
     ]
     args, kwargs = tree_unflatten(followed, tree)
