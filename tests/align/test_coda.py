@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.optimizers import scales
 from bcosify.align.recipe import load_recipe
 from bcosify.convert import CodaConfig, convert, load_teacher, set_strength
 from bcosify.convert.layers import scheduled_layers
-from bcosify.convert.randomise import randomise
 from bcosify.core.pictures import noise_pictures
+
+from tiny import tiny_teacher
 
 
 @pytest.mark.parametrize(("recipe", "name"), [("coda/cnn", "test_resnet"), ("coda/vit", "test_vit")])
 def test_the_pressure_gives_a_gradient_at_the_first_step(recipe, name):
     loaded = load_recipe(recipe)
-    torch.manual_seed(0)
-    teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=64)
-    randomise(teacher.model, noise_pictures(2, (64, 64)))
+    teacher = tiny_teacher(name)
     student = convert(teacher, CodaConfig()).model.requires_grad_(True)
     phase = loaded.phases[0]
     objective = OBJECTIVES[phase.objective](student, loaded)

@@ -15,8 +15,7 @@ from bcosify.align.objectives import OBJECTIVES, observe
 from bcosify.align.objectives.prototypes import PrototypeFit, calibrated, divergence
 from bcosify.align.recipe import Phase, Recipe, load_recipe
 from bcosify.align.trainer import AlignConfig, align
-from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, load_teacher, save, set_strength
-from bcosify.convert.randomise import randomise
+from bcosify.convert import CaStreamConfig, KMeansConfig, convert, load, save, set_strength
 from bcosify.core.errors import DataError, RecipeError
 from bcosify.core.pictures import noise_pictures
 from bcosify.data.pack import write_shards
@@ -24,6 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
+
+from tiny import tiny_teacher
 
 PHASE = Phase("decisions", 24, 1e-2, relative=False)
 RECIPE = Recipe(
@@ -55,15 +56,8 @@ def shards(tmp_path_factory):
     return out
 
 
-def teacher_of(name: str = "test_resnet"):
-    torch.manual_seed(0)
-    teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=64)
-    randomise(teacher.model, noise_pictures(2, (64, 64)))
-    return teacher
-
-
 def converted(folder, config, name: str = "test_resnet"):
-    return save(convert(teacher_of(name), config), folder / "run")
+    return save(convert(tiny_teacher(name), config), folder / "run")
 
 
 # ------------------------------------------------------------------------------------------------------- the pressure
@@ -84,13 +78,13 @@ def test_decision_error_is_its_closed_form():
 )
 def test_the_first_step_has_a_gradient_and_the_backbone_none(name, objective, beta):
     """Well above rounding: at an exact start, Adam would turn rounding into full steps."""
-    student = convert(teacher_of(name), CaStreamConfig())
+    student = convert(tiny_teacher(name), CaStreamConfig())
     model = student.model.requires_grad_(False)
     model.stream.requires_grad_(True)
     set_strength(model, beta=beta)
     pictures = noise_pictures(4, (64, 64))
     loss = OBJECTIVES[objective](model, dataclasses.replace(RECIPE, depths=(1.0,)))
-    loss(pictures, *observe(teacher_of(name).model, pictures, loss.taps))["total"].backward()
+    loss(pictures, *observe(tiny_teacher(name).model, pictures, loss.taps))["total"].backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     assert gradients and all(name.startswith("stream.") for name in gradients)
     assert sum(float(gradient.norm()) for gradient in gradients.values()) > 1e-4
@@ -198,7 +192,7 @@ def fitted(model, pictures, floor=0.0, seed=0):
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_a_fit_moves_prototypes_to_the_data_and_is_deterministic(name):
     pictures = noise_pictures(40, (64, 64), seed=3)
-    models = [convert(teacher_of(name), KMeansConfig(prototypes=2, concepts=3)).model for _ in range(2)]
+    models = [convert(tiny_teacher(name), KMeansConfig(prototypes=2, concepts=3)).model for _ in range(2)]
     facts = [fitted(model, pictures) for model in models]
     assert facts[0] == facts[1] and json.dumps(facts[0])
     ours, theirs = (model.state_dict() for model in models)
@@ -209,7 +203,7 @@ def test_a_fit_moves_prototypes_to_the_data_and_is_deterministic(name):
     assert found["kl_after_calibration"] <= found["kl_before_calibration"]
     assert all(0 <= one["nearest"] < 40 and one["pictures"] > 0 for one in found["prototypes"])
     with torch.no_grad():
-        logits, teacher = models[0](pictures), teacher_of(name).model(pictures)
+        logits, teacher = models[0](pictures), tiny_teacher(name).model(pictures)
         agreement = (logits.argmax(1) == teacher.argmax(1)).float().mean()
         assert float(agreement) == pytest.approx(found["held_out_agreement"], abs=1e-3)
         probabilities = logits.softmax(1)
@@ -222,14 +216,14 @@ def test_a_fit_moves_prototypes_to_the_data_and_is_deterministic(name):
 def test_a_floor_that_nothing_but_the_teacher_reaches_keeps_prototypes_near_it():
     pictures = noise_pictures(40, (64, 64), seed=3)
     free, held = (
-        fitted(convert(teacher_of(), KMeansConfig()).model, pictures, floor)["pictures_for_half"]
+        fitted(convert(tiny_teacher("test_resnet"), KMeansConfig()).model, pictures, floor)["pictures_for_half"]
         for floor in (0.0, 1.0)
     )
     assert held > free
 
 
 def test_a_teacher_that_decides_on_one_class_only():
-    teacher = teacher_of()
+    teacher = tiny_teacher("test_resnet")
     with torch.no_grad():
         teacher.model.fc.bias[7] += 100
     model = convert(teacher, KMeansConfig()).model
@@ -240,11 +234,11 @@ def test_a_teacher_that_decides_on_one_class_only():
 
 
 def test_features_that_are_no_numbers_are_refused():
-    fit = PrototypeFit(convert(teacher_of(), KMeansConfig()).model, 0.0, 0)
+    fit = PrototypeFit(convert(tiny_teacher("test_resnet"), KMeansConfig()).model, 0.0, 0)
     with pytest.raises(DataError, match="not finite"):
         fit.gather(torch.full((1, 3, 64, 64), math.nan))
     with pytest.raises(RecipeError, match="--method kmeans"):
-        PrototypeFit(teacher_of().model, 0.0, 0)
+        PrototypeFit(tiny_teacher("test_resnet").model, 0.0, 0)
 
 
 def test_the_fit_runs_as_an_alignment(shards, tmp_path):

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from bcosify.convert import Preprocess, Source, Student, Teacher, convert, load_teacher
-from bcosify.convert.randomise import randomise
-from bcosify.core.pictures import noise_pictures
 from PIL import Image
 from torch import Tensor, nn
 
 from folders import write_hf, write_hf_clip, write_open_clip
+from tiny import tiny_teacher
 
 PHOTOGRAPHS = ("chelsea.png", "coffee.png", "rocket.jpg", "astronaut.png")
 
@@ -28,15 +27,8 @@ def offline(monkeypatch) -> None:
 
 @pytest.fixture
 def tiny() -> Callable[..., Teacher]:
-    """tiny(NAME, size=...): a timm model without published weights, with random biases and statistics."""
-
-    def make(name: str = "test_vit", size: int | None = 64) -> Teacher:
-        torch.manual_seed(0)
-        teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=size)
-        randomise(teacher.model, noise_pictures(2, teacher.preprocess.size))
-        return teacher
-
-    return make
+    """tiny(NAME, size=...): as `tiny_teacher`."""
+    return tiny_teacher
 
 
 @pytest.fixture

@@ -35,6 +35,7 @@ from bcosify.explain import explain
 from torch import nn
 
 from configs import VISION
+from tiny import tiny_teacher
 
 # name: (size, what is special)
 FAMILIES = {
@@ -56,16 +57,9 @@ FAMILIES = {
 }
 
 
-def random_teacher(name: str, size: int) -> Teacher:
-    torch.manual_seed(0)
-    teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=size)
-    randomise(teacher.model, noise_pictures(2, teacher.preprocess.size))
-    return teacher
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_student_is_its_teacher_explains_and_comes_back(name, tmp_path):
-    teacher = random_teacher(name, FAMILIES[name][0])
+    teacher = tiny_teacher(name, FAMILIES[name][0])
     pictures = noise_pictures(2, teacher.preprocess.size)
     student = convert(teacher)
     assert student.history.conversion.identity_error <= 1e-4
@@ -193,7 +187,7 @@ def test_query_and_value_biases_of_beit_are_gone_at_beta_0():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_nfnet"])
 def test_half_precision_teachers_convert_and_stay_half(name, dtype):
-    teacher = random_teacher(name, 64)
+    teacher = tiny_teacher(name, 64)
     teacher.model.to(dtype)
     student = convert(teacher)
     assert {parameter.dtype for parameter in student.model.parameters()} == {dtype}
@@ -206,7 +200,7 @@ def test_half_precision_teachers_convert_and_stay_half(name, dtype):
 
 @pytest.mark.parametrize("name", ["test_vit3", "test_resnet", "test_nfnet"])
 def test_models_without_memory_convert_and_take_weights_later(name):
-    teacher = random_teacher(name, 64)
+    teacher = tiny_teacher(name, 64)
     empty = copy.deepcopy(teacher.model).to("meta")
     skeleton = convert(dataclasses.replace(teacher, model=empty))
     assert {parameter.device.type for parameter in skeleton.model.parameters()} == {"meta"}
@@ -245,7 +239,7 @@ def test_shared_and_tied_modules_are_converted_once_and_stay_tied():
 
 
 def test_weight_standardisation_is_folded_into_plain_weights():
-    student = convert(random_teacher("test_nfnet", 64))
+    student = convert(tiny_teacher("test_nfnet", 64))
     reasons = {step.found: step.reason for step in student.plan.swaps}
     assert "folded" in reasons["ScaledStdConv2d"]
     convolutions = [layer for _, layer in scheduled_layers(student.model) if isinstance(layer, BcosConv2d)]

@@ -6,13 +6,14 @@ import pytest
 import torch
 from bcosify.convert import KMeansConfig, convert, load, load_teacher, save
 from bcosify.convert.methods.kmeans.layers import PrototypeLinear, joined_stages
-from bcosify.convert.randomise import randomise
 from bcosify.core.errors import PlanError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import SelfExplaining, TopTarget, explain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+
+from tiny import tiny_teacher
 
 
 def stirred(head: PrototypeLinear) -> PrototypeLinear:
@@ -127,8 +128,7 @@ def test_wrong_settings_are_refused():
 
 def test_a_norm_between_the_average_and_the_classifier_is_seen_with_fresh_statistics_too(tmp_path):
     """EfficientViT's head normalises first: as long as its statistics are fresh, that is nothing to be seen."""
-    teacher = load_teacher("timm:efficientvit_m0", pretrained=False, image_size=224)
-    randomise(teacher.model, noise_pictures(2, (224, 224)))
+    teacher = tiny_teacher("efficientvit_m0", 224)
     student = convert(teacher, KMeansConfig())
     assert student.plan.counts() == {"PrototypeLinear": 1}
     save(student, tmp_path / "student")

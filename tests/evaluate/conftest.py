@@ -6,12 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
-from bcosify.convert import load_teacher, token_grid
-from bcosify.convert.randomise import randomise
-from bcosify.core.pictures import noise_pictures
+from bcosify.convert import token_grid
 from bcosify.evaluate.subject import Subject
 from torch import nn
+
+from tiny import tiny_teacher
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -37,9 +36,7 @@ def tiny_subject() -> Callable[..., Subject]:
     """tiny_subject(ARCHITECTURE): a randomised timm model at 64 pixels."""
 
     def make(architecture: str = "test_vit", model: nn.Module | None = None, **more) -> Subject:
-        torch.manual_seed(0)
-        teacher = load_teacher(f"timm:{architecture}", pretrained=False, image_size=64)
-        randomise(teacher.model, noise_pictures(2, (64, 64)))
+        teacher = tiny_teacher(architecture)
         preprocess = teacher.preprocess
         tokens = partial(token_grid, teacher.source)
         found = (model or teacher.model).eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bcosify.convert import BcosConfig, convert, load_teacher, set_strength
+from bcosify.convert import BcosConfig, convert, set_strength
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import DataError
 from bcosify.core.pictures import noise_pictures
@@ -21,6 +21,8 @@ from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page
 from bcosify.evaluate.report.tables import comparison, method_tables
 from bcosify.evaluate.suite import Pictures, Settings
+
+from tiny import tiny_teacher
 
 METHODS = (("teacher", "input-x-gradient"), ("teacher", "rollout"))
 QUICK = Settings(METHODS, grids=1, confident=0.0, subsets=2, cascade_pictures=2, cascade_steps=2)
@@ -38,9 +40,7 @@ def pair(tiny_subject):
     """pair(NAME): teacher and student of a tiny model, the student away from the teacher."""
 
     def make(name: str = "test_vit"):
-        torch.manual_seed(0)
-        teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=64)
-        randomise(teacher.model, noise_pictures(2, (64, 64)))
+        teacher = tiny_teacher(name)
         student = convert(teacher, BcosConfig())
         set_strength(student.model, 1.5, 0.5)
         ours = tiny_subject(name, model=student.model, name="student")

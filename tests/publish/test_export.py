@@ -22,9 +22,7 @@ from bcosify.convert import (
     save,
     set_strength,
 )
-from bcosify.convert.randomise import randomise
 from bcosify.core.errors import CheckpointError
-from bcosify.core.pictures import noise_pictures
 from bcosify.explain import ClassTarget, explain
 from bcosify.publish import formats as module
 from bcosify.publish.formats import FORMATS, export
@@ -32,6 +30,7 @@ from torch import Tensor
 
 from configs import VISION
 from folders import write_hf
+from tiny import tiny_teacher
 
 SIZE = 64
 
@@ -46,9 +45,7 @@ def student() -> Callable[..., Student]:
     """student(NAME, CONFIG): a timm student with random weights that left its start."""
 
     def make(name: str = "test_vit", config=None) -> Student:
-        torch.manual_seed(0)
-        teacher = load_teacher(f"timm:{name}", pretrained=False, image_size=SIZE)
-        randomise(teacher.model, noise_pictures(2, (SIZE, SIZE)))
+        teacher = tiny_teacher(name, SIZE)
         made = convert(teacher, config or BcosConfig())
         set_strength(made.model, b=1.5, beta=0.5, dampening=0.5)
         return made
