@@ -25,8 +25,8 @@ from ..core.hooks import hooked
 from ..core.pictures import fitted, noise_pictures
 from ..core.torch_internals import tree_flatten, tree_unflatten
 from ..explain.attribution import SelfExplaining
-from ..explain.linearise import Linearised
 from ..explain.weights import trained_maps
+from ..linearise import Linearised
 from .losses import cosine_distance
 from .paths import Draw
 from .recipe import Recipe

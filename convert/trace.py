@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..core.errors import PlanError
 from ..core.hooks import hooked
 from ..core.pictures import fitted, noise_pictures
-from ..explain.linearise import Linearised
+from ..linearise import Linearised
 
 __all__ = ["Trace", "trace_forward"]
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..core.lazy import call_as_verb, lazy_exports
+from ..linearise import Linearised, dynamic_linear, gated, input_encoding
 from .attribution import Explanation, SelfExplaining, attribute, explain_scores
-from .linearise import Linearised, dynamic_linear, gated, input_encoding
 from .render import overlay, panel, rgba, signed_map
 from .targets import (
     ClassTarget,

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..core.errors import LedgerError, TargetError
-from .linearise import Linearised
+from ..linearise import Linearised
 from .targets import ClassTarget, Target
 
 __all__ = ["Explanation", "MapsOf", "SelfExplaining", "attribute", "explain_scores", "main_output"]

@@ -20,11 +20,11 @@ from torch.nn.modules.utils import _pair
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..linearise import Linearised
+from ..linearise.ledger import Ledger, continuous, follows_input, leaves, pulled, tensors
+from ..linearise.rules import resolve
+from ..linearise.transposed import transposed
 from .attribution import main_output
-from .ledger import Ledger, continuous, follows_input, leaves, pulled, tensors
-from .linearise import Linearised
-from .rules import resolve
-from .transposed import transposed
 
 __all__ = ["trained_maps"]
 

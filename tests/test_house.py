@@ -15,23 +15,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Folder -> the folders that it may import (core and itself are open to all). Two files of `explain` lie higher than
-# their folder: the verb opens models, which `convert` makes, and `convert` needs the rules of explanation mode.
+# Folder -> the folders that it may import (core and itself are open to all).
 MAY_IMPORT = {
     "core": set(),
     "recipes": set(),
     "model_cards": set(),
     "data": set(),
-    "explain": set(),
-    "convert": {"data", "explain.linearise", "explain.transposed"},
-    "explain.questions": {"data", "convert"},
-    "explain.verb": {"data", "convert"},
+    "linearise": set(),
+    "convert": {"data", "linearise"},
+    "explain": {"data", "convert", "linearise"},
     "evaluate": {"data", "convert", "explain"},
-    "align": {"data", "convert", "explain", "evaluate.metrics.fidelity", "evaluate.report"},
+    "align": {"data", "linearise", "convert", "explain", "evaluate.metrics.fidelity", "evaluate.report"},
     "publish": {"data", "convert", "explain", "evaluate"},
     "cli": {"data", "convert", "explain", "align", "evaluate", "publish", "recipes"},
 }
-HIGHER = [place for place in MAY_IMPORT if "." in place]
 HEAVY = ("transformers", "open_clip", "captum")
 
 
@@ -81,17 +78,10 @@ def dotted(file: Path, root: Path = ROOT) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def rules_of(file: Path, root: Path = ROOT) -> str:
-    """The entry of MAY_IMPORT that holds for a file: its own, or its folder's."""
-    own = dotted(file, root)
-    return own if own in MAY_IMPORT else own.partition(".")[0]
-
-
-@pytest.mark.parametrize("place", MAY_IMPORT)
-def test_folders_import_only_what_the_design_allows(place):
-    folder = place.partition(".")[0]
-    files = [file for file in sorted((ROOT / folder).rglob("*.py")) if rules_of(file) == place]
-    allowed = {"core", folder, *MAY_IMPORT[place]}
+@pytest.mark.parametrize("folder", MAY_IMPORT)
+def test_folders_import_only_what_the_design_allows(folder):
+    files = sorted((ROOT / folder).rglob("*.py"))
+    allowed = {"core", folder, *MAY_IMPORT[folder]}
     wrong = [
         f"{file.relative_to(ROOT)} imports {name}"
         for file in files
@@ -101,26 +91,18 @@ def test_folders_import_only_what_the_design_allows(place):
     assert files and not wrong
 
 
-def floor_of(name: str) -> str:
-    """The entry of MAY_IMPORT that what is imported belongs to."""
-    return next((place for place in HIGHER if f"{name}.".startswith(f"{place}.")), name.split(".")[0])
-
-
 def arrows(root: Path) -> dict[str, set[str]]:
-    """Floor -> the other floors that its files import, at their top or anywhere; a floor has an entry in MAY_IMPORT.
-
-    Within a folder, arrows are those of files (see below).
-    """
+    """Folder -> the other folders that its files import, at their top or anywhere."""
     folders = {path.parent.name for path in root.glob("*/__init__.py")}
-    graph: dict[str, set[str]] = {folder: set() for folder in folders}
-    for folder in folders:
-        for file in (root / folder).rglob("*.py"):
-            names = {name for name in imported(file, root=root) if name.split(".")[0] in folders - {folder}}
-            floors = {
-                next((one for one in HIGHER if f"{name}.".startswith(f"{one}.")), name.split(".")[0]) for name in names
-            }
-            graph.setdefault(rules_of(file, root), set()).update(floors)
-    return graph
+    return {
+        folder: {
+            name.split(".")[0]
+            for file in (root / folder).rglob("*.py")
+            for name in imported(file, root=root)
+            if name.split(".")[0] in folders - {folder}
+        }
+        for folder in folders
+    }
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
@@ -183,19 +165,6 @@ def test_kernels_know_no_layers():
     assert names and all(name.startswith("convert.kernels.") for name in names)
 
 
-def test_no_file_below_imports_a_file_that_lies_higher_than_its_folder():
-    """A package may name it for its exports, which are imported when they are first used."""
-    wrong = [
-        f"{file.relative_to(ROOT)} imports {name}"
-        for place in HIGHER
-        for file in sorted((ROOT / place.partition(".")[0]).rglob("*.py"))
-        if rules_of(file) not in HIGHER
-        for name in sorted(imported(file, lazily=file.name != "__init__.py"))
-        if f"{name}.".startswith(f"{place}.")
-    ]
-    assert HIGHER and not wrong
-
-
 def test_no_import_goes_in_a_circle():
     """Python would import some circles; a reader cannot begin anywhere in one."""
     folders = {place.partition(".")[0] for place in MAY_IMPORT}
@@ -209,7 +178,7 @@ def test_the_import_walk_sees_what_is_there():
     libraries = ROOT / "convert" / "libraries"
     assert module_of("convert.libraries.timm.models.load") == libraries / "timm" / "models.py"
     assert module_of("convert.libraries.timm") == libraries / "timm" / "__init__.py"
-    assert "explain.linearise.gated_by" in imported(ROOT / "convert" / "kernels" / "bcos.py")
+    assert "linearise.mode.gated_by" in imported(ROOT / "convert" / "kernels" / "bcos.py")
     assert "convert.layers.BiasScheduled" in imported(ROOT / "convert" / "taps.py")
     assert "core.errors.PlanError" in imported(ROOT / "convert" / "plan.py")
 

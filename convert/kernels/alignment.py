@@ -27,7 +27,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...explain.linearise import dynamic_linear
+from ...linearise import dynamic_linear
 from .dispatch import backward_is_followed, gradients_of, lean
 from .memory import BLOCK, blocks
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...explain.linearise import gated_by
+from ...linearise.mode import gated_by
 from .dispatch import backward_is_followed, gradients_of, is_exactly, lean
 from .memory import blocks_of_all
 from .precision import wide

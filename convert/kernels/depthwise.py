@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.torch_internals import convolution_backward
-from ...explain.linearise import gated_by
+from ...linearise.mode import gated_by
 from .bcos import TINY, bcos, raised, root
 from .dispatch import backward_is_followed, gradients_of, lean
 from .memory import blocks, layout_of, room_for

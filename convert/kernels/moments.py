@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.nn.functional import all_reduce
 
 from ...core.torch_internals import channels_last_moments
-from ...explain.linearise import carries_bias, with_mean
+from ...linearise.mode import carries_bias, with_mean
 from .dispatch import backward_is_followed, gradients_of, is_exactly, lean
 from .memory import blocks, blocks_of_all
 from .precision import wide

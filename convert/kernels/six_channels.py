@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...explain.linearise import input_colours, input_encoding, linear_in, with_statistics
+from ...linearise.mode import input_colours, input_encoding, linear_in, with_statistics
 from .squares import sum_of_squares
 from .windows import Pads, Pair, Window, input_gradient, sums_under, zero_padded
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...explain.linearise import with_energy, with_statistics
+from ...linearise.mode import with_energy, with_statistics
 from .dispatch import backward_is_followed, gradients_of, lean
 from .memory import blocks
 from .precision import wide

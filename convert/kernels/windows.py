@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.torch_internals import convolution_backward
-from ...explain.linearise import with_statistics
-from ...explain.transposed import transposed
+from ...linearise.mode import with_statistics
+from ...linearise.transposed import transposed
 from .dispatch import followed
 from .memory import layout_of
 from .precision import without_autocast

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import near_miss
-from ...explain.linearise import partly_carried
+from ...linearise.mode import partly_carried
 from ..kernels.dispatch import is_exactly
 
 __all__ = [

@@ -19,8 +19,8 @@ from bcosify.convert.layers.scheduled import convert_in_place
 from bcosify.convert.taps import record
 from bcosify.core.errors import RecipeError
 from bcosify.explain import explain
-from bcosify.explain.transposed import transposed
 from bcosify.explain.weights import trained_maps
+from bcosify.linearise.transposed import transposed
 from torch import nn
 
 from runs import RECIPE, aligned

@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ....explain.linearise import Linearised
+from ....linearise import Linearised
 from ...kernels.precision import without_autocast
 from ...layers.scheduled import BiasScheduled
 from ...layers.stages import at_one_place, features_of, places

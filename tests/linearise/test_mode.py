@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from bcosify.core.errors import LedgerError
 from bcosify.explain import Linearised, dynamic_linear, explain, gated, input_encoding
-from bcosify.explain.linearise import _modes, input_colours
-from bcosify.explain.rules import OPERATIONS, Operation, linear
+from bcosify.linearise.mode import _modes, input_colours
+from bcosify.linearise.rules import OPERATIONS, Operation, linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from bcosify.convert import convert, set_strength
 from bcosify.explain import ClassTarget, explain, gated
-from bcosify.explain.linearise import Linearised, gated_by
-from bcosify.explain.rules import attention
+from bcosify.linearise.mode import Linearised, gated_by
+from bcosify.linearise.rules import attention
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
