@@ -24,7 +24,7 @@ from ..data.remote import shown
 from ..data.stream import Stream, fingerprints
 from . import state
 from .log import METRICS
-from .recipe import difference, dump, load_recipe
+from .recipe import difference, dump, saved_recipe
 from .sheets import EXPLANATIONS
 from .trackers import TRACKED
 
@@ -103,7 +103,7 @@ def prepare_folder(
     """Makes `work`, or checks that it belongs to the same run; returns the checkpoint to go on from."""
     written = config.work / "recipe.yaml"
     if config.resume and written.is_file():
-        changed = difference(load_recipe(written), config.recipe)
+        changed = difference(saved_recipe(written), config.recipe)
         if changed:
             raise RecipeError(
                 f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"

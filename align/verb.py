@@ -11,6 +11,7 @@ from typing import Any
 from ..convert import load
 from ..convert.hub import student_folder
 from ..core.errors import CheckpointError
+from ..core.ranges import COUNT, SHARE, ranged
 from .checks import choose_recipe
 from .recipe import Recipe, load_recipe, scaled
 from .run import AlignConfig
@@ -50,6 +51,7 @@ class Aligned:
     recipe: Recipe
 
 
+@ranged(pictures=COUNT, keep=SHARE)
 def align(
     run: str | Path,
     *,

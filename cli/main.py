@@ -18,7 +18,7 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ..core.errors import BcosifyError, near_miss
+from ..core.errors import BcosifyError, OptionError, near_miss
 
 __all__ = ["VERBS", "main"]
 
@@ -54,6 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _call(verb, rest)
+    except OptionError as error:
+        wrong = "; ".join(f"--{name.replace('_', '-')} {fault}" for name, fault in error.wrong.items())
+        print(f"bcosify {verb}: {wrong} (bcosify {verb} --help tells more)", file=sys.stderr)
+        return 2
     except BcosifyError as error:
         print(f"bcosify {verb}: {error}", file=sys.stderr)
         return 1
