@@ -26,6 +26,7 @@ from ..core.torch_internals import AnyBatchNorm
 from ..data.index import ShardIndex
 from ..data.loader import check_batch
 from ..data.stream import Stream
+from ..data.workers import check_shared_memory
 from .distributed import check_sharded
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, observe
@@ -93,6 +94,8 @@ def check_processes(config: AlignConfig, accelerator: Accelerator) -> None:
 def check_data(recipe: Recipe, student: Student, train: ShardIndex | Stream, val: ShardIndex, processes: int) -> None:
     """Raises BcosifyError for pictures that are too few for the batches, or to measure on."""
     check_batch(train, recipe.batch_size, processes)
+    side = max((recipe.image_size, *recipe.image_sizes))
+    check_shared_memory(recipe.workers, 3 * side * side * recipe.batch_size // processes)
     if len(val) < 2:
         raise DataError(f"--val: {len(val)} picture(s) measure nothing: no mean, no neighbours. Pass 2 or more.")
     check_floor(recipe, student)

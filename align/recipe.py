@@ -27,6 +27,7 @@ from ..core.ranges import (
     BELOW_ONE,
     COUNT,
     EXPONENT,
+    MANY,
     PART,
     SEED,
     SHARE,
@@ -220,7 +221,7 @@ class Recipe:
     colour: Share = 0.0
     mixup: Share = 0.0
     cutmix: Share = 0.0
-    held_out: Annotated[int, Range(2, 2**40, whole=True)] = 128
+    held_out: Annotated[int, Range(2, MANY, whole=True)] = 128
     evaluate_every: AnyCount = 1600
     checkpoint_every: AnyCount = 1600
     log_every: Count = 10

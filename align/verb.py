@@ -33,6 +33,7 @@ class Aligned:
         stopped: by a signal; nothing was written to `out`, and `resume` goes on.
         guarded: agreement fell below the recipe's `min_agreement`, which ended the run.
         kept: with a floor (`keep`): where it ended.
+        finished: with `resume`: the run had ended before, and nothing was left to do.
         recipe_name, recipe: as it was chosen, and as it was run.
     """
 
@@ -46,6 +47,7 @@ class Aligned:
     stopped: bool
     guarded: bool
     kept: dict[str, Any] | None
+    finished: bool
     work: Path
     recipe_name: str
     recipe: Recipe

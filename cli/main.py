@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
 import sys
 import types
 import typing
@@ -19,6 +18,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from ..core.errors import BcosifyError, OptionError, near_miss
+from ..core.files import json_text
 
 __all__ = ["VERBS", "main"]
 
@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BcosifyError as error:
         print(f"bcosify {verb}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"bcosify {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"bcosify {verb}: {error or 'interrupted'}", file=sys.stderr)
         return 130
 
 
@@ -82,7 +82,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         return 2
     result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
     if options["json"] and result is not None:
-        print(json.dumps(result, indent=2, default=str))
+        print(json_text(result, indent=2, default=str))
     return 0
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "COUNT",
     "EXPONENT",
     "FACTOR",
+    "MANY",
     "PART",
     "SEED",
     "SHARE",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 P, R = ParamSpec("P"), TypeVar("R")
+MANY = 2**40  # more than anything that is counted here; arithmetic on it stays in 64 bits
 
 
 class Bound(Protocol):
@@ -78,7 +80,7 @@ class Range:
             return self.words
         low = f"{'above' if self.above else 'at least'} {self.least:.10g}"
         high = f"{'below' if self.below else 'at most'} {self.most:.10g}"
-        if math.isinf(self.most):
+        if self.most >= MANY:
             return "a finite number" if math.isinf(self.least) else low
         return f"{low} and {high}" if self.above or self.below else f"between {self.least:.10g} and {self.most:.10g}"
 
@@ -120,8 +122,8 @@ class Rising:
         return "" if list(value) == sorted(value) else f"must not fall from one value to the next; got {list(value)}"
 
 
-COUNT = Range(1, 2**40, whole=True, words="at least 1")  # of things of which there must be one
-ANY_COUNT = Range(0, 2**40, whole=True, words="at least 0")  # of things of which there may be none
+COUNT = Range(1, MANY, whole=True)  # of things of which there must be one
+ANY_COUNT = Range(0, MANY, whole=True)  # of things of which there may be none
 # What every generator takes; the calibration's is one more.
 SEED = Range(0, 2**63 - 2, whole=True, words="at least 0 and below 2^63")
 SIDE = Range(1, 8192, whole=True)  # of a picture, in pixels: what models of pictures are far below
