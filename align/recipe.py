@@ -323,8 +323,13 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
+# What a resumed run may have otherwise: how it is computed, not what.
+MAY_CHANGE = ("workers", "max_bad", "accumulate", "gradient_checkpointing")
+
+
 def difference(old: Recipe, new: Recipe) -> str:
-    """Unified diff of two recipes, empty where they are equal."""
+    """Unified diff of two recipes, empty where they are of the same run (`MAY_CHANGE` aside)."""
+    old = dataclasses.replace(old, **{name: getattr(new, name) for name in MAY_CHANGE})
     return "\n".join(
         difflib.unified_diff(dump(old).splitlines(), dump(new).splitlines(), "run", "asked", lineterm="", n=0)
     )

@@ -65,7 +65,8 @@ _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxdict = 12
 
 def shown(value: Any) -> str:
     """A value as Python writes it, cut to what a line of a message holds."""
-    return _SHORT.repr(value)
+    text = _SHORT.repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def from_assignments(kind: type, assignments: Sequence[str], **given: Any) -> Any:

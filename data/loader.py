@@ -15,9 +15,7 @@ random state. As with any such process, a script that asks for workers needs the
 from __future__ import annotations
 
 import hashlib
-import multiprocessing as mp
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +30,7 @@ from .pictures import decode, reason
 from .runs import HeldOutRuns, Picture, Run, Runs, StreamedRuns, TrainingRuns
 from .stream import Stream
 from .views import Augment, CentreCrop, Mixing, mixed
-from .workers import WorkersEnded, start_worker, way_out
+from .workers import WorkersEnded, fork_server, start_worker, way_out
 
 __all__ = [
     "Batch",
@@ -169,7 +167,7 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=self.pin_memory,
-            multiprocessing_context=_fork_server() if self.workers else None,
+            multiprocessing_context=fork_server() if self.workers else None,
             worker_init_fn=start_worker if self.workers else None,
             # A DataLoader draws a seed from the global generator each time it starts, unless it has its own.
             generator=torch.Generator(),
@@ -254,12 +252,3 @@ def held_out_batches(
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _fork_server() -> BaseContext:
-    """Clean processes that are cheap to start: a server imports `fork_server` once, and workers are forked from it."""
-    if "forkserver" not in mp.get_all_start_methods():
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.fork_server"])
-    return context

@@ -7,14 +7,24 @@ import os
 import shutil
 import signal
 import threading
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
 
 from ..core.errors import DataError
 
-__all__ = ["STOP_SIGNALS", "WorkersEnded", "check_shared_memory", "ignore_stop_signals", "start_worker", "way_out"]
+__all__ = [
+    "STOP_SIGNALS",
+    "WorkersEnded",
+    "check_shared_memory",
+    "fork_server",
+    "ignore_stop_signals",
+    "start_worker",
+    "way_out",
+]
 
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
@@ -25,6 +35,29 @@ AHEAD = 2  # batches that a DataLoader lets each worker make before they are ask
 
 class WorkersEnded(DataError):
     """Processes that read pictures ended by themselves."""
+
+
+def fork_server() -> BaseContext:
+    """Clean processes that are cheap to start: a server imports `fork_server` once, and workers are forked from it."""
+    if "forkserver" not in mp.get_all_start_methods():
+        return mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([f"{__package__}.fork_server"])
+    _start_tracker()
+    return context
+
+
+def _start_tracker() -> None:
+    """Starts multiprocessing's tracker of semaphores, which ignores SIGTERM and SIGINT alone: what is ignored here is
+    ignored there, and stays so."""
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may handle signals
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGUSR1)}
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start_worker(worker: int) -> None:
