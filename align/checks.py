@@ -15,17 +15,18 @@ from torch import nn
 
 from ..convert import Student
 from ..convert.blocks import blocks_of
-from ..convert.layers import STRENGTHS, ReferenceSized, strength_spans
+from ..convert.layers import ReferenceSized, strength_spans
 from ..convert.methods import find_method
 from ..convert.taps import first_tensor
 from ..convert.trace import trace_forward
-from ..core.errors import PlanError, RecipeError, near_miss
+from ..core.errors import DataError, PlanError, RecipeError, near_miss
 from ..core.files import check_free
 from ..core.pictures import fitted, noise_pictures
 from ..core.torch_internals import AnyBatchNorm
 from ..data.index import ShardIndex
 from ..data.loader import check_batch
 from ..data.stream import Stream
+from ..data.workers import check_shared_memory
 from .distributed import check_sharded
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, observe
@@ -87,14 +88,17 @@ def check_request(config: AlignConfig) -> None:
 
 def check_processes(config: AlignConfig, accelerator: Accelerator) -> None:
     """Raises RecipeError for what any phase asks and weights in shards do not do."""
-    for recipe in (config.recipe, *map(config.recipe.view, range(len(config.recipe.phases)))):
-        check_sharded(accelerator, recipe)
+    check_sharded(accelerator, config.recipe)
 
 
 def check_data(recipe: Recipe, student: Student, train: ShardIndex | Stream, val: ShardIndex, processes: int) -> None:
-    """Raises BcosifyError for pictures that are too few for the batches, or for the floor."""
+    """Raises BcosifyError for pictures that are too few for the batches, or to measure on."""
     check_batch(train, recipe.batch_size, processes)
-    check_floor(recipe, student, len(val))
+    side = max((recipe.image_size, *recipe.image_sizes))
+    check_shared_memory(recipe.workers, 3 * side * side * recipe.batch_size // processes)
+    if len(val) < 2:
+        raise DataError(f"--val: {len(val)} picture(s) measure nothing: no mean, no neighbours. Pass 2 or more.")
+    check_floor(recipe, student)
 
 
 def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
@@ -108,41 +112,30 @@ def check_recipe(recipe: Recipe, student: Student, teacher: nn.Module) -> None:
     check_strengths(student, recipe)
     check_paths(recipe, student.model)
     check_trust(recipe)
+    for phase in recipe.phases:
+        {**OBJECTIVES, **FITS}[phase.objective](student.model, recipe, phase.settings)  # refuses what it cannot use
+        _check_heard(phase.settings.get("taps", ()), recipe.image_size, teacher)
     check_maps(recipe, student.model, teacher)
-    views = [recipe.view(number) for number in range(len(recipe.phases))]
-    for phase, own in zip(recipe.phases, views, strict=True):
-        if phase.settings:
-            check_maps(own, student.model, teacher)
-        {**OBJECTIVES, **FITS}[phase.objective](student.model, own, phase.settings)  # each refuses what it cannot use
-    for own in views:
-        if own.taps:
-            _check_heard(own, teacher)
 
 
-def _check_heard(recipe: Recipe, teacher: nn.Module) -> None:
-    pictures = fitted(noise_pictures(1, (recipe.image_size, recipe.image_size)), teacher)
-    calls, _ = observe(teacher, pictures, recipe.taps)
-    if silent := [name for name in recipe.taps if name not in calls]:
+def _check_heard(taps: tuple[str, ...], size: int, teacher: nn.Module) -> None:
+    if not taps:
+        return
+    calls, _ = observe(teacher, fitted(noise_pictures(1, (size, size)), teacher), taps)
+    if silent := [name for name in taps if name not in calls]:
         raise RecipeError(f"tap {silent[0]!r} is a module that the model never runs: there is nothing to compare.")
 
 
 def check_strengths(student: Student, recipe: Recipe) -> None:
-    """Raises RecipeError, with all that is wrong, for strengths outside of their ranges or that no layer has."""
+    """Raises RecipeError, with all that is wrong, for strengths that no layer has, and for what excludes each other."""
     found = strength_spans(student.model)
     sized = any(isinstance(module, ReferenceSized) for module in student.model.modules())
     wrong = []
     for number, phase in enumerate(recipe.phases):
         where = f"phases.{number}"
-        for name, ends in phase.strengths.items():
-            faults = [fault for value in ends if (fault := STRENGTHS[name].fault(value))]
-            wrong += [f"{where}.{name} {fault}" for fault in faults[:1]]
-        if fault := STRENGTHS["window"].fault(phase.window):
-            wrong.append(f"{where}.window {fault}")
-        for name, (begin, end) in phase.ramps.items():
+        for name in phase.ramps:
             if name not in phase.strengths:
                 wrong.append(f"{where}.ramps: no strength {name}.{near_miss(name, phase.strengths)}")
-            elif not 0 <= begin <= end <= 1:
-                wrong.append(f"{where}.ramps.{name} goes from a share of the phase to a later one; got {[begin, end]}")
         # A window where nothing has one is harmless: no BatchNorm is there to take it.
         for name in ("carry", "spread", "window"):
             value = getattr(phase, name)
@@ -150,8 +143,6 @@ def check_strengths(student: Student, recipe: Recipe) -> None:
                 wrong.append(f"{where}.{name}: no layer of a {student.method} student carries biases so; take it out")
         if phase.reference_gains and not sized:
             wrong.append(f"{where}.reference_gains: no layer of a {student.method} student has a gain; take it out")
-        if not 0 <= phase.reference_decay < 1:
-            wrong.append(f"{where}.reference_decay is at least 0 and below 1; got {phase.reference_decay:g}")
         if phase.reference_gains and phase.batch_statistics:
             wrong.append(f"{where}: reference_gains takes the place of batch_statistics; leave one of them out")
     if wrong:
@@ -173,7 +164,7 @@ def check_objectives(student: Student, recipe: Recipe) -> None:
 
 
 def check_paths(recipe: Recipe, student: nn.Module) -> None:
-    """Raises RecipeError for shares outside [0, 1], and for help that an objective or a model has no use for."""
+    """Raises RecipeError for help that an objective or a model has no use for."""
     for number, phase in enumerate(recipe.phases):
         for fault in _path_faults(phase, student):
             raise RecipeError(f"phases.{number}.{fault}")
@@ -183,8 +174,6 @@ def _path_faults(phase: Phase, student: nn.Module) -> Iterator[str]:
     helped = {"blend": _names("whole"), "own_inputs": _names("fed")}
     for key, objectives in helped.items():
         share = getattr(phase, key)
-        if not all(0 <= value <= 1 for value in share):
-            yield f"{key}: both shares lie between 0 and 1; got {list(share)}"
         if any(share) and phase.objective not in objectives:
             yield f"{key}: the objective {phase.objective} has no use for it; it is for {', '.join(objectives)}"
     if any(phase.blend) and not blocks_of(student):
@@ -199,14 +188,10 @@ def _names(kind: str) -> tuple[str, ...]:
     return tuple(name for name, known in OBJECTIVES.items() if getattr(known.make, kind))
 
 
-def check_floor(recipe: Recipe, student: Student, held_out: int) -> None:
+def check_floor(recipe: Recipe, student: Student) -> None:
     """Raises RecipeError where `keep` is no floor, or nothing says whether the student is above it."""
     if not recipe.keep:
         return
-    if not 0 < recipe.keep <= 1:
-        raise RecipeError(f"keep is the share of decisions to keep, in (0, 1]; got {recipe.keep:g}.")
-    if held_out < 2:
-        raise RecipeError(f"keep: {held_out} held-out pictures measure no agreement. Pass --val, or held_out.")
     if recipe.min_agreement:
         raise RecipeError("keep and min_agreement are two floors; take one of them out.")
     if patient := [number for number, phase in enumerate(recipe.phases) if phase.patience]:

@@ -75,8 +75,10 @@ def check_sharded(accelerator: Accelerator, recipe: Recipe) -> None:
     """Raises RecipeError for what a recipe asks and shards do not do (yet)."""
     if accelerator.distributed_type != DistributedType.FSDP:
         return
-    wrong = [key for key in ("average", "weight_norm", "map_weight") if getattr(recipe, key)]
+    wrong = ["average"] if recipe.average else []
     for number, phase in enumerate(recipe.phases):
+        settings = [key for key in ("weight_norm", "map_weight") if phase.settings.get(key)]
+        wrong += [f"phases.{number}.objective.{phase.objective}.{key}" for key in settings]
         wrong += [f"phases.{number}.optimizer"] if phase.optimizer != "adamw" else []
         wrong += [f"phases.{number}.adaptive_clip"] if phase.adaptive_clip else []
         wrong += [f"phases.{number}.trust"] if phase.trust else []

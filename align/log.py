@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from tqdm.auto import tqdm
 
 from ..convert.layers import scheduled_layers
 from ..core.errors import BcosifyError
+from ..core.files import json_text
 from . import state
 from .distributed import Prepared
 from .trackers import scalars
@@ -30,7 +30,7 @@ def write_row(run: Run, row: dict[str, Any], step: int) -> None:
     """Appends one row to metrics.jsonl, and shows it in the trackers as of `step` (main process)."""
     if run.accelerator.is_main_process:
         with (run.config.work / METRICS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json_text(row) + "\n")
         run.accelerator.log(scalars(row), step=step)
 
 
@@ -99,8 +99,8 @@ class PhaseLog:
         if math.isfinite(loss) and (norm is None or math.isfinite(float(norm))):
             return
         worst = [name for name, value in losses.items() if name != "total" and not bool(torch.isfinite(value))]
-        found = state.latest(self.run.config.work / state.CHECKPOINTS)
-        kept = f"the last good checkpoint is {found[0]}" if found else "there was no checkpoint yet"
+        found = state.newest(self.run.config.work / state.CHECKPOINTS)
+        kept = f"the last good checkpoint is {found}" if found else "there was no checkpoint yet"
         raise BcosifyError(
             f"the loss is {loss} at step {progress.step}, the gradient's norm {norm if norm is None else float(norm)} "
             f"(loss not finite in: {', '.join(worst) or 'an earlier step'}; largest gradient: "

@@ -115,20 +115,14 @@ def map_error(student: nn.Module, pictures: Tensor, aim: Aim) -> Tensor:
 
 
 def check_maps(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> None:
-    """Raises RecipeError for weights and shares out of range, and where there are no maps to match."""
-    for fault in _faults(recipe, student, teacher):
-        raise RecipeError(fault)
+    """Raises RecipeError where a phase compares maps, and there are none to match."""
+    for number, phase in enumerate(recipe.phases):
+        if phase.settings.get("map_weight"):
+            for fault in _faults(recipe, student, teacher):
+                raise RecipeError(f"phases.{number}.objective.{phase.objective}.{fault}")
 
 
 def _faults(recipe: Recipe, student: nn.Module, teacher: nn.Module) -> Iterator[str]:
-    if recipe.map_weight < 0:
-        yield f"map_weight: a weight of at least 0; got {recipe.map_weight}"
-    if not recipe.map_weight:
-        return
-    if not 0 < recipe.map_share <= 1:
-        yield f"map_share: a share of the batch above 0 and at most 1; got {recipe.map_share}"
-    if not any(phase.objective == "end-to-end" for phase in recipe.phases):
-        yield "map_weight: it is a term of the objective end-to-end, and no phase has it. Take it out: map_weight=0"
     for key in ("gradient_checkpointing", "compile"):
         if getattr(recipe, key):
             yield f"map_weight: with {key} an explanation cannot see into the blocks. Set {key}=false or map_weight=0"

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..convert import calibrate, set_strength
 from ..convert.layers import RunningGains, batch_statistics, mean_sizes, recording, reference_gains
 from ..convert.taps import Call
+from ..core.errors import BcosifyError, first_line
 from ..data.index import ShardIndex
 from ..data.loader import Batch
 from . import state
@@ -39,7 +40,8 @@ def descend(run: Run, number: int) -> None:
     run.stepper, run.log = stepper, log
     end = progress.first + run.recipe.steps[number]
     for batch in run.pictures.batches(progress.step, end):
-        stepper.losses, stepper.norm = stepper.take(progress, batch)
+        with _memory_said(run):
+            stepper.losses, stepper.norm = stepper.take(progress, batch)
         progress.step += 1
         log.step(progress, stepper.losses, stepper.norm)
         run.over, run.stopped = progress.step == end, run.asked_to_stop()
@@ -50,6 +52,22 @@ def descend(run: Run, number: int) -> None:
     stepper.close()
     make_eager(run.teacher, stepper.prepared.model)
     run.seconds += log.seconds
+
+
+@contextlib.contextmanager
+def _memory_said(run: Run) -> Iterator[None]:
+    """Inside, memory that is not enough for a step is told in one line, with what needs less."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        # On a CPU torch raises a RuntimeError that tells itself by its words alone.
+        if type(error) is RuntimeError and "allocate memory" not in str(error):
+            raise
+        raise BcosifyError(
+            f"a step of {run.recipe.batch_size} pictures of {run.recipe.image_size} pixels does not fit into memory "
+            f"({first_line(error)[:160]}). The same steps in less memory: --set accumulate="
+            f"{2 * run.recipe.accumulate}, or gradient_checkpointing=true. Or take a smaller batch_size or image_size."
+        ) from error
 
 
 def _after_step(run: Run, stepper: Stepper) -> None:

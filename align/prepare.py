@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from ..convert import Student, load
 from ..convert.libraries import find_library
 from ..core.errors import CheckpointError, DataError, RecipeError
-from ..core.files import new_file
+from ..core.files import json_text, new_file
 from ..data.index import ShardIndex, index_shards
 from ..data.names import expand
 from ..data.order import overlap, split
@@ -24,7 +24,7 @@ from ..data.remote import shown
 from ..data.stream import Stream, fingerprints
 from . import state
 from .log import METRICS
-from .recipe import difference, dump, load_recipe
+from .recipe import difference, dump, saved_recipe
 from .sheets import EXPLANATIONS
 from .trackers import TRACKED
 
@@ -32,12 +32,16 @@ if TYPE_CHECKING:
     from .run import AlignConfig
 
 __all__ = [
+    "RESULT",
     "checkpoint_gradients",
     "find_data",
+    "finished",
     "prepare_folder",
     "start_from",
     "without_checkpointing",
 ]
+
+RECIPE, RESULT = "recipe.yaml", "result.json"  # of a run: what was asked, and what it came to
 
 
 def start_from(student: Student, folder: Path | None) -> None:
@@ -97,17 +101,42 @@ def find_data(config: AlignConfig) -> tuple[ShardIndex | Stream, ShardIndex]:
     return split(train, config.recipe.held_out, config.recipe.seed)
 
 
+def finished(config: AlignConfig) -> dict[str, Any] | None:
+    """What the run in `work` came to, where --resume finds that it has ended and its model is there; else None.
+
+    Raises RecipeError where that was a run by another recipe.
+    """
+    if not config.resume or not (config.out / "bcosify.json").is_file() or not (config.work / RECIPE).is_file():
+        return None
+    if (config.work / RESULT).is_file():
+        with contextlib.suppress(ValueError, OSError):
+            found = json.loads((config.work / RESULT).read_text("utf-8"))
+            _check_same_recipe(config)
+            return {**found, "out": str(config.out)} if isinstance(found, dict) else None
+    progress = state.newest_progress(config.work / state.CHECKPOINTS)  # runs of before wrote no result
+    if progress is None or len(progress.ends) < len(config.recipe.phases):
+        return None
+    _check_same_recipe(config)
+    first, last = (progress.curve[0], progress.curve[-1]) if progress.curve else (None, None)
+    told = {"pictures": progress.step * config.recipe.batch_size, "start": first, "final": last}
+    none = {"bad_pictures": 0, "seconds": 0.0, "stopped": False, "guarded": False, "kept": None}
+    return {"out": str(config.out), **told, "curve": list(progress.curve), **none}
+
+
+def _check_same_recipe(config: AlignConfig) -> None:
+    if changed := difference(saved_recipe(config.work / RECIPE), config.recipe):
+        raise RecipeError(
+            f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"
+        )
+
+
 def prepare_folder(
     config: AlignConfig, accelerator: Accelerator, train: ShardIndex | Stream
 ) -> tuple[Path, state.Progress] | None:
     """Makes `work`, or checks that it belongs to the same run; returns the checkpoint to go on from."""
-    written = config.work / "recipe.yaml"
+    written = config.work / RECIPE
     if config.resume and written.is_file():
-        changed = difference(load_recipe(written), config.recipe)
-        if changed:
-            raise RecipeError(
-                f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"
-            )
+        _check_same_recipe(config)
         found = state.latest(config.work / state.CHECKPOINTS)
         if found and found[1].data != train.digest:
             raise RecipeError(
@@ -126,7 +155,7 @@ def prepare_folder(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.work.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, "bad_samples.jsonl"):
+        for name in (METRICS, RESULT, "bad_samples.jsonl"):
             (config.work / name).unlink(missing_ok=True)
         for name in (state.CHECKPOINTS, EXPLANATIONS, TRACKED):
             shutil.rmtree(config.work / name, ignore_errors=True)
@@ -140,8 +169,23 @@ def _cut_metrics(path: Path, step: int, batch_size: int, accelerator: Accelerato
     """Drops rows from after the checkpoint: the resumed run writes them again."""
     accelerator.wait_for_everyone()
     if accelerator.is_main_process and path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        kept = [r for r in rows if r.get("pictures", r.get("held_out", {}).get("pictures", 0)) <= step * batch_size]
+        rows = filter(None, map(_row, path.read_text("utf-8", errors="replace").splitlines()))
+        kept = [row for row in rows if _pictures(row) <= step * batch_size]
         with new_file(path) as scratch:
-            scratch.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            scratch.write_text("".join(json_text(row) + "\n" for row in kept))
     accelerator.wait_for_everyone()
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that was torn when the run was killed, whatever is left of it."""
+    try:
+        row = json.loads(line)
+        _pictures(row)
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+    return row
+
+
+def _pictures(row: dict[str, Any]) -> int:
+    """How many pictures were seen when `row` was written."""
+    return int(row.get("pictures", row.get("held_out", {}).get("pictures", 0)))

@@ -9,20 +9,59 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import importlib.resources
-from collections.abc import Iterator, Sequence
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
-from ..core.errors import RecipeError, near_miss
-from ..core.settings import faults, parse
+from ..core.errors import RecipeError, first_line, near_miss, translated
+from ..core.ranges import (
+    AMOUNT,
+    ANY_COUNT,
+    ASCENDING,
+    BELOW_ONE,
+    COUNT,
+    EXPONENT,
+    MANY,
+    PART,
+    SEED,
+    SHARE,
+    SIDE,
+    WINDOW,
+    Length,
+    Range,
+)
+from ..core.settings import faults, parse, read_yaml
 
-__all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "scaled"]
+__all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "saved_recipe", "scaled"]
 
 
 Need = Literal["blocks", "batch-norm", "layer-norm"]
+# Settings of objectives that older recipes have beside their phases.
+MOVED = (
+    "taps",
+    "depths",
+    "centre",
+    "standardise",
+    "output_weight",
+    "magnitude_weight",
+    "weight_norm",
+    "map_weight",
+    "map_share",
+    "anchor",
+)
+
+Share = Annotated[float, SHARE]
+Amount = Annotated[float, AMOUNT]
+Count = Annotated[int, COUNT]
+AnyCount = Annotated[int, ANY_COUNT]
+Exponent = Annotated[float, EXPONENT]
+Side = Annotated[int, SIDE]
 # The strengths that a phase moves.
 STRENGTHS = ("b", "beta", "dampening", "carry", "spread")
 
@@ -33,7 +72,7 @@ class Phase:
 
     Attributes:
         objective: which (see `objectives`). In YAML, with settings of its own:  objective: {end-to-end: {centre: true}}
-        settings: these; what is not among them is as the recipe says.
+        settings: these; those that are not among them are at their defaults.
         pictures: how many pictures it sees.
         learning_rate: peak. Fresh optimizer state in every phase, as objectives differ in scale.
         optimizer: `adamw`, or `muon` (orthogonal steps for matrices and kernels, AdamW for the rest; timm's).
@@ -75,33 +114,33 @@ class Phase:
     """
 
     objective: str
-    pictures: int
-    learning_rate: float
+    pictures: Count
+    learning_rate: Amount
     optimizer: Literal["adamw", "muon"] = "adamw"
-    b: tuple[float, float] = (2.0, 2.0)
-    beta: tuple[float, float] = (0.0, 0.0)
-    dampening: tuple[float, float] = (0.0, 0.0)
-    carry: tuple[float, float] = (0.0, 0.0)
-    spread: tuple[float, float] = (0.0, 0.0)
-    window: float = 0.0
-    ramp: float = 0.6
-    ramps: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    b: tuple[Exponent, Exponent] = (2.0, 2.0)
+    beta: tuple[Share, Share] = (0.0, 0.0)
+    dampening: tuple[Amount, Amount] = (0.0, 0.0)
+    carry: tuple[Share, Share] = (0.0, 0.0)
+    spread: tuple[Share, Share] = (0.0, 0.0)
+    window: Annotated[float, WINDOW] = 0.0
+    ramp: Share = 0.6
+    ramps: dict[str, Annotated[tuple[Share, Share], ASCENDING]] = dataclasses.field(default_factory=dict)
     reference_gains: bool = False
-    reference_decay: float = 0.95
+    reference_decay: Annotated[float, BELOW_ONE] = 0.95
     relative: bool = True
-    calibrate: int = 0
-    recalibrate_every: int = 0
+    calibrate: AnyCount = 0
+    recalibrate_every: AnyCount = 0
     gain: Literal["least-squares", "rms"] = "least-squares"
     batch_statistics: bool = False
-    warmup: float = 0.05
-    decay: float = 1.0
-    final_learning_rate: float = 0.05
-    clip: float = 5.0
-    adaptive_clip: float = 0.0
-    patience: int = 0
-    trust: float = 0.0
-    blend: tuple[float, float] = (0.0, 0.0)
-    own_inputs: tuple[float, float] = (0.0, 0.0)
+    warmup: Share = 0.05
+    decay: Share = 1.0
+    final_learning_rate: Share = 0.05
+    clip: Annotated[float, Range(0, above=True, infinite=True)] = 5.0
+    adaptive_clip: Amount = 0.0
+    patience: AnyCount = 0
+    trust: Amount = 0.0
+    blend: tuple[Share, Share] = (0.0, 0.0)
+    own_inputs: tuple[Share, Share] = (0.0, 0.0)
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -136,8 +175,6 @@ class Recipe:
             but for BatchNorm's batch statistics.
         compile: torch.compile for the blocks of teacher and student, for speed; the first steps take long.
         gradient_checkpointing: the student's blocks are run again in the backward pass, for less memory.
-        taps, depths, centre, standardise, output_weight, magnitude_weight, weight_norm, map_weight, map_share,
-        anchor: of objectives (see their configs in `objectives`), in all phases that have none of their own.
         min_agreement: agreement guard: where held-out agreement (top-1, or the centred cosine where there are no
             classes) falls below, the phase ends with the weights of the last measurement above, and the run with it;
             0 guards nothing.
@@ -163,57 +200,40 @@ class Recipe:
     """
 
     pressure: str
-    image_size: int
-    batch_size: int
-    phases: tuple[Phase, ...]
-    image_sizes: tuple[int, ...] = ()
+    image_size: Side
+    batch_size: Count
+    phases: Annotated[tuple[Phase, ...], Length(1, 100, "phases")]
+    image_sizes: Annotated[tuple[Side, ...], Length(0, 100, "sides")] = ()
     method: str = "any"
     needs: tuple[Need, ...] = ()
-    accumulate: int = 1
+    accumulate: Count = 1
     gradient_checkpointing: bool = False
     compile: bool = False
-    seed: int = 0
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    taps: tuple[str, ...] = ()
-    depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
-    centre: bool = False
-    standardise: Literal["none", "channel", "phi-s"] = "none"
-    output_weight: float = 1.0
-    magnitude_weight: float = 0.0
-    weight_norm: float = 0.0
-    map_weight: float = 0.0
-    map_share: float = 0.25
-    anchor: float = 0.1
-    min_agreement: float = 0.0
-    keep: float = 0.0
-    average: float = 0.0
-    crop_scale: tuple[float, float] = (0.35, 1.0)
-    flip: float = 0.5
-    turn: float = 0.0
-    colour: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    held_out: int = 128
-    evaluate_every: int = 1600
-    checkpoint_every: int = 1600
-    log_every: int = 10
-    probe_pictures: int = 0
-    probe_every: int = 1600
+    seed: Annotated[int, SEED] = 0
+    weight_decay: Amount = 0.0
+    betas: tuple[Annotated[float, BELOW_ONE], Annotated[float, BELOW_ONE]] = (0.9, 0.999)
+    min_agreement: Share = 0.0
+    keep: Share = 0.0
+    average: Annotated[float, BELOW_ONE] = 0.0
+    crop_scale: Annotated[tuple[Annotated[float, PART], Annotated[float, PART]], ASCENDING] = (0.35, 1.0)
+    flip: Share = 0.5
+    turn: Annotated[float, Range(0, 180)] = 0.0
+    colour: Share = 0.0
+    mixup: Share = 0.0
+    cutmix: Share = 0.0
+    held_out: Annotated[int, Range(2, MANY, whole=True)] = 128
+    evaluate_every: AnyCount = 1600
+    checkpoint_every: AnyCount = 1600
+    log_every: Count = 10
+    probe_pictures: AnyCount = 0
+    probe_every: AnyCount = 1600
     precision: Literal["auto", "no", "bf16"] = "auto"
-    workers: int = 2
-    max_bad: float = 0.01
+    workers: Annotated[int, Range(0, 1024, whole=True)] = 2
+    max_bad: Share = 0.01
 
     def __post_init__(self) -> None:
-        if wrong := list(_view_faults(self)):
-            raise RecipeError("; ".join(wrong))
-
-    def view(self, number: int) -> Recipe:
-        """The recipe of one phase, with that phase's own settings in the place of those of all."""
-        phase = self.phases[number]
-        known = {field.name for field in dataclasses.fields(self)}
-        own = {name: value for name, value in phase.settings.items() if name in known}
-        return dataclasses.replace(self, phases=(phase,), **own)
+        if wrong := list(faults(Recipe, self)) or list(_joint_faults(self)):
+            raise RecipeError(_listed("the recipe", wrong))
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -229,48 +249,62 @@ def list_recipes() -> list[str]:
 def load_recipe(name: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that ships as `name`, or the file at this path, with `overrides` such as `phases.0.pictures=800`.
 
+    Settings of an objective that stand beside the phases, as older recipes have them, are read, with a warning that
+    says where they belong.
+
     Raises:
         RecipeError: no such recipe, not YAML, unknown, missing or wrong keys (all of them, a line each).
     """
-    text, shipped = None, _shipped()
-    if str(name) in shipped:
-        text = shipped[str(name)].read_text()
-    elif Path(name).is_file():
-        text = Path(name).read_text()
-    if text is None:
-        raise RecipeError(
-            f"no recipe {str(name)!r}.{near_miss(str(name), shipped)} Give a path, or one of: "
-            f"{', '.join(sorted(shipped))}."
-        )
-    try:
-        values = yaml.safe_load(text)
-        for override in overrides:
-            values = _override(values, override)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"recipe {name} is not YAML: {error}") from error
-    return from_values(values, str(name))
+    from .objectives import moved_settings
+
+    values, moved = moved_settings(_read(str(name), _text(name)))
+    for override in overrides:
+        key, value = _assignment(override)
+        if key in MOVED and isinstance(values, dict):
+            values, found = moved_settings({**values, key: value}, over=True)
+            moved |= found
+        else:
+            values = _override(values, key.split("."), value, override)
+    recipe = from_values(values, str(name))
+    if moved:
+        warnings.warn(f"recipe {name}: {_moved_words(recipe, moved)}", stacklevel=2)
+    return recipe
+
+
+def _moved_words(recipe: Recipe, moved: Mapping[str, Sequence[int]]) -> str:
+    """Where settings that were beside the phases belong, in one line."""
+    written = yaml.safe_load(dump(recipe))["phases"]
+    taken = {number: written[number]["objective"] for numbers in moved.values() for number in numbers}
+    flow = functools.partial(yaml.safe_dump, default_flow_style=True, width=math.inf)
+    forms = "; ".join(f"phases.{n}: {flow({'objective': form}).strip()[1:-1]}" for n, form in sorted(taken.items()))
+    unused = [key for key, numbers in moved.items() if not numbers]
+    belong = f"{', '.join(moved)}: settings of an objective, which belong into its phase. "
+    return belong + (f"Write {forms}" if forms else "") + (f" (no phase takes {', '.join(unused)})" if unused else "")
+
+
+def saved_recipe(path: Path) -> Recipe:
+    """The recipe that a run wrote beside itself, of whatever version, without a word about its form."""
+    return from_values(_read(str(path), _text(path)), str(path))
 
 
 def from_values(values: Any, name: str = "recipe") -> Recipe:
-    """Parses plain values (from YAML or JSON) strictly into a Recipe."""
-    from .objectives import with_settings  # loads the models' side, which a list of recipes need not
+    """Parses plain values (from YAML or JSON) strictly into a Recipe, objectives' settings in their phases."""
+    from .objectives import moved_settings, with_settings  # loads the models' side, which a list of recipes need not
 
-    values, wrong = with_settings(values)
+    values, wrong = with_settings(moved_settings(values)[0])
     if found := [*faults(Recipe, values), *wrong]:
-        raise RecipeError(f"recipe {name} has {len(found)} fault(s):\n" + "\n".join(f"  {fault}" for fault in found))
+        raise RecipeError(_listed(f"recipe {name}", found))
     recipe = parse(Recipe, values)
     assert isinstance(recipe, Recipe)
     return recipe
 
 
-# The largest value of each key about views; the smallest is 0.
-VIEWS = {"turn": 180, "colour": 1, "mixup": 1, "cutmix": 1}
+def _listed(what: str, wrong: Sequence[str]) -> str:
+    return f"{what} has {len(wrong)} fault(s):\n" + "\n".join(f"  {fault}" for fault in wrong)
 
 
-def _view_faults(recipe: Recipe) -> Iterator[str]:
-    for key, largest in VIEWS.items():
-        if not 0 <= (found := getattr(recipe, key)) <= largest:
-            yield f"{key}: must be from 0 to {largest}; got {found:g}"
+def _joint_faults(recipe: Recipe) -> Iterator[str]:
+    """What is wrong with values that are right by themselves."""
     mixed = recipe.mixup + recipe.cutmix
     if mixed > 1:
         yield f"mixup, cutmix: a batch is mixed in one way, so their chances may add up to 1; got {mixed:g}"
@@ -280,15 +314,22 @@ def _view_faults(recipe: Recipe) -> Iterator[str]:
 
 def dump(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back to an equal recipe."""
+    from .objectives import changed
+
     values = _plain(dataclasses.asdict(recipe))
     for phase in values["phases"]:
-        if own := phase.pop("settings"):
+        if own := changed(phase["objective"], phase.pop("settings")):
             phase["objective"] = {phase["objective"]: own}
     return yaml.safe_dump(values, sort_keys=False, width=120)
 
 
+# What a resumed run may have otherwise: how it is computed, not what.
+MAY_CHANGE = ("workers", "max_bad", "accumulate", "gradient_checkpointing")
+
+
 def difference(old: Recipe, new: Recipe) -> str:
-    """Unified diff of two recipes, empty where they are equal."""
+    """Unified diff of two recipes, empty where they are of the same run (`MAY_CHANGE` aside)."""
+    old = dataclasses.replace(old, **{name: getattr(new, name) for name in MAY_CHANGE})
     return "\n".join(
         difflib.unified_diff(dump(old).splitlines(), dump(new).splitlines(), "run", "asked", lineterm="", n=0)
     )
@@ -316,18 +357,44 @@ def _shipped() -> dict[str, Any]:
     return found
 
 
-def _override(values: Any, override: str) -> Any:
-    path, separator, text = override.partition("=")
+def _text(name: str | Path) -> str:
+    shipped, path = _shipped(), Path(name)
+    if str(name) in shipped:
+        return shipped[str(name)].read_text("utf-8")
+    with translated((OSError, ValueError), RecipeError, lambda error: f"recipe {name}: {first_line(error)}."):
+        if path.is_file():
+            return path.read_text("utf-8")  # a file that is no text is a ValueError too
+    raise RecipeError(
+        f"no recipe {str(name)!r}.{near_miss(str(name), shipped)} Give a path, or one of: {', '.join(sorted(shipped))}."
+    )
+
+
+def _read(name: str, text: str) -> Any:
+    with translated(yaml.YAMLError, RecipeError, lambda error: f"recipe {name} is not YAML: {error}"):
+        return read_yaml(text)
+
+
+def _assignment(override: str) -> tuple[str, Any]:
+    key, separator, text = override.partition("=")
     if not separator:
         raise RecipeError(f"--set {override}: write it as key=value, such as phases.0.pictures=800")
-    *parents, last = path.split(".")
-    place = values
+    with translated(yaml.YAMLError, RecipeError, lambda error: f"--set {override}: the value is not YAML: {error}"):
+        return key, read_yaml(text)
+
+
+def _override(values: Any, path: Sequence[str], value: Any, override: str) -> Any:
+    """`values` with `value` at `path`; an objective that has no settings yet gets some."""
+    place: Any = values
+    *parents, last = path
     try:
         for key in parents:
-            place = place[int(key)] if isinstance(place, list) else place[key]
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+            step = int(key) if isinstance(place, list) else key
+            if place[step] == (following := path[path.index(key) + 1]) and key == "objective":
+                place[step] = {following: {}}
+            place = place[step]
+        place[int(last) if isinstance(place, list) else last] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise RecipeError(f"--set {override}: the recipe has no place {path!r}") from error
+        raise RecipeError(f"--set {override}: the recipe has no place {'.'.join(path)!r}") from error
     return values
 
 

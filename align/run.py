@@ -23,6 +23,7 @@ from ..convert import Student
 from ..convert.layers import estimate_gains, estimate_statistics
 from ..convert.methods import find_method
 from ..convert.taps import first_tensor
+from ..data.workers import STOP_SIGNALS
 from ..evaluate.metrics.fidelity import fidelity
 from . import state
 from .log import write_row
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from .phases import Stepper
 
 __all__ = ["AlignConfig", "Learner", "Run", "signals_noted"]
-
-STOP_SIGNALS = (signal.SIGTERM, *((signal.SIGUSR1,) if hasattr(signal, "SIGUSR1") else ()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,11 +260,21 @@ class Run:
 
 @contextlib.contextmanager
 def signals_noted(noted: list[int]) -> Iterator[None]:
-    """Inside, SIGTERM and SIGUSR1 (what Slurm sends before it takes a node away) are `noted`, and end nothing."""
+    """Inside, stop signals are `noted`, and end nothing: SIGTERM, SIGUSR1 (what Slurm sends before it takes a node
+    away), SIGHUP (the terminal is gone), and one Ctrl-C. A second Ctrl-C ends the run where it is. What is ignored
+    outside (SIGHUP under nohup) is ignored inside.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return
-    before = {number: signal.signal(number, lambda number, _: noted.append(number)) for number in STOP_SIGNALS}
+
+    def note(number: int, frame: object) -> None:
+        if number == signal.SIGINT and number in noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
     finally:

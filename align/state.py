@@ -1,8 +1,9 @@
-"""Checkpoints of a running alignment: written beside, flushed, renamed, marked COMPLETE, and only then older ones go.
+"""Checkpoints of a running alignment: written beside, flushed, renamed, and only then older ones go.
 
 A checkpoint is a folder with the student's and the optimizer's tensors (safetensors) and state.json; no pickle. The
 order of pictures, the learning rate, B and beta are pure functions of the step, so the step is all that a resumed run
-must know.
+must know. COMPLETE is written last, and holds the size and the hash of every other file: what a copy or a disk has
+damaged since is told from what is whole, and the next older checkpoint takes its place.
 """
 
 from __future__ import annotations
@@ -10,24 +11,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from ..core.files import new_folder
+from ..core.errors import CheckpointError, first_line
+from ..core.files import file_digest, new_folder
 from .distributed import sharded_like, whole
 
 __all__ = [
     "CHECKPOINTS",
     "Progress",
     "Saved",
+    "damage",
     "latest",
+    "newest",
+    "newest_progress",
     "restore",
     "restore_optimizer",
     "saved_of",
@@ -40,6 +46,7 @@ __all__ = [
 CHECKPOINTS = "checkpoints"  # folder inside a run's
 STUDENT, AVERAGE, OPTIMIZER = "student.safetensors", "average.safetensors", "optimizer.safetensors"
 PROGRESS, MARK = "state.json", "COMPLETE"
+FORMAT = 1  # of what a checkpoint holds; a later one may mean other things by the same names
 SIZES = "sizes.safetensors"  # running means that reference gains come from
 TRUSTED = "trusted.safetensors"  # weights and optimizer to go back to, in a warm-up by trust
 BEST = "best.safetensors"  # in the place of a file of each callback, in checkpoints from before they had one
@@ -137,22 +144,68 @@ def write(
             _save_values(sizes, scratch / SIZES)
         values = {name: saved.values for name, saved in (callbacks or {}).items()}
         (scratch / PROGRESS).write_text(json.dumps({**dataclasses.asdict(progress), "callbacks": values}))
-        (scratch / MARK).touch()
-    for old in _complete(folder)[:-keep]:
+        files = {path.name: [path.stat().st_size, file_digest(path)] for path in sorted(scratch.iterdir())}
+        (scratch / MARK).write_text(json.dumps({"format": FORMAT, "files": files}))
+    # Later ones than this were passed over when the run went on.
+    kept = [path for path in _all(folder) if path.name <= out.name][-keep:]
+    for old in set(_all(folder)) - set(kept):
         shutil.rmtree(old, ignore_errors=True)
     return out
 
 
 def latest(folder: Path) -> tuple[Path, Progress] | None:
-    """The newest complete checkpoint in `folder`; a half-written one is passed over."""
-    for checkpoint in reversed(_complete(folder)):
-        values = json.loads((checkpoint / PROGRESS).read_text())
-        known: dict[str, Any] = {
-            field.name: values[field.name] for field in dataclasses.fields(Progress) if field.name in values
-        }
-        lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
-        return checkpoint, Progress(**{**known, **lists})
+    """The newest whole checkpoint in `folder`, and None where there is none at all; damaged ones are warned about.
+
+    Raises CheckpointError where none is whole.
+    """
+    told = []
+    for checkpoint in reversed(_all(folder)):
+        if not (fault := damage(checkpoint)):
+            if told:
+                warnings.warn(f"going on from {checkpoint.name}: {'; '.join(told)}", stacklevel=3)
+            return checkpoint, _progress(checkpoint)
+        told.append(f"{checkpoint.name} {fault}")
+    if told:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is whole: {'; '.join(told)}. Copy one here again, or begin anew, with "
+            "--overwrite in the place of --resume."
+        )
     return None
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, after its name; empty where nothing is."""
+    try:
+        mark = (checkpoint / MARK).read_text()
+        written = json.loads(mark) if mark else None  # empty in checkpoints of before: no sizes, no hashes
+        if written and written["format"] > FORMAT:
+            return f"is of a later version of bcosify (format {written['format']}, this one reads {FORMAT})"
+        for name, (size, digest) in (written["files"] if written else {}).items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"lacks {name}"
+            if (found := path.stat().st_size) != size:
+                return f"is damaged: {name} has {found} bytes, and had {size}"
+            if file_digest(path) != digest:
+                return f"is damaged: the bytes of {name} are not those that were written"
+        _progress(checkpoint)
+        for path in (checkpoint / STUDENT, checkpoint / OPTIMIZER, *checkpoint.glob("*.safetensors")):
+            with safe_open(path, "pt"):
+                pass  # the sizes that its header tells are compared with the file's
+    except FileNotFoundError as error:
+        return f"lacks {Path(error.filename or STUDENT).name}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        return f"is damaged: {first_line(error)}"
+    return ""
+
+
+def _progress(checkpoint: Path) -> Progress:
+    values = json.loads((checkpoint / PROGRESS).read_text())
+    known: dict[str, Any] = {
+        field.name: values[field.name] for field in dataclasses.fields(Progress) if field.name in values
+    }
+    lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
+    return Progress(**{**known, **lists})
 
 
 def saved_of(checkpoint: Path, name: str) -> Saved | None:
@@ -250,5 +303,19 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, keep: bool) -> tuple[dict
     return tensors, plain
 
 
-def _complete(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step-????????") if (path / MARK).is_file())
+def newest_progress(folder: Path) -> Progress | None:
+    """Where the run was at the checkpoint that was written last; None where it cannot be told."""
+    try:
+        return None if (last := newest(folder)) is None else _progress(last)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that was written last, whatever became of it since."""
+    return max(_all(folder), default=None)
+
+
+def _all(folder: Path) -> list[Path]:
+    """All checkpoints, whole or not, oldest first."""
+    return sorted(path for path in folder.glob("step-????????") if path.is_dir())

@@ -8,6 +8,7 @@ in eval mode, as they are compared as functions: no dropout, and batch statistic
 from __future__ import annotations
 
 import dataclasses
+import signal
 import uuid
 import warnings
 from typing import Any
@@ -17,6 +18,7 @@ from accelerate.utils import ProjectConfiguration
 from ..convert import load, save, teacher_of
 from ..convert.history import Alignment
 from ..convert.memory import laid_out, memory_format_of
+from ..core.files import json_text, new_file
 from ..core.versions import versions
 from ..data.bad import BadSamples
 from . import state
@@ -28,7 +30,7 @@ from .objectives import FITS
 from .objectives.prototypes import write_prototypes
 from .phases import descend, fit
 from .pictures import Pictures
-from .prepare import checkpoint_gradients, find_data, prepare_folder, start_from
+from .prepare import RESULT, checkpoint_gradients, find_data, finished, prepare_folder, start_from
 from .run import AlignConfig, Learner, Run, signals_noted
 from .schedule import floored
 from .trackers import TRACKED, start_trackers
@@ -42,7 +44,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     Returns:
         `out`, `pictures` (seen), `curve` (held-out fidelity over pictures seen), its `start` and `final`,
         `bad_pictures`, `seconds`, whether the run was `stopped` (by a signal) or `guarded` (by `min_agreement`), and
-        with a floor (`keep`) the strengths that were `kept`.
+        with a floor (`keep`) the strengths that were `kept`; `finished` where it was resumed and had ended before.
 
     Raises:
         RecipeError, DataError, CheckpointError, SourceError: before the first step.
@@ -50,6 +52,8 @@ def align(config: AlignConfig) -> dict[str, Any]:
     """
     recipe = floored(config.recipe)
     config = dataclasses.replace(config, recipe=recipe)
+    if (done := finished(config)) is not None:
+        return {**done, "finished": True}
     check_request(config)
     accelerator = make_accelerator(
         recipe.precision,
@@ -96,6 +100,10 @@ def align(config: AlignConfig) -> dict[str, Any]:
     if not run.stopped:
         _save(run, result)
     accelerator.end_training()
+    if signal.SIGINT in run.signals:
+        # Whoever pressed Ctrl-C wants what comes after this run to stop too.
+        done = "the run was finished" if not run.stopped else "go on with the same command and --resume"
+        raise KeyboardInterrupt(f"interrupted at {result['pictures']} pictures; {done}")
     return result
 
 
@@ -122,6 +130,7 @@ def _summary(run: Run) -> dict[str, Any]:
         "stopped": run.stopped,
         "guarded": run.guarded,
         "kept": _kept(run),
+        "finished": False,
     }
 
 
@@ -148,4 +157,6 @@ def _save(run: Run, result: dict[str, Any]) -> None:
             write_prototypes(run.config.work, run.student.labels, run.pictures.train, run.fitted)
         student = dataclasses.replace(run.student, model=run.learner.result.cpu()).with_history(alignment=alignment)
         save(student, run.config.out, run.config.overwrite)
+        with new_file(run.config.work / RESULT) as scratch:
+            scratch.write_text(json_text(result, indent=2))
     run.accelerator.wait_for_everyone()

@@ -139,9 +139,7 @@ class Trust:
 
 
 def check_trust(recipe: Recipe) -> None:
-    """Raises RecipeError for a share below 0, and for trust where there is no warm-up."""
+    """Raises RecipeError for trust where there is no warm-up."""
     for number, phase in enumerate(recipe.phases):
-        if phase.trust < 0:
-            raise RecipeError(f"phases.{number}.trust: a share of at least 0, such as 0.1; got {phase.trust}")
         if phase.trust and phase.warmup <= 0:
             raise RecipeError(f"phases.{number}.trust: it acts while the rate rises; give the phase a warmup above 0")

@@ -11,6 +11,7 @@ from typing import Any
 from ..convert import load
 from ..convert.hub import student_folder
 from ..core.errors import CheckpointError
+from ..core.ranges import COUNT, SHARE, ranged
 from .checks import choose_recipe
 from .recipe import Recipe, load_recipe, scaled
 from .run import AlignConfig
@@ -32,6 +33,7 @@ class Aligned:
         stopped: by a signal; nothing was written to `out`, and `resume` goes on.
         guarded: agreement fell below the recipe's `min_agreement`, which ended the run.
         kept: with a floor (`keep`): where it ended.
+        finished: with `resume`: the run had ended before, and nothing was left to do.
         recipe_name, recipe: as it was chosen, and as it was run.
     """
 
@@ -45,11 +47,13 @@ class Aligned:
     stopped: bool
     guarded: bool
     kept: dict[str, Any] | None
+    finished: bool
     work: Path
     recipe_name: str
     recipe: Recipe
 
 
+@ranged(pictures=COUNT, keep=SHARE)
 def align(
     run: str | Path,
     *,

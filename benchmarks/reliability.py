@@ -10,8 +10,10 @@ undisturbed run, bit for bit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import io
+import functools
+import json
 import os
 import random
 import re
@@ -30,6 +32,7 @@ import torch
 from bcosify.align import state
 from bcosify.align.log import METRICS
 from bcosify.convert import convert, load_teacher, save
+from bcosify.core.files import new_file
 from bcosify.data.pack import write_shards
 from PIL import Image
 from safetensors.torch import load_file
@@ -37,13 +40,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 240  # seconds until a run counts as hanging
+LAST_ROW = 20  # of the log, at which a run may be killed
+GONE = 10  # seconds in which all that a killed run had started must have ended
+WORKERS = ("--set", "workers=2")
 RECIPE = """
 pressure: B is 2 and all biases are gone.
 image_size: 64
 batch_size: 4
 phases:
-  - {objective: block-local, pictures: 80, learning_rate: 5.0e-3, relative: true, calibrate: 8}
-  - {objective: end-to-end, pictures: 80, learning_rate: 2.0e-3, relative: true}
+  - {objective: block-local, pictures: 40, learning_rate: 5.0e-3, relative: true, calibrate: 8}
+  - {objective: end-to-end, pictures: 40, learning_rate: 2.0e-3, relative: true}
 held_out: 8
 evaluate_every: 40
 checkpoint_every: 12
@@ -74,6 +80,13 @@ class Bench:
         write_shards(folder / "pictures", self.shards, size=None, per_shard=16, progress=False)
         (folder / "recipe.yaml").write_text(RECIPE)
         assert self.align("whole").returncode == 0
+
+    def start(self, name: str, *more: str, **options) -> subprocess.Popen[str]:
+        """The command in a session of its own, so that a signal can go to all that it starts."""
+        return subprocess.Popen(
+            self.command(name, *more, **options),
+            env=_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
 
     def command(self, name: str, *more: str, shards: Path | None = None, processes: int = 1) -> list[str]:
         launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml")]
@@ -108,11 +121,100 @@ class Bench:
 
 
 def killed(bench: Bench, number: int, rows: int, after: float) -> Row:
+    """The main process alone is killed: its workers and their fork server have to notice."""
     name = f"kill-{number}"
-    _killed_at(bench, name, rows, after)
+    process = bench.start(name, *WORKERS)
+    _wait_for_step(bench, name, rows)
+    time.sleep(after)
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    gone = _seconds_until_gone(process.pid)
     found = sorted(path.name for path in (bench.folder / f"{name}.run" / state.CHECKPOINTS).glob("step-*"))
-    happened = f"newest checkpoint {found[-1]}" if found else "before the first checkpoint"
-    return _resumed_or_started(bench, f"kill -9, {1000 * after:.0f} ms after row {rows} of the log", happened, name)
+    newest = f"newest checkpoint {found[-1]}" if found else "before the first checkpoint"
+    happened = f"{newest}; workers and fork server gone after {gone:.1f} s"
+    fault = f"kill -9 with 2 workers, {1000 * after:.0f} ms after row {rows} of the log"
+    row = _resumed_or_started(bench, fault, happened, name, *WORKERS)
+    return dataclasses.replace(row, good=row.good and gone < GONE)
+
+
+def group_signal(bench: Bench, *, signal_name: str, code: int) -> Row:
+    """What Slurm, systemd, `timeout` and a terminal do: every process of the run is sent the signal."""
+    name = f"group-{signal_name}"
+    process = bench.start(name, *WORKERS)
+    _wait_for_step(bench, name, 5)
+    asked = time.monotonic()
+    os.killpg(process.pid, getattr(signal, signal_name))
+    _, said = process.communicate(timeout=LIMIT)
+    gone = _seconds_until_gone(process.pid)
+    seconds = time.monotonic() - asked
+    happened = f"checkpoint written, exit {process.returncode} after {seconds:.1f} s, all processes gone"
+    row = _resumed_or_started(bench, f"{signal_name} to the whole group, 2 workers", happened, name, *WORKERS)
+    good = row.good and process.returncode == code and "--resume" in said and "Traceback" not in said and gone < GONE
+    return dataclasses.replace(row, good=good)
+
+
+def worker_killed(bench: Bench) -> Row:
+    name = "worker"
+    process = bench.start(name, *WORKERS)
+    _wait_for_step(bench, name, 5)
+    (server,) = [pid for pid in _children(process.pid) if _children(pid)]
+    os.kill(_children(server)[0], signal.SIGKILL)
+    _, said = process.communicate(timeout=LIMIT)
+    row = _resumed_or_started(bench, "a worker is killed", f"exit {process.returncode}: {_last(said)}", name)
+    return dataclasses.replace(row, good=row.good and process.returncode == 1 and _one_line(said))
+
+
+def small_shared_memory(bench: Bench) -> Row:
+    ended = subprocess.run(
+        [*_with_shared_memory("64k"), *bench.command("shm", *WORKERS)],
+        env=_environment(), capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    row = bench.refused("/dev/shm of 64 kB, 2 workers", ended, "shm", "--set workers=0")
+    return dataclasses.replace(row, good=row.good and _one_line(ended.stderr))
+
+
+def shared_memory_fills(bench: Bench) -> Row:
+    """Another program takes all of /dev/shm while the run is under way: here, when a step is logged."""
+    name, rows = "shm-full", bench.folder / "shm-full.run" / METRICS
+    wait = f"while ! grep -qs '\"step\": 5,' {rows}; do sleep 0.05; done; head -c 2m /dev/zero > /dev/shm/other"
+    ended = subprocess.run(
+        [*_with_shared_memory("1m", f"({wait}) 2>/dev/null &"), *bench.command(name, *WORKERS)],
+        env=_environment(), capture_output=True, text=True, timeout=LIMIT,
+    )  # fmt: skip
+    happened = f"exit {ended.returncode}: {_last(ended.stderr)}"
+    row = _resumed_or_started(bench, "/dev/shm is full on the way, 2 workers", happened, name, "--set", "workers=0")
+    return dataclasses.replace(row, good=row.good and ended.returncode == 1 and "workers=0" in ended.stderr)
+
+
+def damaged(bench: Bench, *, fault: str, damage: Callable[[Path], object]) -> Row:
+    """`damage` is done to the newest checkpoint of a killed run; the one before it takes its place."""
+    name = re.sub(r"\W+", "-", fault)
+    if not (bench.folder / "cut.run").exists():
+        _killed_at(bench, "cut", 14)
+    shutil.copytree(bench.folder / "cut.run", bench.folder / f"{name}.run")
+    *_, older, newest = sorted((bench.folder / f"{name}.run" / state.CHECKPOINTS).glob("step-*"))
+    damage(newest)
+    ended = bench.align(name, "--resume")
+    told = next((line for line in ended.stderr.splitlines() if older.name in line), "")
+    good = ended.returncode == 0 and newest.name in told and bench.same(name)
+    happened = told.removeprefix("bcosify: ") or _last(ended.stderr)
+    kept = "resumed: bit for bit the undisturbed run" if good else _last(ended.stderr)
+    return Row(f"newest checkpoint: {fault}", happened[:200], kept, good)
+
+
+def torn_metrics(bench: Bench) -> Row:
+    shutil.copytree(bench.folder / "cut.run", bench.folder / "torn.run")
+    path = bench.folder / "torn.run" / METRICS
+    lines = path.read_text().splitlines()
+    path.write_bytes("\n".join([*lines[:-1], lines[-1][:-1]]).encode() + b'\n{"held_out": {"pictures": 4}\n\xff\x00')
+    happened = "the line is dropped"
+    return _resumed_or_started(bench, "the last line of metrics.jsonl is torn", happened, "torn")
+
+
+def finished(bench: Bench) -> Row:
+    ended = bench.align("whole", "--resume")
+    good = ended.returncode == 0 and "finished" in ended.stderr
+    return Row("--resume of a finished run", f"exit {ended.returncode}: {_last(ended.stderr)}", "as it was", good)
 
 
 def terminated(bench: Bench) -> Row:
@@ -191,13 +293,13 @@ def not_a_number(bench: Bench) -> Row:
 
 
 def changed_recipe(bench: Bench) -> Row:
-    _killed_at(bench, "recipe", 20)
+    _killed_at(bench, "recipe", 12)
     ended = bench.align("recipe", "--resume", "--set", "seed=1")
     return bench.refused("resumed with another recipe", ended, "recipe", "+seed: 1")
 
 
 def changed_shards(bench: Bench) -> Row:
-    _killed_at(bench, "data", 20)
+    _killed_at(bench, "data", 12)
     shards = _copy(bench, "fewer")
     sorted(shards.glob("*.tar"))[-1].unlink()
     return bench.refused(
@@ -205,27 +307,59 @@ def changed_shards(bench: Bench) -> Row:
     )
 
 
-FAULTS: tuple[Callable[[Bench], Row], ...] = (
-    terminated,
-    one_of_two_dies,
-    full_disk,
-    truncated_shard,
-    missing_shard,
-    corrupt_picture,
-    not_a_number,
-    changed_recipe,
-    changed_shards,
-)
+def _overwritten(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 4000] = b"\x7f" * 4000
+    path.write_bytes(data)
+
+
+def _later(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": state.FORMAT + 1}))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "student.safetensors is cut": lambda folder: os.truncate(folder / state.STUDENT, 20000),
+    "4,000 bytes are 0x7f": lambda folder: _overwritten(folder / state.STUDENT),
+    "state.json is missing": lambda folder: (folder / state.PROGRESS).unlink(),
+    "state.json is empty": lambda folder: (folder / state.PROGRESS).write_text(""),
+    "half copied": lambda folder: (folder / state.MARK).unlink(),
+    "of a later version": lambda folder: _later(folder / state.MARK),
+}
+
+FAULTS: dict[str, Callable[[Bench], Row]] = {
+    "term": terminated,
+    **{
+        f"group-{name}": functools.partial(group_signal, signal_name=name, code=code)
+        for name, code in (("SIGTERM", 0), ("SIGHUP", 0), ("SIGINT", 130))
+    },
+    "worker": worker_killed,
+    "shm-small": small_shared_memory,
+    "shm-full": shared_memory_fills,
+    **{
+        f"damaged-{number}": functools.partial(damaged, fault=fault, damage=damage)
+        for number, (fault, damage) in enumerate(DAMAGES.items())
+    },
+    "torn": torn_metrics,
+    "finished": finished,
+    "two": one_of_two_dies,
+    "disk": full_disk,
+    "truncated": truncated_shard,
+    "missing": missing_shard,
+    "corrupt": corrupt_picture,
+    "nan": not_a_number,
+    "recipe": changed_recipe,
+    "shards": changed_shards,
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _resumed_or_started(bench: Bench, fault: str, happened: str, name: str) -> Row:
+def _resumed_or_started(bench: Bench, fault: str, happened: str, name: str, *more: str) -> Row:
     """--resume where there is a run, else the same command again; what comes out must be the undisturbed run."""
     absent = not (bench.folder / name).exists()
     started = (bench.folder / f"{name}.run" / "recipe.yaml").is_file()
-    ended = bench.align(name, *(["--resume"] if started else []))
+    ended = bench.align(name, *(["--resume"] if started else []), *more)
     good = absent and ended.returncode == 0 and bench.same(name)
     kept = "resumed" if started else "started again"
     return Row(fault, happened, f"{kept}: bit for bit the undisturbed run" if good else _last(ended.stderr), good)
@@ -246,6 +380,42 @@ def _wait_for_step(bench: Bench, name: str, rows: int) -> None:
             return
         time.sleep(0.05)
     raise TimeoutError(f"{name} wrote no metrics")
+
+
+def _seconds_until_gone(group: int) -> float:
+    """How long processes of a session outlive the one that has just ended; at most LIMIT."""
+    begun = time.monotonic()
+    while _alive(group) and time.monotonic() - begun < LIMIT:
+        time.sleep(0.05)
+    return time.monotonic() - begun
+
+
+def _alive(group: int) -> list[int]:
+    """Processes of a group, but for those that ended and are not yet collected."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if folder.name.isdigit():
+                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                found += [int(folder.name)] if int(fields[2]) == group and fields[0] != "Z" else []
+    return found
+
+
+def _with_shared_memory(size: str, first: str = "") -> list[str]:
+    """Words before a command that give it a /dev/shm of its own (Linux, as root)."""
+    return [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        f'mount -t tmpfs -o size={size} tmpfs /dev/shm && {{ {first} exec "$@"; }}',
+        "sh",
+    ]
+
+
+def _one_line(said: str) -> bool:
+    """Whether a run says what failed in a line of its own, without a traceback."""
+    return "Traceback" not in said and said.splitlines()[-1].startswith("bcosify align: ")
 
 
 def _children(parent: int) -> list[int]:
@@ -278,26 +448,50 @@ def _last(text: str) -> str:
     return re.sub(r"\S*/(?=[\w.-]+)", "", lines[-1].replace("|", "/"))[:160]
 
 
+HEAD = """# Reliability
+
+Written by `python benchmarks/reliability.py`; do not edit. A tiny model, the real command, one fault each. A run that hangs would be
+an error here. `--only` runs some faults again and keeps the other rows.
+
+| fault | what happened | what was left | as it should |
+| --- | --- | --- | --- |
+"""
+
+
+class Table:
+    """The rows of docs/reliability.md, a row a fault; written after each, as a run of all takes long."""
+
+    def __init__(self, path: Path, keep: bool) -> None:
+        lines = path.read_text().splitlines() if keep and path.is_file() else []
+        cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
+        self.path, self.rows = path, {row[0]: row for row in cells if row[0] not in ("fault", "---")}
+
+    def add(self, row: Row) -> None:
+        self.rows[row.fault] = [row.fault, row.happened, row.kept, "yes" if row.good else "**no**"]
+        with new_file(self.path) as scratch:
+            scratch.write_text(HEAD + "".join(f"| {' | '.join(cells)} |\n" for cells in self.rows.values()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--only", default="", help="faults whose name fits this pattern, and the kills; others stay")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "reliability.md")
     options = parser.parse_args()
-    moments = random.Random(0)
+    moments, table = random.Random(0), Table(options.out, bool(options.only))
+    if options.kills:
+        table.rows = {name: row for name, row in table.rows.items() if not name.startswith("kill -9")}
+    chosen = {name: fault for name, fault in FAULTS.items() if re.search(options.only, name)}
+    good = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        rows = [fault(bench) for fault in tqdm(FAULTS, desc="faults")]
+        for fault in tqdm(chosen.values(), desc="faults"):
+            table.add(row := fault(bench))
+            good.append(row.good)
         for number in tqdm(range(options.kills), desc="kills"):
-            rows.append(killed(bench, number, moments.randint(1, 42), moments.uniform(0, 0.1)))
-    table = io.StringIO()
-    table.write("# Reliability\n\nWritten by `python benchmarks/reliability.py`; do not edit. ")
-    table.write("A tiny model, the real command, one fault each. A run that hangs would be an error here.\n\n")
-    table.write("| fault | what happened | what was left | as it should |\n| --- | --- | --- | --- |\n")
-    for row in rows:
-        table.write(f"| {row.fault} | {row.happened} | {row.kept} | {'yes' if row.good else '**no**'} |\n")
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(table.getvalue())
-    print(f"{sum(row.good for row in rows)} of {len(rows)} as they should be; wrote {options.out}")
+            table.add(row := killed(bench, number, moments.randint(1, LAST_ROW), moments.uniform(0, 0.1)))
+            good.append(row.good)
+    print(f"{sum(good)} of {len(good)} as they should be; wrote {options.out}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,19 @@ from typing import Any
 from .console import console, show_table
 
 # What --json prints of an `Aligned`.
-RESULT = ("out", "pictures", "start", "final", "curve", "bad_pictures", "seconds", "stopped", "guarded", "kept")
+RESULT = (
+    "out",
+    "pictures",
+    "start",
+    "final",
+    "curve",
+    "bad_pictures",
+    "seconds",
+    "stopped",
+    "guarded",
+    "kept",
+    "finished",
+)
 
 
 def align(
@@ -81,7 +93,7 @@ def align(
     )
     if not PartialState().is_main_process:
         return None  # one of several processes speaks
-    columns = [name for name in done.curve[-1] if name not in ("phase", "objective")]
+    columns = [name for name in (done.curve[-1] if done.curve else ()) if name not in ("phase", "objective")]
     rows = [[point.get(name, "") for name in columns] for point in done.curve]
     show_table(f"held-out fidelity, {done.recipe_name}", [name.replace("_", " ") for name in columns], rows)
     if done.bad_pictures:
@@ -94,7 +106,9 @@ def align(
         )
     if done.kept and not done.stopped:
         _show_floor(done.kept)
-    if done.stopped:
+    if done.finished:
+        console.print(f"this run is finished ({done.pictures} pictures): its model is {done.out}")
+    elif done.stopped:
         console.print(f"stopped by a signal at {done.pictures} pictures; go on with the same command and --resume")
     else:
         console.print(f"wrote {done.out}")

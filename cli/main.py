@@ -6,19 +6,22 @@ Exit codes: 0 done, 1 it failed (the message says what to do next), 2 wrong usag
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import inspect
-import json
 import sys
 import types
 import typing
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ..core.errors import BcosifyError, near_miss
+from ..core.errors import BcosifyError, OptionError, near_miss
+from ..core.files import json_text
 
 __all__ = ["VERBS", "main"]
 
@@ -53,13 +56,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bcosify: no verb {verb!r}.{near_miss(verb, VERBS)}\n\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        return _call(verb, rest)
+        with _plain_warnings():
+            return _call(verb, rest)
+    except OptionError as error:
+        wrong = "; ".join(f"--{name.replace('_', '-')} {fault}" for name, fault in error.wrong.items())
+        print(f"bcosify {verb}: {wrong} (bcosify {verb} --help tells more)", file=sys.stderr)
+        return 2
     except BcosifyError as error:
         print(f"bcosify {verb}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"bcosify {verb}: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"bcosify {verb}: {error or 'interrupted'}", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Inside, bcosify's own warnings are a line without the place in its code."""
+    written, ours = warnings.formatwarning, str(Path(__file__).resolve().parents[1])
+
+    def plain(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+        own = category is UserWarning and filename.startswith(ours)
+        return f"bcosify: {message}\n" if own else written(message, category, filename, lineno, line)
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = written
 
 
 def _call(verb: str, arguments: list[str]) -> int:
@@ -78,7 +102,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         return 2
     result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
     if options["json"] and result is not None:
-        print(json.dumps(result, indent=2, default=str))
+        print(json_text(result, indent=2, default=str))
     return 0
 
 

@@ -41,7 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.errors import CheckpointError, PlanError
-from ..core.files import file_digest, new_folder
+from ..core.files import file_digest, finite, json_text, new_folder
 from ..core.pictures import fitted, noise_pictures
 from ..core.settings import faults, parse
 from ..core.tensors import mismatches, relative_error, untied_state
@@ -84,14 +84,14 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
             output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
         written = {CONFIG: config_of(student)}
-        record = _record(student)
+        record = finite(_record(student))
         if student.text is not None:
             (folder / TEXT).mkdir()
             student.text.save(folder / TEXT)
             record["text"] = {path.name: file_digest(path) for path in sorted((folder / TEXT).iterdir())}
         written |= own_files(folder, student)
         for name, config in written.items():
-            (folder / name).write_text(json.dumps(config, indent=2))
+            (folder / name).write_text(json_text(config, indent=2))
         record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, *written)}
         record["digest"] = _digest(record)
         (folder / RECORD).write_text(json.dumps(record, indent=2))

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.errors import PlanError
 from ..core.files import check_free
 from ..core.pictures import noise_pictures
+from ..core.ranges import COUNT, EXPONENT, SIDE, ranged
 from ..core.settings import from_assignments
 from .checkpoint import save
 from .history import Calibration
@@ -28,6 +29,7 @@ __all__ = ["convert", "plan_for"]
 Settings = Mapping[str, Any] | Sequence[str]
 
 
+@ranged(image_size=SIDE, calibration_pictures=COUNT, b=EXPONENT)
 def convert(
     reference: Teacher | str | Path,
     method: Any = "bcos",
@@ -99,6 +101,7 @@ def convert(
     return student
 
 
+@ranged(image_size=SIDE)
 def plan_for(
     reference: Teacher | str | Path,
     method: Any = "bcos",
@@ -137,9 +140,8 @@ def _ends(config: Any, b: float | None) -> dict[str, float]:
     family = method_of(config)
     ends = dict(family.ends(config))
     if b is not None:
-        if "b" not in ends or not 1 <= b < float("inf"):
-            known = "B is at least 1 (1 is the source model, 2 the usual end)" if "b" in ends else "it has no B"
-            raise PlanError(f"--b {b} --method {family.name}: {known}.")
+        if "b" not in ends:
+            raise PlanError(f"--b {b} --method {family.name}: it has no B.")
         ends["b"] = b
     return ends
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 __all__ = [
     "BcosifyError",
@@ -16,6 +16,7 @@ __all__ = [
     "DataError",
     "LedgerError",
     "NotApplicable",
+    "OptionError",
     "PlanError",
     "PublishError",
     "RecipeError",
@@ -61,6 +62,18 @@ class PublishError(BcosifyError):
 
 class TargetError(BcosifyError):
     """A target to explain does not exist in this model."""
+
+
+class OptionError(BcosifyError, ValueError):
+    """Options are outside of their ranges: wrong usage, so the command line exits with 2.
+
+    Attributes:
+        wrong: option -> what it must be, and what it is.
+    """
+
+    def __init__(self, wrong: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{name}: {fault}" for name, fault in wrong.items()))
+        self.wrong = dict(wrong)
 
 
 class NotApplicable(BcosifyError):

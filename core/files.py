@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from .errors import CheckpointError
 
-__all__ = ["cache_root", "check_free", "file_digest", "new_file", "new_folder"]
+__all__ = ["cache_root", "check_free", "file_digest", "finite", "json_text", "new_file", "new_folder"]
 
 
 def cache_root() -> Path:
@@ -28,6 +31,20 @@ def file_digest(path: Path) -> str:
     """sha256 of a file's bytes, read in pieces."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_text(value: Any, indent: int | None = None, **options: Any) -> str:
+    """JSON that every reader takes: a number that is none (nan, infinity) is null. Options are `json.dumps`'s."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    """Plain values with None in the place of numbers that JSON does not have."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def check_free(out: Path, overwrite: bool = False) -> None:

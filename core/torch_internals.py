@@ -54,9 +54,13 @@ def end_workers(batches: Iterator[Any]) -> None:
     """Ends the worker processes of a DataLoader's iterator now, whoever else holds it.
 
     `_MultiProcessingDataLoaderIter._shutdown_workers`, since torch 1.2; else they end when the iterator is collected.
+    It waits for a few seconds and then sends SIGTERM, which ours ignore.
     """
     if isinstance(batches, _MultiProcessingDataLoaderIter):
         batches._shutdown_workers()
+        for worker in batches._workers:
+            if worker.is_alive():
+                worker.kill()
 
 
 def allow_programs(count: int) -> None:

@@ -15,15 +15,13 @@ random state. As with any such process, a script that asks for workers needs the
 from __future__ import annotations
 
 import hashlib
-import multiprocessing as mp
 from collections.abc import Iterable, Iterator, Sequence
-from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ..core.errors import DataError
+from ..core.errors import DataError, first_line
 from ..core.torch_internals import end_workers
 from .bad import BadSample
 from .index import ShardIndex
@@ -32,6 +30,7 @@ from .pictures import decode, reason
 from .runs import HeldOutRuns, Picture, Run, Runs, StreamedRuns, TrainingRuns
 from .stream import Stream
 from .views import Augment, CentreCrop, Mixing, mixed
+from .workers import WorkersEnded, fork_server, start_worker, way_out
 
 __all__ = [
     "Batch",
@@ -64,6 +63,8 @@ class PictureSet(Dataset):
             return self._batch(run)
         except DataError as error:
             return error
+        except MemoryError:
+            return DataError(f"there is no memory left to decode pictures of {run.pictures[0].shard}. --set workers=0")
 
     def _batch(self, run: Run) -> Batch:
         bad: dict[int, BadSample] = {}
@@ -93,6 +94,8 @@ class PictureSet(Dataset):
         data = picture.read()
         try:
             image = decode(data)
+        except MemoryError:
+            raise  # the picture is not broken
         except Exception as error:  # noqa: BLE001 - on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
             return reason(error)
         torch.default_generator.manual_seed(_crop_seed(self.seed, run.epoch, picture.id))
@@ -132,7 +135,7 @@ class Batches:
         failed: list[Exception] = []
         batches = iter(self._loader(_until_failed(self.runs, failed)))
         try:
-            for item in batches:
+            for item in self._coming(batches):
                 if isinstance(item, DataError):
                     # Not `item` itself: it would hold this frame, and this frame it.
                     raise DataError(str(item))
@@ -144,6 +147,18 @@ class Batches:
         if failed:
             raise failed.pop()
 
+    def _coming(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """What the DataLoader gives, and the one line for workers that ended or could not hand a batch over."""
+        try:
+            yield from batches
+        except (RuntimeError, OSError, MemoryError) as error:
+            if not self.workers:
+                raise
+            raise WorkersEnded(
+                f"the {self.workers} processes that read pictures failed: {first_line(error)[:200]} Most often the "
+                f"memory is full, or /dev/shm is. {way_out(self.workers)}."
+            ) from error
+
     def _loader(self, runs: Iterator[Run]) -> DataLoader:
         return DataLoader(
             self.pictures,
@@ -152,8 +167,8 @@ class Batches:
             num_workers=self.workers,
             collate_fn=_as_it_is,
             pin_memory=self.pin_memory,
-            multiprocessing_context=_fork_server() if self.workers else None,
-            worker_init_fn=_one_thread if self.workers else None,
+            multiprocessing_context=fork_server() if self.workers else None,
+            worker_init_fn=start_worker if self.workers else None,
             # A DataLoader draws a seed from the global generator each time it starts, unless it has its own.
             generator=torch.Generator(),
         )
@@ -237,17 +252,3 @@ def held_out_batches(
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-def _one_thread(worker: int) -> None:
-    """Workers are the parallelism; threads inside them only fight for the same cores."""
-    torch.set_num_threads(1)
-
-
-def _fork_server() -> BaseContext:
-    """Clean processes that are cheap to start: a server imports this module once, and workers are forked from it."""
-    if "forkserver" not in mp.get_all_start_methods():
-        return mp.get_context("spawn")
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    return context

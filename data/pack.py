@@ -19,6 +19,7 @@ from webdataset.writer import ShardWriter
 
 from ..core.errors import DataError
 from ..core.files import check_free, new_folder
+from ..core.ranges import COUNT, Range, ranged
 from .pictures import decode, is_plain_jpeg, reason
 from .progress import tracked
 from .tar import PICTURES
@@ -43,6 +44,7 @@ class Written(NamedTuple):
     skipped: tuple[Skipped, ...]
 
 
+@ranged(size=COUNT, per_shard=COUNT, quality=Range(1, 100, whole=True))
 def write_shards(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -60,10 +62,6 @@ def write_shards(
     skipped, and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
     """
     folder, out = Path(folder), Path(out).absolute()
-    if (size is not None and size < 1) or per_shard < 1 or not 1 <= quality <= 100:
-        raise DataError(
-            f"size {size}, per_shard {per_shard} and quality {quality}: at least 1 each, and quality at most 100."
-        )
     check_free(out, overwrite)
     names = _pictures_in(folder)
     keys = list(_unique_keys(names))

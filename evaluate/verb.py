@@ -16,6 +16,7 @@ from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_
 from ..convert.memory import laid_out
 from ..core.errors import TargetError
 from ..core.files import check_free, new_folder
+from ..core.ranges import ANY_COUNT, COUNT, SEED, SIDE, ranged
 from ..core.versions import versions
 from ..data.labelled import class_indices, find_pictures, read_pictures
 from .baselines import METHODS, find_method
@@ -32,6 +33,7 @@ REMOVALS = ("patches:grey",)
 Shards = str | Path | Sequence[str | Path]
 
 
+@ranged(pictures=COUNT, grids=ANY_COUNT, most_passes=ANY_COUNT, image_size=SIDE, batch_size=COUNT, seed=SEED)
 def evaluate(
     model: Student | str | Path,
     *,

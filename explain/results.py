@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from ..core.files import json_text
 from .attribution import Explanation
 from .render import panel
 
@@ -79,7 +79,7 @@ def write_picture(
     maps = {key: getattr(explanation, key) for key in STORED} | dict(more or {})
     arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}
     np.savez_compressed(folder / f"{name}.npz", **arrays)
-    (folder / f"{name}.json").write_text(json.dumps([one.row() for one in ledgers], indent=2))
+    (folder / f"{name}.json").write_text(json_text([one.row() for one in ledgers], indent=2))
 
 
 def _stacked(panels: Sequence[Image.Image]) -> Image.Image:

@@ -20,6 +20,7 @@ from ..convert.memory import laid_out
 from ..convert.trace import trace_forward
 from ..core.errors import DataError, SourceError, TargetError
 from ..core.files import check_free, new_folder
+from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
 from ..data.pictures import check_picture, read_picture
 from .attribution import Explanation, explain_scores
 from .questions import Facts, Question, ask
@@ -75,6 +76,7 @@ def explain(
 ) -> list[ScoreLedger]: ...
 
 
+@ranged(image_size=SIDE, batch_size=COUNT, tolerance=AMOUNT)
 def explain(
     model: Model,
     pictures: Tensor | str | Path | Sequence[str | Path],

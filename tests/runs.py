@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from bcosify.align.objectives import OBJECTIVES
 from bcosify.align.recipe import Phase, Recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import convert, load_teacher, save
@@ -28,6 +30,18 @@ RECIPE = Recipe(
 )
 CNN_PHASES = (Phase("end-to-end", 80, 5e-3, b=(1.0, 2.0), beta=(1.0, 0.0), ramp=0.5, batch_statistics=True),)
 CNN_RECIPE = dataclasses.replace(RECIPE, phases=CNN_PHASES)
+
+
+def asking(recipe: Recipe, **settings: Any) -> Recipe:
+    """`recipe` with settings for the objectives of all phases that take them."""
+    takes = lambda phase: {field.name for field in dataclasses.fields(OBJECTIVES[phase.objective].config_class)}  # noqa: E731
+    phases = (
+        dataclasses.replace(
+            phase, settings=phase.settings | {name: settings[name] for name in settings if name in takes(phase)}
+        )
+        for phase in recipe.phases
+    )
+    return dataclasses.replace(recipe, phases=tuple(phases))
 
 
 def converted(name: str, folder: Path) -> Path:

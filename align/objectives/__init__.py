@@ -9,9 +9,33 @@ import importlib
 import pkgutil
 
 from . import end_to_end as _first  # noqa: F401 - lists of objectives begin with it
-from .base import FITS, OBJECTIVES, Objective, ObjectiveConfig, Registered, deviations, observe, with_settings
+from .base import (
+    FITS,
+    OBJECTIVES,
+    FeatureConfig,
+    Objective,
+    ObjectiveConfig,
+    Registered,
+    changed,
+    deviations,
+    moved_settings,
+    observe,
+    with_settings,
+)
 
-__all__ = ["FITS", "OBJECTIVES", "Objective", "ObjectiveConfig", "Registered", "deviations", "observe", "with_settings"]
+__all__ = [
+    "FITS",
+    "OBJECTIVES",
+    "FeatureConfig",
+    "Objective",
+    "ObjectiveConfig",
+    "Registered",
+    "changed",
+    "deviations",
+    "moved_settings",
+    "observe",
+    "with_settings",
+]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

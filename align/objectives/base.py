@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 
 from ...convert.taps import Call, channels_last, check_taps, first_tensor, record
-from ...core.errors import near_miss
-from ...core.settings import faults, parse
+from ...core.errors import RecipeError, near_miss
+from ...core.settings import faults, parse, shown
 from ..losses import cosine_distance, unexplained
 
 if TYPE_CHECKING:
@@ -41,11 +41,14 @@ if TYPE_CHECKING:
 __all__ = [
     "FITS",
     "OBJECTIVES",
+    "FeatureConfig",
     "Objective",
     "ObjectiveConfig",
     "Registered",
+    "changed",
     "deviations",
     "fit",
+    "moved_settings",
     "objective",
     "observe",
     "with_settings",
@@ -56,7 +59,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Settings of an objective; all have defaults. Keys of the same name in a recipe are those of all its phases.
+    """Settings of an objective; all have defaults. A recipe has them in its phases."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig(ObjectiveConfig):
+    """Settings of an objective that compares features.
 
     Attributes:
         centre: cosines are taken after subtracting the teacher's mean feature of the calibration
@@ -75,18 +83,31 @@ class ObjectiveConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
-    """An objective by its name: what is made of a student and a config, or a recipe that holds the same settings."""
+    """An objective by its name: what is made of a student and a config, or of a recipe and a phase's own settings.
+
+    A config may also name keys of a whole recipe, such as `seed`.
+    """
 
     name: str
     config_class: type
     make: Callable[[nn.Module, Any], Any]
 
+    def config(self, recipe: Recipe | ObjectiveConfig, own: Mapping[str, Any] = {}) -> Any:
+        """The settings of a phase: its `own`, and what else the config takes of the recipe; or a config as it is.
+
+        Raises RecipeError for a setting that the objective does not have, or that is outside of its range.
+        """
+        if isinstance(recipe, self.config_class):
+            return recipe
+        names = [field.name for field in dataclasses.fields(self.config_class) if hasattr(recipe, field.name)]
+        values = {name: getattr(recipe, name) for name in names} | dict(own)
+        if wrong := list(faults(self.config_class, values, self.name)):
+            raise RecipeError(f"objective {'; '.join(wrong)}")
+        return parse(self.config_class, values)
+
     def __call__(self, student: nn.Module, settings: Recipe | ObjectiveConfig, own: Mapping[str, Any] = {}) -> Any:
-        """Args: own: settings that a phase has for itself; they come before those of a recipe."""
-        if not isinstance(settings, self.config_class):
-            names = [field.name for field in dataclasses.fields(self.config_class) if hasattr(settings, field.name)]
-            settings = self.config_class(**{name: getattr(settings, name) for name in names} | dict(own))
-        return self.make(student, settings)
+        """Args: own: settings of the phase, where `settings` is a recipe."""
+        return self.make(student, self.config(settings, own))
 
 
 OBJECTIVES: dict[str, Registered] = {}
@@ -132,7 +153,8 @@ class Objective(nn.Module):
         check_taps(student, taps)
         self.student = student
         self.taps = taps
-        self.centred, self.standardise = config.centre, config.standardise
+        features = config if isinstance(config, FeatureConfig) else FeatureConfig()
+        self.centred, self.standardise = features.centre, features.standardise
         self.means: dict[str, Tensor] = {}
         self.deviations: dict[str, Tensor] = {}
 
@@ -202,21 +224,69 @@ def with_settings(values: Any) -> tuple[Any, list[str]]:
         return values, wrong
     read = []
     for number, phase in enumerate(phases):
-        name, where = phase.get("objective") if isinstance(phase, dict) else None, f"phases.{number}.objective"
-        own = phase.get("settings") or {} if isinstance(phase, dict) else {}
-        if isinstance(name, dict) and len(name) == 1:
-            ((name, own),) = name.items()
-            phase = {**phase, "objective": name}
+        (name, own), where = _parts(phase), f"phases.{number}.objective"
         if isinstance(name, str) and name not in known:
             wrong.append(
-                f"{where}: must be one of {', '.join(map(repr, sorted(known)))}; got {name!r}.{near_miss(name, known)}"
+                f"{where}: must be one of {', '.join(map(repr, sorted(known)))}; got {shown(name)}."
+                f"{near_miss(name[:80], known)}"
             )
-        elif isinstance(name, str) and own:
+        elif isinstance(name, str):
             kind = known[name].config_class
             if found := list(faults(kind, own, f"{where}.{name}")):
                 wrong += found
-            else:
-                parsed = parse(kind, own)
-                phase = {**phase, "settings": {key: getattr(parsed, key) for key in own}}
+            parsed = None if found else parse(kind, own)
+            settings = {} if parsed is None else changed(name, {key: getattr(parsed, key) for key in own})
+            phase = {**phase, "objective": name, "settings": settings}
         read.append(phase)
     return {**values, "phases": read}, wrong
+
+
+def _parts(phase: Any) -> tuple[Any, Any]:
+    """Objective and settings of a phase's plain values, in both of their forms."""
+    if not isinstance(phase, dict):
+        return None, {}
+    objective = phase.get("objective")
+    if isinstance(objective, dict) and len(objective) == 1:
+        ((name, own),) = objective.items()
+        return name, {} if own is None else own
+    return objective, phase.get("settings") or {}
+
+
+def moved_settings(values: Any, over: bool = False) -> tuple[Any, dict[str, list[int]]]:
+    """A recipe's plain values with the settings that older ones have beside their phases in the phases that take them.
+
+    Args: over: they come before a phase's own, as what was typed last does.
+    Returns: the values, and key -> numbers of the phases where it is now.
+    """
+    from ..recipe import MOVED
+
+    flat = {key: values[key] for key in MOVED if key in values} if isinstance(values, dict) else {}
+    if not flat:
+        return values, {}
+    known, phases = {**OBJECTIVES, **FITS}, values.get("phases")
+    moved: dict[str, list[int]] = {key: [] for key in flat}
+    read = []
+    for number, phase in enumerate(phases if isinstance(phases, list) else ()):
+        name, own = _parts(phase)
+        if isinstance(name, str) and name in known and isinstance(own, dict):
+            takes = {field.name for field in dataclasses.fields(known[name].config_class)}
+            taken = {key: value for key, value in flat.items() if key in takes}
+            for key in taken:
+                moved[key].append(number)
+            others = {key: value for key, value in phase.items() if key != "settings"}
+            phase = {**others, "objective": {name: {**own, **taken} if over else {**taken, **own}}}
+        read.append(phase)
+    rest = {key: value for key, value in values.items() if key not in flat}
+    return ({**rest, "phases": read} if isinstance(phases, list) else rest), moved
+
+
+def changed(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `settings` that are not the defaults of the objective `name`."""
+    fields = dataclasses.fields({**OBJECTIVES, **FITS}[name].config_class)
+    given = {field.name: settings[field.name] for field in fields if field.name in settings}
+    defaults = {field.name: field.default for field in fields}
+    return {key: value for key, value in given.items() if _plain(value) != _plain(defaults[key])}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ...convert.taps import Call, find_blocks
-from .base import Objective, ObjectiveConfig, objective
+from .base import FeatureConfig, Objective, objective
 
 __all__ = ["BlockOwn"]
 
 
-@objective("block-own")
+@objective("block-own", FeatureConfig)
 class BlockOwn(Objective):
     """Every block on the student's own input of it, which gives no gradient to what made it."""
 
-    def __init__(self, student: nn.Module, config: ObjectiveConfig) -> None:
+    def __init__(self, student: nn.Module, config: FeatureConfig) -> None:
         self.blocks = find_blocks(student)
         super().__init__(student, config, self.blocks)
 

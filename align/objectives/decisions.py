@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from ...convert.taps import Call, first_tensor
+from ...core.ranges import AMOUNT
 from ..losses import decision_error
 from .base import ObjectiveConfig, objective
 from .classes import Classes
@@ -20,7 +22,7 @@ class DecisionsConfig(ObjectiveConfig):
     anchor: weight of the divergence from the teacher's probabilities.
     """
 
-    anchor: float = 0.1
+    anchor: Annotated[float, AMOUNT] = 0.1
 
 
 @objective("decisions", DecisionsConfig)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from ...convert.layers import scheduled_layers
 from ...convert.taps import Call, depth_taps, find_blocks
+from ...core.ranges import AMOUNT, PART, Length
 from ..losses import magnitude_error
 from ..maps import Aim, map_error
-from .base import Objective, ObjectiveConfig, objective
+from .base import FeatureConfig, Objective, objective
 
 __all__ = ["EndToEnd", "EndToEndConfig", "WeightNorms"]
 
 
 @dataclasses.dataclass(frozen=True)
-class EndToEndConfig(ObjectiveConfig):
+class EndToEndConfig(FeatureConfig):
     """Settings of `end-to-end`.
 
     Attributes:
@@ -35,12 +37,12 @@ class EndToEndConfig(ObjectiveConfig):
     """
 
     taps: tuple[str, ...] = ()
-    depths: tuple[float, ...] = (1 / 3, 2 / 3, 1.0)
-    output_weight: float = 1.0
-    magnitude_weight: float = 0.0
-    weight_norm: float = 0.0
-    map_weight: float = 0.0
-    map_share: float = 0.25
+    depths: Annotated[tuple[Annotated[float, PART], ...], Length(1, 1000, "depths")] = (1 / 3, 2 / 3, 1.0)
+    output_weight: Annotated[float, AMOUNT] = 1.0
+    magnitude_weight: Annotated[float, AMOUNT] = 0.0
+    weight_norm: Annotated[float, AMOUNT] = 0.0
+    map_weight: Annotated[float, AMOUNT] = 0.0
+    map_share: Annotated[float, PART] = 0.25
 
 
 @objective("end-to-end", EndToEndConfig)

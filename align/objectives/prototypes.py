@@ -18,7 +18,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ...convert.methods.kmeans.layers import PrototypeLinear, PrototypeMaps, joi
 from ...core.errors import DataError, RecipeError
 from ...core.files import new_file
 from ...core.hooks import captured_inputs
+from ...core.ranges import SEED, SHARE
 from ...data.index import ShardIndex
 from ...data.pictures import decode
 from ..kmeans import kmeans
@@ -48,8 +49,8 @@ class PrototypesConfig:
     min_agreement: least held-out agreement with the teacher, in [0, 1].
     """
 
-    min_agreement: float = 0.0
-    seed: int = 0
+    min_agreement: Annotated[float, SHARE] = 0.0
+    seed: Annotated[int, SEED] = 0
 
 
 @fit("prototypes", PrototypesConfig)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import copyreg
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import near_miss
+from ...core.ranges import AMOUNT, EXPONENT, SHARE, WINDOW, Range
 from ...linearise.mode import partly_carried
 from ..kernels.dispatch import is_exactly
 
@@ -52,46 +52,27 @@ class Strength:
     """What a schedule may move.
 
     Attributes:
-        start: where a layer is the source's own. least, most: its range.
-        range: the range in words, after "lies" or "is".
+        start: where a layer is the source's own. range: which values it may have.
         words: what a value means, in words; empty where there is nothing to say.
     """
 
     start: float
-    least: float
-    most: float
-    range: str
+    range: Range
     words: Callable[[float], str] = _silent
-    allows: Callable[[float], bool] = lambda value: True
-
-    def fault(self, value: float) -> str:
-        """What is wrong with a value, after the strength's name; empty where nothing is."""
-        fits = self.least <= value <= self.most and math.isfinite(value) and self.allows(value)
-        return "" if fits else f"is {self.range}; got {value:g}"
 
 
 STRENGTHS = {
-    "b": Strength(1.0, 1.0, math.inf, "at least 1", lambda value: "" if value == 1 else f"B={value:g}"),
+    "b": Strength(1.0, EXPONENT, lambda value: "" if value == 1 else f"B={value:g}"),
     "beta": Strength(
-        1.0,
-        0.0,
-        1.0,
-        "between 0 and 1",
-        lambda value: {0.0: "biases removed", 1.0: "biases kept"}.get(value, f"{value:.0%} of biases"),
+        1.0, SHARE, lambda value: {0.0: "biases removed", 1.0: "biases kept"}.get(value, f"{value:.0%} of biases")
     ),
-    "dampening": Strength(0.0, 0.0, math.inf, "at least 0", lambda value: f"dampening={value:g}" if value else ""),
+    "dampening": Strength(0.0, AMOUNT, lambda value: f"dampening={value:g}" if value else ""),
     # The share of the biases that counts in proportion to the layer's own input.
-    "carry": Strength(0.0, 0.0, 1.0, "between 0 and 1"),
+    "carry": Strength(0.0, SHARE),
     # Where that proportion is taken.
-    "window": Strength(
-        0.0,
-        0.0,
-        math.inf,
-        "0 (the whole map), a share below 1 of its side, or an odd number of places",
-        allows=lambda value: value < 1 or value % 2 == 1,
-    ),
+    "window": Strength(0.0, WINDOW),
     # How much of the proportion is that of the whole map, where the window is smaller.
-    "spread": Strength(0.0, 0.0, 1.0, "between 0 and 1"),
+    "spread": Strength(0.0, SHARE),
 }
 
 
@@ -333,8 +314,8 @@ def set_strength(model: nn.Module, b: float | None = None, beta: float | None = 
     for name, value in wanted.items():
         if name not in STRENGTHS:
             raise TypeError(f"no strength {name!r}.{near_miss(name, STRENGTHS)} There are: {', '.join(STRENGTHS)}.")
-        if fault := STRENGTHS[name].fault(value):
-            raise ValueError(f"{name} {fault}")
+        if value not in STRENGTHS[name].range:
+            raise ValueError(f"{name} is {STRENGTHS[name].range}; got {value:g}")
     for _, layer in scheduled_layers(model):
         for name in wanted.keys() & layer.strength_names:
             layer.set_strength(name, wanted[name])

@@ -18,7 +18,7 @@ from bcosify.convert.methods import METHODS
 from bcosify.core.errors import BcosifyError, DataError, RecipeError, SourceError
 from torch import nn
 
-from runs import PHASES, RECIPE
+from runs import PHASES, RECIPE, asking
 
 
 def refused(run: Path, shards: Path, out: Path, error: type[BcosifyError], said: str, recipe=RECIPE) -> None:
@@ -77,12 +77,12 @@ def test_a_net_without_blocks_has_none():
 
 
 def test_taps_that_do_not_exist_or_never_run_are_refused(run, shards, tmp_path):
-    recipe = dataclasses.replace(RECIPE, taps=("blocks.0.mpl",))
+    recipe = asking(RECIPE, taps=("blocks.0.mpl",))
     refused(run, shards, tmp_path / "x", RecipeError, "tap 'blocks.0.mpl' is no module .*'blocks.0.mlp'", recipe)
     student = load(run)
     student.model.add_module("spare", nn.Linear(1, 1))
     with pytest.raises(RecipeError, match="'spare' is a module that the model never runs"):
-        check_recipe(dataclasses.replace(RECIPE, taps=("spare",)), student, student.model)
+        check_recipe(asking(RECIPE, taps=("spare",)), student, student.model)
 
 
 def test_sizes_that_the_model_cannot_take_are_refused(run, shards, tmp_path):

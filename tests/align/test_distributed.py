@@ -35,10 +35,9 @@ RECIPE = Recipe(
     4,
     (
         Phase("block-local", 24, 5e-3, b=(1.0, 2.0), beta=(1.0, 0.0), calibrate=8, recalibrate_every=2),
-        Phase("end-to-end", 24, 2e-3),
+        Phase("end-to-end", 24, 2e-3, settings={"centre": True}),
     ),
     accumulate=2,
-    centre=True,
     held_out=8,
     evaluate_every=20,
     checkpoint_every=8,
@@ -215,7 +214,7 @@ def test_reference_gains_and_a_floor_are_those_of_one_process(folder, tmp_path):
         "end-to-end", 16, 2e-3, b=(1.3, 2.0), beta=(1.0, 0.0), carry=(0.0, 1.0), window=3.0, reference_gains=True
     )  # fmt: skip
     # Not in parts: a part has gains of its own, and two processes make other parts.
-    recipe = dataclasses.replace(RECIPE, phases=(phase,), accumulate=1, centre=False, keep=0.01)
+    recipe = dataclasses.replace(RECIPE, phases=(phase,), accumulate=1, keep=0.01)
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     for name in ("shards", "faulty.py"):
         (tmp_path / name).symlink_to(folder / name)

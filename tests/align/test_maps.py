@@ -23,12 +23,14 @@ from bcosify.explain.weights import trained_maps
 from bcosify.linearise.transposed import transposed
 from torch import nn
 
-from runs import RECIPE, aligned
+from runs import RECIPE, aligned, asking
 
 torch.set_num_threads(1)
 
 MATCHED = dataclasses.replace(
-    RECIPE, phases=(Phase("end-to-end", 40, 2e-3),), map_weight=1.0, map_share=0.5, checkpoint_every=12
+    RECIPE,
+    phases=(Phase("end-to-end", 40, 2e-3, settings={"map_weight": 1.0, "map_share": 0.5}),),
+    checkpoint_every=12,
 )
 
 
@@ -170,7 +172,7 @@ def test_descending_on_it_brings_the_maps_together():
 
 def test_runs_with_it_are_the_same_after_a_resume_and_others_without(run, shards, tmp_path):
     whole = aligned(run, shards, tmp_path / "x", MATCHED)
-    plain = aligned(run, shards, tmp_path / "plain", dataclasses.replace(MATCHED, map_weight=0.0))
+    plain = aligned(run, shards, tmp_path / "plain", asking(MATCHED, map_weight=0.0))
     assert [row["loss"] for row in plain if "loss" in row][0] < [row["loss"] for row in whole if "loss" in row][0]
     shutil.rmtree(tmp_path / "x")
     shutil.rmtree(sorted((tmp_path / "x.run/checkpoints").iterdir())[-1])
@@ -180,15 +182,17 @@ def test_runs_with_it_are_the_same_after_a_resume_and_others_without(run, shards
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"map_weight": -1.0}, "map_weight: a weight of at least 0"),
-        ({"map_share": 0.0}, "map_share: a share of the batch above 0"),
-        ({"map_share": 1.5}, "map_share: a share of the batch above 0"),
+        ({"map_weight": -1.0}, "map_weight: must be at least 0; got -1"),
+        ({"map_share": 0.0}, "map_share: must be above 0 and at most 1; got 0"),
+        ({"map_share": 1.5}, "map_share: must be above 0 and at most 1; got 1.5"),
         ({"gradient_checkpointing": True}, "map_weight: with gradient_checkpointing"),
         ({"compile": True}, "map_weight: with compile"),
-        ({"phases": (Phase("block-local", 40, 1e-3),)}, "map_weight: it is a term of the objective end-to-end"),
+        ({"phases": (Phase("block-local", 40, 1e-3, settings={"map_weight": 1.0}),)}, "unknown key .*map_weight"),
     ],
 )
 def test_maps_that_cannot_be_matched_are_refused(run, changed, said):
     student = load(run)
     with pytest.raises(RecipeError, match=said):
-        check_recipe(dataclasses.replace(MATCHED, **changed), student, student.model)
+        own = {key: value for key, value in changed.items() if key.startswith("map_")}
+        others = {key: value for key, value in changed.items() if key not in own}
+        check_recipe(asking(dataclasses.replace(MATCHED, **others), **own), student, student.model)

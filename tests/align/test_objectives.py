@@ -15,7 +15,7 @@ from bcosify.align import state
 from bcosify.align.losses import cosine_distance, magnitude_error, pairwise_error
 from bcosify.align.maps import check_maps
 from bcosify.align.objectives import OBJECTIVES, base, deviations, observe
-from bcosify.align.objectives.end_to_end import WeightNorms
+from bcosify.align.objectives.end_to_end import EndToEndConfig, WeightNorms
 from bcosify.align.optimizers import OPTIMIZERS, make_optimizer
 from bcosify.align.recipe import Phase, Recipe, dump, from_values
 from bcosify.align.schedule import learning_rate
@@ -92,7 +92,7 @@ def test_a_block_on_its_own_input_is_the_whole_students_block(pair):
 
 
 def test_terms_for_magnitudes_and_weight_norms(pair):
-    recipe = dataclasses.replace(RECIPE, magnitude_weight=0.5, weight_norm=2.0, output_weight=3.0)
+    recipe = EndToEndConfig(magnitude_weight=0.5, weight_norm=2.0, output_weight=3.0)
     objective, found = losses(pair, "end-to-end", recipe)
     assert found["weight norm"].item() == 0 and found["magnitude"].item() > 0
     parts = sum(value.item() for name, value in found.items() if name != "total")
@@ -113,7 +113,7 @@ def test_standardised_channels_count_alike(pair):
     pictures = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(2))
     kinds = {}
     for kind in ("none", "channel", "phi-s"):
-        objective = OBJECTIVES["end-to-end"](student, dataclasses.replace(RECIPE, centre=True, standardise=kind))
+        objective = OBJECTIVES["end-to-end"](student, EndToEndConfig(centre=True, standardise=kind))
         objective.centre_on(*observe(teacher, pictures, objective.taps))
         kinds[kind] = objective
     assert not kinds["none"].deviations and OBJECTIVES["end-to-end"](student, RECIPE).asks_teacher is False
@@ -140,7 +140,7 @@ def test_phi_s_is_the_squared_error_after_its_rotation(pair):
     rotation = hadamard @ vectors.T / values.mean().sqrt()
     a, b = ((x - mean) @ rotation.T for x in (ours, theirs))
     assert torch.allclose(b.var(0, correction=0), torch.ones(8), atol=1e-3)
-    objective = OBJECTIVES["end-to-end"](pair[0], dataclasses.replace(RECIPE, standardise="phi-s"))
+    objective = OBJECTIVES["end-to-end"](pair[0], EndToEndConfig(standardise="phi-s"))
     objective.deviations["output"] = theirs.std(0, correction=0)
     found = objective._distance("output", ours, theirs)
     assert found.item() == pytest.approx(F.mse_loss(a, b).item(), rel=1e-4)
@@ -247,12 +247,14 @@ def test_a_phase_may_have_settings_of_its_own(pair):
     }
     first, second = (OBJECTIVES[phase.objective](pair[0], recipe, phase.settings) for phase in recipe.phases)
     assert (first.output_weight, len(first.taps)) == (2, 1) and (second.output_weight, len(second.taps)) == (3, 3)
-    assert (recipe.view(0).output_weight, recipe.view(1).output_weight) == (2, 3)
     # As a recipe that says it for all.
     whole = from_values({**flat, "output_weight": 2.0, "depths": [0.5], "phases": [phases[1]]})
     pictures = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     seen = observe(pair[1], pictures, first.taps)
-    assert first(pictures, *seen)["total"] == OBJECTIVES["end-to-end"](pair[0], whole)(pictures, *seen)["total"]
+    assert (
+        first(pictures, *seen)["total"]
+        == OBJECTIVES["end-to-end"](pair[0], whole, whole.phases[0].settings)(pictures, *seen)["total"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -275,8 +277,12 @@ def test_settings_that_an_objective_has_not_are_refused(objective, said):
 def test_settings_of_a_phase_are_checked_as_those_of_a_recipe(pair):
     student, teacher = pair
     phase = dataclasses.replace(RECIPE.phases[0], settings={"map_weight": 1.0, "map_share": 2.0})
-    with pytest.raises(RecipeError, match="map_share: a share of the batch above 0"):
-        check_maps(dataclasses.replace(RECIPE, phases=(phase,)).view(0), student, teacher)
+    recipe = dataclasses.replace(RECIPE, phases=(phase,))
+    with pytest.raises(RecipeError, match="end-to-end.map_share: must be above 0 and at most 1; got 2"):
+        OBJECTIVES["end-to-end"](student, recipe, phase.settings)
+    blind = dataclasses.replace(recipe, compile=True)
+    with pytest.raises(RecipeError, match=r"phases\.0\.objective\.end-to-end\.map_weight: with compile"):
+        check_maps(blind, student, teacher)
 
 
 def test_a_new_objective_is_one_file(run, shards, tmp_path, monkeypatch):

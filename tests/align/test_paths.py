@@ -22,7 +22,7 @@ from bcosify.convert.taps import Call, find_blocks
 from bcosify.core.errors import RecipeError
 from torch import nn
 
-from runs import CNN_PHASES, PHASES, RECIPE, aligned, converted, rows
+from runs import CNN_PHASES, PHASES, RECIPE, aligned, asking, converted, rows
 
 torch.set_num_threads(1)
 
@@ -144,8 +144,8 @@ def test_inputs_that_do_not_compare_stay_the_teachers():
 @pytest.mark.parametrize(
     ("phase", "said"),
     [
-        (dataclasses.replace(BLEND, blend=(1.2, 0.0)), r"phases.0.blend: both shares lie between 0 and 1; got \[1.2"),
-        (dataclasses.replace(OWN, own_inputs=(0.0, -0.1)), "phases.0.own_inputs: both shares lie between 0 and 1"),
+        (dataclasses.replace(BLEND, blend=(1.2, 0.0)), "phases.0.blend.0: must be between 0 and 1; got 1.2"),
+        (dataclasses.replace(OWN, own_inputs=(0.0, -0.1)), "phases.0.own_inputs.1: must be between 0 and 1; got -0.1"),
         (dataclasses.replace(OWN, blend=(1.0, 0.0)), "blend: the objective block-local has no use for it; it is for e"),
         (dataclasses.replace(BLEND, own_inputs=(0.0, 0.5)), "own_inputs: the objective end-to-end has no use for it"),
     ],
@@ -191,7 +191,7 @@ def test_runs_are_the_same_in_parts_and_after_a_resume(run, shards, tmp_path, ph
 def test_two_processes_walk_the_same_path(run, shards, tmp_path):
     """Mixtures, inputs of one's own, trust and maps under DDP, which must find a use for every parameter."""
     phases = (OWN, dataclasses.replace(BLEND, pictures=24, trust=0.1, warmup=0.5))
-    recipe = dataclasses.replace(RECIPE, phases=phases, map_weight=0.5, map_share=1.0)
+    recipe = asking(dataclasses.replace(RECIPE, phases=phases), map_weight=0.5, map_share=1.0)
     (tmp_path / "recipe.yaml").write_text(dump(recipe))
     root = Path(__file__).resolve().parents[2]
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(root / "recipes/accelerate/cpu.yaml")]

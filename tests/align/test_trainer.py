@@ -34,9 +34,11 @@ from runs import CNN_PHASES, CNN_RECIPE, PHASES, RECIPE, aligned, rows
 # Everything that a checkpoint must carry beside weights and moments.
 MUON_RECIPE = dataclasses.replace(
     RECIPE,
-    phases=(PHASES[0], dataclasses.replace(PHASES[1], optimizer="muon", adaptive_clip=0.01)),
+    phases=(
+        PHASES[0],
+        dataclasses.replace(PHASES[1], optimizer="muon", adaptive_clip=0.01, settings={"weight_norm": 1.0}),
+    ),
     average=0.9,
-    weight_norm=1.0,
 )
 
 # All that views can be.

@@ -127,7 +127,10 @@ def test_with_a_rising_b_nothing_is_taken_back_at_a_low_rate(cnn, shards, tmp_pa
 
 def test_trust_that_cannot_act_is_refused(run):
     student = load(run)
-    for changed, said in (({"trust": -0.1}, "a share of at least 0"), ({"warmup": 0.0}, "give the phase a warmup")):
-        recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(WILD, **changed),))
+    for changed, said in (
+        ({"trust": -0.1}, "must be at least 0; got -0.1"),
+        ({"warmup": 0.0}, "give the phase a warmup"),
+    ):
         with pytest.raises(RecipeError, match=f"phases.0.trust: .*{said}"):
+            recipe = dataclasses.replace(RECIPE, phases=(dataclasses.replace(WILD, **changed),))
             check_recipe(recipe, student, student.model)

@@ -274,7 +274,7 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
         ((*TINY, "--out", "{tmp}", "--set", "scale"), "--set scale: write it as key=value"),
         ((*TINY, "--out", "{tmp}", "--set", "scale=["), "--set scale=[: the value is not YAML"),
         ((*TINY, "--out", "{tmp}", "--method", "coda", "--b", "2"), "--b 2.0 --method coda: it has no B"),
-        ((*TINY, "--out", "{tmp}", "--method", "coda", "--set", "rank=0"), "rank=0: must be at least 1"),
+        ((*TINY, "--out", "{tmp}", "--method", "coda", "--set", "rank=0"), "rank: must be at least 1; got 0"),
         ((*TINY, "--out", "{tmp}", "--keep", "fcc"), "--keep fcc names no module of the model. Did you mean 'fc'"),
         ((*TINY, "--out", "{tmp}", "--weights", "none.safetensors"), "there is no such file"),
         ((*TINY, "--out", "{tmp}", "--b", "0.5"), "--b 0.5"),

@@ -443,7 +443,7 @@ def test_a_model_without_memory_is_converted_too(tiny):
     ("settings", "message"),
     [
         ({"squash": "l3"}, "no squash 'l3'. There are: l2, sq"),
-        ({"rank": 0}, "rank=0: must be at least 1"),
+        ({"rank": 0}, "rank: must be at least 1; got 0"),
         ({"basis": -1}, "basis=-1"),
         ({"last_stages": -1}, "last_stages=-1"),
     ],

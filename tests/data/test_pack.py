@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import skimage.data
 from bcosify.cli.shards import shards as shards_verb
-from bcosify.core.errors import CheckpointError, DataError
+from bcosify.core.errors import CheckpointError, DataError, OptionError
 from bcosify.data.index import index_shards
 from bcosify.data.names import expand
 from bcosify.data.pack import write_shards
@@ -137,8 +137,9 @@ def test_an_existing_folder_is_kept_unless_told(photos, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"per_shard": 0}, {"quality": 0}, {"quality": 101}])
 def test_numbers_out_of_range_are_refused(photos, tmp_path, wrong):
-    with pytest.raises(DataError, match="at least 1"):
+    with pytest.raises(OptionError, match=f"{next(iter(wrong))}: must be (at least 1|between 1 and 100); got"):
         write_shards(photos, tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_verb_returns_its_result_and_leaves_stdout_to_the_command(photos, tmp_path, capsys):

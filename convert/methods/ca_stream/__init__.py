@@ -10,13 +10,15 @@ is tried, not guessed: it must either average over places first, or read the cla
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from ....core.errors import PlanError, near_miss
 from ....core.pictures import fitted, noise_pictures
+from ....core.ranges import COUNT
+from ....core.settings import check
 from ...layers import convert_in_place, join
 from ...libraries import Preprocess
 from ...plan import Decision, Method, Paper
@@ -43,15 +45,14 @@ class CaStreamConfig:
         keep: no layer of the backbone is changed, so this must be empty.
     """
 
-    stages: int = 2
+    stages: Annotated[int, COUNT] = 2
     value: Value = "identity"
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.stages < 1:
-            raise PlanError(f"stages={self.stages}: a stream runs through at least 1 stage.")
         if self.value not in VALUES:
             raise PlanError(f"no value {self.value!r}.{near_miss(self.value, VALUES)} There are: {', '.join(VALUES)}.")
+        check(self)
         if self.keep:
             raise PlanError(
                 f"--keep {self.keep[0]}: --method ca-stream changes no layer of the backbone. Leave it out."

@@ -8,11 +8,13 @@ alignment units above it is the hybrid of the paper's longer version (arXiv 2109
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 from torch import nn
 
 from ....core.errors import PlanError, near_miss
+from ....core.ranges import ANY_COUNT, COUNT
+from ....core.settings import check
 from ...plan import Decision, Method, Paper
 from ...trace import Trace
 from .. import dynamic_linear
@@ -41,18 +43,16 @@ class CodaConfig:
 
     keep: tuple[str, ...] = ()
     squash: Squash = "l2"
-    rank: int = 4
-    basis: int = 4
-    last_stages: int = 0
+    rank: Annotated[int, COUNT] = 4
+    basis: Annotated[int, ANY_COUNT] = 4
+    last_stages: Annotated[int, ANY_COUNT] = 0
 
     def __post_init__(self) -> None:
         if self.squash not in SQUASHES:
             raise PlanError(
                 f"no squash {self.squash!r}.{near_miss(self.squash, SQUASHES)} There are: {', '.join(SQUASHES)}."
             )
-        for name, least in (("rank", 1), ("basis", 0), ("last_stages", 0)):
-            if getattr(self, name) < least:
-                raise PlanError(f"{name}={getattr(self, name)}: must be at least {least}.")
+        check(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from ....core.errors import PlanError
 from ....core.hooks import captured_inputs
 from ....core.pictures import fitted, noise_pictures
+from ....core.ranges import COUNT
+from ....core.settings import check
 from ...layers import join
 from ...layers.stages import places
 from ...libraries import Preprocess
@@ -44,14 +46,12 @@ class KMeansConfig:
         keep: no layer of the backbone is changed, so this must be empty.
     """
 
-    prototypes: int = 3
-    concepts: int = 16
+    prototypes: Annotated[int, COUNT] = 3
+    concepts: Annotated[int, COUNT] = 16
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("prototypes", "concepts"):
-            if getattr(self, name) < 1:
-                raise PlanError(f"{name}={getattr(self, name)}: must be at least 1.")
+        check(self)
         if self.keep:
             raise PlanError(f"--keep {self.keep[0]}: --method kmeans changes the classifier alone. Leave it out.")
 
