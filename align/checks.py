@@ -17,6 +17,7 @@ from ..convert import Student
 from ..convert.blocks import blocks_of
 from ..convert.layers import ReferenceSized, strength_spans
 from ..convert.methods import find_method
+from ..convert.output import output_kind
 from ..convert.taps import first_tensor
 from ..convert.trace import trace_forward
 from ..core.errors import DataError, PlanError, RecipeError, near_miss
@@ -30,6 +31,7 @@ from ..data.workers import check_shared_memory
 from .distributed import check_sharded
 from .maps import check_maps
 from .objectives import FITS, OBJECTIVES, observe
+from .objectives.classes import Classes
 from .recipe import Need, Phase, Recipe, list_recipes, load_recipe
 from .run import AlignConfig
 from .trackers import check_trackers
@@ -154,7 +156,13 @@ def check_objectives(student: Student, recipe: Recipe) -> None:
     method = find_method(student.method)
     fitting = [names for swap, names in method.objectives.items() if swap in {s.swap for s in student.plan.swaps}]
     allowed = fitting[0] if fitting else tuple(OBJECTIVES)
+    output = output_kind(student)
     for number, phase in enumerate(recipe.phases):
+        if issubclass(OBJECTIVES.get(phase.objective, object), Classes) and not output.chooses:
+            raise RecipeError(
+                f"phases.{number}.objective {phase.objective}: {student.source.reference} decides on no classes (its "
+                f"output: {output}). Use the objective pairwise, or end-to-end."
+            )
         if phase.objective not in allowed:
             raise RecipeError(
                 f"phases.{number}.objective {phase.objective}: a student of --method {method.name} "

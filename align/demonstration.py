@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from ..convert import BcosConfig, Student, convert, load, load_teacher
+from ..convert.output import output_kind
 from ..core.errors import DataError
 from ..core.files import check_free, new_file
 from ..data.pack import write_shards
@@ -181,7 +182,7 @@ def _explain(
     inputs = torch.stack([transform(picture) for picture in shown.values()])
     with torch.no_grad():
         decisions = models["teacher"](inputs).argmax(1, keepdim=True)
-    labels = student.labels or ()
+    name_of = output_kind(student).name
     rows, pictures = [], {}
     for kind, model in models.items():
         explanation = explain_scores(model, inputs, ClassTarget(decisions))
@@ -194,10 +195,10 @@ def _explain(
                     "picture": name,
                     "model": kind,
                     "target": int(decisions[i]),
-                    "target_label": labels[int(decisions[i])],
+                    "target_label": name_of(int(decisions[i])),
                     "decides": best,
-                    "label": labels[best],
-                    "second": labels[second],
+                    "label": name_of(best),
+                    "second": name_of(second),
                     "ahead": ahead,
                     "agrees": best == int(decisions[i]),
                     "score": ledger["score"],
@@ -206,7 +207,7 @@ def _explain(
                     "residual": ledger["residual"],
                 }
             )
-            caption = f"{kind}: {labels[int(decisions[i])]}"
+            caption = f"{kind}: {name_of(int(decisions[i]))}"
             pictures[f"{name}:{kind}"] = data_url(panel(_seen(student, inputs[i]), explanation, caption, picture=i))
     return rows, pictures
 

@@ -263,7 +263,7 @@ class Stepper:
         if not isinstance(self.objective, EndToEnd) or not self.objective.map_weight:
             return ()
         some, theirs = (whole[: max(1, round(self.objective.map_share * len(part)))] for whole in (part, output))
-        if self.run.student.labels is None:
+        if not self.run.output.chooses:
             assert self.objective.mean_output is not None
             directions = own_directions(theirs, self.objective.mean_output)
         else:

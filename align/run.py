@@ -8,6 +8,7 @@ import functools
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,10 @@ from tqdm.auto import tqdm
 from ..convert import Student
 from ..convert.layers import estimate_gains, estimate_statistics
 from ..convert.methods import find_method
+from ..convert.output import OutputKind, output_kind
 from ..convert.taps import first_tensor
 from ..data.workers import STOP_SIGNALS
-from ..evaluate.metrics.fidelity import fidelity
+from ..evaluate.metrics.fidelity import fidelity, sameness
 from . import state
 from .log import write_row
 from .pictures import Pictures
@@ -187,9 +189,13 @@ class Run:
         return self.outputs(self.teacher)
 
     @functools.cached_property
+    def output(self) -> OutputKind:
+        return output_kind(self.student)
+
+    @functools.cached_property
     def explained(self) -> ExplainedPictures:
         """The held-out pictures that are explained as the run goes."""
-        return explained_pictures(self.teacher, self.pictures, self.student.labels)
+        return explained_pictures(self.teacher, self.pictures, self.output)
 
     @torch.no_grad()
     def evaluate(self, **notes: Any) -> None:
@@ -197,7 +203,7 @@ class Run:
         if not self.accelerator.is_main_process:
             return
         progress = self.progress
-        found = fidelity(self.outputs(self.learner.result), self.teacher_outputs, self.student.labels is not None)
+        found = fidelity(self.outputs(self.learner.result), self.teacher_outputs, self.output.chooses)
         begun = {"phase": progress.phase, "objective": self.phase.objective}
         where = begun if progress.step else {"phase": "start"}
         point = {"pictures": progress.step * self.recipe.batch_size, **where, **notes, **found}
@@ -205,6 +211,8 @@ class Run:
         if not self.config.quiet:
             shown = ", ".join(f"{name} {value:.3f}" for name, value in point.items() if isinstance(value, float))
             tqdm.write(f"{point['pictures']:>8} pictures: {shown}", file=sys.stderr)
+        if not progress.curve and (same := sameness(self.teacher_outputs, self.output.chooses)):
+            warnings.warn(f"held-out agreement says little: {same}. Hold out more and other pictures.", stacklevel=2)
         progress.curve = (*progress.curve, point)
 
     def newest(self, *names: str) -> float:

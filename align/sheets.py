@@ -1,9 +1,10 @@
 """Explanations of the same few held-out pictures while the student learns: W(x) is seen to become object-shaped.
 
-A classifier is explained in the class that its teacher gives the picture; an embedding along the teacher's own feature,
-centred on the held-out pictures (its mean says nothing of one picture). The score is thus the same from the first sheet
-to the last. A sheet has a row for each picture: the picture, its signed contributions, W(x) in its own colours, and
-the ledger of the score. Nothing of it reaches the training: no gradient, mode, random state or statistic is left.
+A classifier is explained in the class that its teacher gives the picture, a regression in its value, an embedding along
+the teacher's own feature, centred on the held-out pictures (its mean says nothing of one picture). The score is thus
+the same from the first sheet to the last. A sheet has a row for each picture: the picture, its signed contributions,
+W(x) in its own colours, and the ledger of the score. Nothing of it reaches the training: no gradient, mode, random
+state or statistic is left.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from ..convert.libraries import FEATURES
+from ..convert.output import OutputKind
 from ..convert.taps import first_tensor
 from ..core.errors import BcosifyError
 from ..core.files import new_file
@@ -71,25 +74,26 @@ class ExplainedPictures:
 
 
 @torch.no_grad()
-def explained_pictures(teacher: nn.Module, pictures: Pictures, labels: tuple[str, ...] | None) -> ExplainedPictures:
+def explained_pictures(teacher: nn.Module, pictures: Pictures, output: OutputKind) -> ExplainedPictures:
     """The first `Recipe.probe_pictures` held-out pictures, and what `teacher` says of them.
 
     Args:
-        labels: the names of the classes, or None where the output is an embedding.
+        output: what the teacher's output is.
     """
     count, normalised = pictures.recipe.probe_pictures, pictures.normalised
     batches = held_out_batches(pictures.val, size=pictures.recipe.image_size, limit=max(count, CENTRED_ON))
     shown = torch.cat([batch.pictures for batch in batches])
     outputs = torch.cat([first_tensor(teacher(normalised(part))) for part in shown.split(CENTRED_ON)]).float()
     shown, first = shown[:count], outputs[:count]
-    if labels is None:
+    if output.kind == FEATURES:
         directions = F.normalize(first - outputs.mean(0), dim=-1)[:, None]
         return ExplainedPictures(
             shown, normalised(shown), DirectionTarget(directions), ("the teacher's feature",) * len(shown)
         )
-    classes = first.argmax(1)
+    # Of several values of a regression the first is shown.
+    classes = first.argmax(1) if output.chooses else first.new_zeros(len(first), dtype=torch.long)
     return ExplainedPictures(
-        shown, normalised(shown), ClassTarget(classes[:, None]), tuple(labels[i] for i in classes.tolist())
+        shown, normalised(shown), ClassTarget(classes[:, None]), tuple(map(output.name, classes.tolist()))
     )
 
 

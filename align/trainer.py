@@ -154,7 +154,7 @@ def _save(run: Run, result: dict[str, Any]) -> None:
             run.fitted,
         )
         if run.fitted:
-            write_prototypes(run.config.work, run.student.labels, run.pictures.train, run.fitted)
+            write_prototypes(run.config.work, run.output, run.pictures.train, run.fitted)
         student = dataclasses.replace(run.student, model=run.learner.result.cpu()).with_history(alignment=alignment)
         save(student, run.config.out, run.config.overwrite)
         with new_file(run.config.work / RESULT) as scratch:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from bcosify.convert import Preprocess, load_teacher
+from bcosify.convert.output import output_kind
 from bcosify.core.errors import NotApplicable
 from bcosify.core.pictures import fitted
 from bcosify.data.index import index_shards
@@ -66,7 +67,7 @@ def whole_objects(shards: str, size: int, preprocess: Preprocess, limit: int | N
 def refer(name: str, size: int, data: Path, device: str = "cpu", limit: int | None = None) -> Reference:
     """The teacher `bundled:NAME` on the shards val-*.tar and objects-*.tar of `data`; `limit`: of so many pictures."""
     teacher = load_teacher(f"bundled:{name}", image_size=size)
-    preprocess, classifier = teacher.preprocess, teacher.labels is not None
+    preprocess, classifier = teacher.preprocess, output_kind(teacher).chooses
     model = teacher.model.to(device).eval().requires_grad_(False)
     subject = Subject("teacher", model, None, preprocess.mean, preprocess.std, classifier)
     index = index_shards(expand(str(data / "val-*.tar")))

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from bcosify.convert import Student, load, reload_teacher, set_strength
 from bcosify.convert.methods.fa_cnn.dampening import DampenedSkip
+from bcosify.convert.output import output_kind
 from bcosify.data.index import index_shards
 from bcosify.data.loader import held_out_batches
 from bcosify.data.names import expand
@@ -84,7 +85,7 @@ def morphing(student: Student, data: Path, count: int = 4) -> Image.Image:
         depths = student.model.maps_by_depth(picture[None])
         index = int(list(depths.values())[-1].mean((2, 3)).argmax())
         shown = Image.fromarray(((picture * std + mean_).clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
-        tiles = [(student.labels[index].split(",")[0] if student.labels else str(index), shown)]
+        tiles = [(output_kind(student).name(index).split(",")[0], shown)]
         for name, maps in depths.items():
             map_ = torch.nn.functional.interpolate(maps[:, [index]], shown.size[::-1], mode="bilinear")[0, 0]
             tiles.append((f"{name or 'no blocks'} {float(maps[0, index].mean()):.1f}", overlay(shown, map_)))

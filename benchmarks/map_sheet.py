@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from bcosify.convert import Student, load, reload_teacher
+from bcosify.convert.output import output_kind
 from bcosify.evaluate.contrast import SideBySide, other_decisions
 from bcosify.evaluate.decisions import decide
 from bcosify.evaluate.subject import Subject, outputs_of
@@ -31,7 +32,7 @@ def sheet(student: Student, teacher: nn.Module, images: Tensor, count: int) -> I
     Decisions are the teacher's; the other ones are drawn over all pictures, so that they are those of the study.
     """
     preprocess = student.preprocess
-    subject = Subject("teacher", teacher, None, preprocess.mean, preprocess.std, student.labels is not None)
+    subject = Subject("teacher", teacher, None, preprocess.mean, preprocess.std, output_kind(student).chooses)
     answers = outputs_of(subject, images.split(BATCH))
     decided = decide(answers, subject.classifier)
     shown = torch.linspace(0, len(images) - 1, min(count, len(images))).long()

@@ -18,6 +18,7 @@ def convert(
     weights: Path | None = None,
     head: str = "auto",
     image_size: int | None = None,
+    labels: Path | None = None,
     calibrate: str | None = None,
     calibration_pictures: int = 64,
     b: float | None = None,
@@ -43,6 +44,7 @@ def convert(
         head: which output of a transformers model: `classifier`, `embedding` (what is compared with text), `pooled`;
             `auto` is what its checkpoint was made for.
         image_size: side in pixels to use the model at, where it is not its own.
+        labels: a file with a name for each class, one a line in their order, in place of the model's own.
         calibrate: shards; the student is saved at --b with its biases carried, and with the sizes that the teacher's
             layers have on a few of these pictures.
         calibration_pictures: how many.
@@ -53,10 +55,11 @@ def convert(
     """
     from ..convert import convert as convert_model
     from ..convert import plan_for
+    from ..convert.output import output_kind
     from ..core.errors import CheckpointError
 
     which = {"method": method, "keep": keep or (), "set": set or ()}
-    source = {"pretrained": pretrained, "weights": weights, "head": head, "image_size": image_size}
+    source = {"pretrained": pretrained, "weights": weights, "head": head, "image_size": image_size, "labels": labels}
     if dry_run:
         plan = plan_for(reference, **which, **source)
         if not json:
@@ -81,6 +84,9 @@ def convert(
     counts, measured = student.plan.counts(), student.history.conversion
     costs, error = list(measured.lossy_steps), measured.identity_error
     console.print(f"{reference}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    output = output_kind(student)
+    hint = "; name them: --labels FILE" if output.chooses and output.names is None else ""
+    console.print(f"output: {output}{hint}")
     console.print(f"identity at {student.start}: relative error {error:.1e}")
     calibration = student.history.calibration
     what = "noise pictures" if calibration is None else f"{calibration.pictures} pictures from {calibrate}"
@@ -98,6 +104,7 @@ def convert(
         "out": str(out),
         "method": method,
         "counts": counts,
+        "output": {"kind": output.kind, "count": output.count, "named_by": output.named_by or None},
         "identity_error": error,
         "lossy_steps": costs,
     }

@@ -22,6 +22,7 @@ def explain(
     direction: Path | None = None,
     patch: str | None = None,
     zero_shot: Path | None = None,
+    labels: Path | None = None,
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int = 8,
@@ -39,13 +40,15 @@ def explain(
             is ({references}).
         pictures: picture files, or folders of them.
         out: folder for the results.
-        target: what to explain: class numbers or names, `top1`, `top3`, ...; `self` for models without classes.
+        target: what to explain: class numbers or names, `top1`, `top3`, ...; `self` for models without classes. By
+            default `top1` of a classifier, the output of a regression, else `self`.
         text: texts that the pictures are compared with, for CLIP and SigLIP models: the score is the cosine.
         templates: prompts to average each text over: `imagenet` (CLIP's eighty), or a file of lines with a {}.
         like: other pictures; the score is the cosine of both embeddings.
         direction: a .npy or .safetensors file of one or more directions in feature space; the score is the projection.
         patch: ROW,COLUMN of a patch: its own feature is explained, along itself or along --direction.
         zero_shot: a file with one label a line: the best three are explained (or those of --target), all are ranked.
+        labels: a file with a name for each class, one a line in their order, where the model has none of its own.
         head: which output of a transformers model: `classifier`, `embedding`, `pooled`; `auto` is its checkpoint's.
         image_size: side in pixels, where it is not the model's own.
         batch_size: pictures a forward pass.
@@ -65,6 +68,7 @@ def explain(
         direction=direction,
         patch=patch,
         zero_shot=zero_shot,
+        labels=labels,
         head=head,
         image_size=image_size,
         batch_size=batch_size,

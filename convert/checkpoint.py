@@ -13,7 +13,9 @@
     source      the teacher's library, architecture and its arguments, revision (`libraries.Source`)
     method      name of the method. config: its settings
     swaps       [{"name": of a module, "swap": id, "args": its arguments}, ...] (see `swaps`)
-    preprocess  how pictures are prepared. labels: one name a class, or null
+    preprocess  how pictures are prepared
+    labels      one name for each output, or null. named_by: where they come from, in words. output: what the outputs
+                are, where the source does not say it (see `output`); older folders have neither
     history     what was done to it, and measured (see `history`)
     versions    name -> version of the libraries that wrote it
     text, files name -> sha256 of the files in text/ and of all others. digest: sha256 of the rest of this object
@@ -40,7 +42,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core.errors import CheckpointError, PlanError
+from ..core.errors import CheckpointError, PlanError, SourceError
 from ..core.files import file_digest, finite, json_text, new_folder
 from ..core.pictures import fitted, noise_pictures
 from ..core.settings import faults, parse
@@ -55,6 +57,7 @@ from .libraries.weights import assign_weights, build_on_meta
 from .library_files import config_of, own_files
 from .limits import Header, check_inside, check_numbers, read_header, within
 from .methods import find_method
+from .output import KINDS, output_kind
 from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
 from .student import Student, output_of
 
@@ -158,7 +161,13 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
     # Folders written before text towers were kept have no such entry.
     files = record.get("text")
     text = None if files is None else SavedText(folder / TEXT, files if check else None)
-    return Student(model, source, preprocess, labels, method.name, config, plan, history, text)
+    output, named_by = record.get("output"), record.get("named_by", "")
+    student = Student(model, source, preprocess, labels, method.name, config, plan, history, text, output, named_by)
+    try:
+        output_kind(student)
+    except SourceError as error:
+        raise CheckpointError(f"{folder / RECORD}: {error}") from error
+    return student
 
 
 def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Method, Any, Preprocess, Source, History]:
@@ -180,12 +189,21 @@ def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Me
         wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
         if wrong:
             raise TypeError(f"{', '.join(wrong)} must be an object (labels and swaps: a list)")
+        _check_output(record)
         history = schema_1.history_of(record["report"]) if old else History.from_json(record["history"])
     except (KeyError, TypeError, ValueError, PlanError) as error:
         raise CheckpointError(
             f"{folder / RECORD} is no record of a student: {type(error).__name__}: {error}."
         ) from error
     return method, config, preprocess, source, history
+
+
+def _check_output(record: dict[str, Any]) -> None:
+    """What a record says of the outputs is of its kind."""
+    if not all(isinstance(label, str) for label in record["labels"] or ()):
+        raise TypeError("labels must be texts")
+    if not isinstance(record.get("named_by", ""), str) or record.get("output") not in (None, *KINDS):
+        raise ValueError(f"named_by must be a text, and output one of {', '.join(KINDS)}, or null")
 
 
 def _check_names(folder: Path, record: dict[str, Any]) -> None:
@@ -236,6 +254,8 @@ def _record(student: Student) -> dict[str, Any]:
         "swaps": written_swaps(student.plan),
         "preprocess": dataclasses.asdict(student.preprocess),
         "labels": student.labels,
+        "named_by": student.named_by,
+        "output": student.output,
         "versions": versions(),
         "history": student.history.to_json(),
     }

@@ -11,6 +11,7 @@ from .hub import is_student
 from .layers import strength_spans
 from .libraries import Preprocess, Teacher, load_teacher
 from .methods.bcos import BcosConfig
+from .output import output_kind
 from .student import Student, plan_teacher
 from .taps import depth_taps, find_blocks
 
@@ -22,6 +23,7 @@ class StudentFacts:
     """What a converted model is.
 
     Attributes:
+        output: what its output is, in words; see `output_kind`.
         layers: class of converted layers -> how many there are.
         strengths: name -> its value, or `LEAST to MOST`.
         identity_error: largest difference from the teacher's outputs right after the conversion, relative.
@@ -31,6 +33,7 @@ class StudentFacts:
     source: str
     architecture: str
     method: str
+    output: str
     parameters: int
     layers: dict[str, int]
     strengths: dict[str, str]
@@ -46,7 +49,7 @@ class TeacherFacts:
     """What a source model is, and what a conversion to B-cos would do to it.
 
     Attributes:
-        classes: how many, or `unknown or none`.
+        output: what its output is, in words; see `output_kind`.
         convert_bcos: class of converted layers -> how many there would be.
         taps: names of modules at a third, two thirds and the end of the depth.
     """
@@ -55,7 +58,7 @@ class TeacherFacts:
     parameters: int
     size: str
     mean_and_std: str
-    classes: int | str
+    output: str
     text_tower: str
     convert_bcos: dict[str, int]
     blocks: int
@@ -85,6 +88,7 @@ def _student(student: Student) -> StudentFacts:
         source=student.source.reference,
         architecture=student.source.architecture,
         method=student.method,
+        output=str(output_kind(student)),
         parameters=_parameters(student),
         layers=student.plan.counts(),
         strengths={n: f"{low:g}" + (f" to {high:g}" if high > low else "") for n, (low, high) in spans.items()},
@@ -103,7 +107,7 @@ def _teacher(teacher: Teacher) -> TeacherFacts:
         parameters=_parameters(teacher),
         size=_size(teacher.preprocess),
         mean_and_std=f"{teacher.preprocess.mean}, {teacher.preprocess.std}",
-        classes=len(teacher.labels) if teacher.labels else "unknown or none",
+        output=str(output_kind(teacher)),
         text_tower="none" if teacher.text is None else "kept beside the student",
         convert_bcos=plan_teacher(teacher, BcosConfig()).counts(),
         blocks=len(blocks),

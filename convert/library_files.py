@@ -11,26 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from .hub import ARCHITECTURE
-from .libraries import find_library
+from .libraries import LABELS, REGRESSION, find_library
+from .output import output_kind
 from .student import Student
 
-__all__ = ["ARCHITECTURE", "class_count", "config_of", "own_files"]
+__all__ = ["ARCHITECTURE", "config_of", "own_files"]
 
 # What timm's own configuration says of the network beside its pictures.
 NETWORK = ("first_conv", "classifier", "pool_size")
 
 
-def class_count(student: Student) -> int:
-    """How many classes the student's outputs are logits of; 0 for features and embeddings."""
-    return find_library(student.source.library).class_count(student.source, student.model)
+# transformers' words for outputs that are no logits of one class each.
+PROBLEMS = {LABELS: "multi_label_classification", REGRESSION: "regression"}
 
 
 def config_of(student: Student) -> dict[str, Any]:
     """config.json. `num_classes` is in no `model_args`: timm writes it there, and transformers cannot read that."""
-    preprocess, classes = student.preprocess, class_count(student)
+    preprocess, output = student.preprocess, output_kind(student)
+    # timm calls the width of an embedding that a head makes so, too.
+    classes = output.count or getattr(student.model, "num_classes", 0) or 0
     own = getattr(student.model, "pretrained_cfg", None) or {}
     network = {key: own[key] for key in NETWORK if own.get(key) is not None}
-    names = {"label_names": student.labels} if student.labels else {}
+    names = {"label_names": output.names} if output.names else {}
     return {
         "architecture": ARCHITECTURE,
         "num_classes": classes,
@@ -48,9 +50,10 @@ def config_of(student: Student) -> dict[str, Any]:
             **names,
         },
         "model_type": ARCHITECTURE,
-        "architectures": ["BcosifyForImageClassification" if classes else "BcosifyModel"],
+        "architectures": ["BcosifyForImageClassification" if output.count else "BcosifyModel"],
         "image_processor_type": "BcosifyImageProcessor",
-        **({"id2label": dict(enumerate(student.labels))} if student.labels else {"num_labels": classes}),
+        **({"id2label": dict(enumerate(output.names))} if output.names else {"num_labels": output.count}),
+        **({"problem_type": PROBLEMS[output.kind]} if output.kind in PROBLEMS else {}),
         "bcosify": {
             "method": student.method,
             "source": student.source.reference,

@@ -41,6 +41,7 @@ class Student:
 
     Attributes:
         model: takes what the teacher's model takes: a normalised picture (B, 3, H, W).
+        labels, output, named_by: as the teacher's (see `Teacher`); `output_kind` says what they mean.
         method, config, plan: how it was converted.
         history: what was done to it, and measured.
         text: the teacher's text tower, unchanged, where it has one.
@@ -55,6 +56,8 @@ class Student:
     plan: Plan
     history: History = History()
     text: Text | None = None
+    output: str | None = None
+    named_by: str = ""
 
     @property
     def start(self) -> str:
@@ -87,7 +90,16 @@ def convert_teacher(teacher: Teacher, config: Any = "bcos", *, plan: Plan | None
     model = copy.deepcopy(original)
     apply_plan(model, plan, teacher.preprocess)
     student = Student(
-        model, teacher.source, teacher.preprocess, teacher.labels, plan.method, config, plan, text=teacher.text
+        model,
+        teacher.source,
+        teacher.preprocess,
+        teacher.labels,
+        plan.method,
+        config,
+        plan,
+        text=teacher.text,
+        output=teacher.output,
+        named_by=teacher.named_by,
     )
     if any(parameter.is_meta for parameter in model.parameters()):
         return student  # without memory there is nothing to compare

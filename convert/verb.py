@@ -21,6 +21,7 @@ from .layers import ReferenceSized, set_strength
 from .libraries import Teacher, load_teacher
 from .memory import laid_out
 from .methods import find_method, method_of
+from .output import with_labels
 from .plan import Plan
 from .student import Student, carrying, convert_teacher, lossy_steps, plan_teacher, with_reference_gains
 
@@ -41,6 +42,7 @@ def convert(
     weights: str | Path | None = None,
     head: str = "auto",
     image_size: int | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     calibrate: str | Path | Tensor | None = None,
     calibration_pictures: int = 64,
     b: float | None = None,
@@ -58,6 +60,7 @@ def convert(
         keep: modules to leave as they are, by name (with all below) or `re:PATTERN`.
         set: settings of the method by name; or `key=value` texts.
         pretrained, weights, head, image_size: of `load_teacher`, for a reference.
+        labels: names of the classes, or a file with one a line, in place of the model's own.
         calibrate: shards, or normalised pictures (N, 3, H, W): the student comes out at `b` with its biases carried,
             and with the sizes that the teacher's layers have on these pictures.
         calibration_pictures: how many of the shards'.
@@ -81,6 +84,8 @@ def convert(
     if out is not None:
         check_free(Path(out), overwrite)
     teacher = _teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
+    if labels is not None:
+        teacher = with_labels(teacher, labels)
     student = convert_teacher(teacher, config, plan=plan)
     if calibrate is not None and not any(isinstance(layer, ReferenceSized) for layer in student.model.modules()):
         raise PlanError(f"--calibrate: no layer of a {student.method} student has a gain. Leave it out, and align.")
@@ -112,6 +117,7 @@ def plan_for(
     weights: str | Path | None = None,
     head: str = "auto",
     image_size: int | None = None,
+    labels: str | Path | Sequence[str] | None = None,
 ) -> Plan:
     """What `convert` would do with the same options, every layer with its reason; changes nothing.
 
@@ -119,6 +125,8 @@ def plan_for(
     """
     config = _config(method, keep, set)
     teacher = _teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
+    if labels is not None:
+        with_labels(teacher, labels)
     return plan_teacher(teacher, config)
 
 

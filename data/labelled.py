@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from .pictures import decode, reason
 
 __all__ = ["Images", "Pictures", "Preparation", "class_indices", "find_pictures", "read_pictures"]
 
+NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", re.IGNORECASE)
 MASKS = ("mask.png", "mask.webp", "mask.jpg")
 
 
@@ -138,13 +140,13 @@ def read_pictures(
     )
 
 
-def class_indices(pictures: Pictures, labels: Sequence[str] | None) -> Pictures:
-    """The same pictures; label numbers count as the classifier's own classes where it has that many."""
-    if pictures.labels is None or pictures.label_names is not None or labels is None:
+def class_indices(pictures: Pictures, classes: int) -> Pictures:
+    """The same pictures; label numbers count as a classifier's own `classes`, of which other models have 0."""
+    if pictures.labels is None or pictures.label_names is not None or not classes:
         return pictures
-    if (largest := int(pictures.labels.max())) >= len(labels):
+    if (largest := int(pictures.labels.max())) >= classes:
         raise DataError(
-            f"A label is {largest}, but the model has {len(labels)} classes, numbered from 0. "
+            f"A label is {largest}, but the model has {classes} classes, numbered from 0. "
             "Leave --labels out, or pass labels of these classes."
         )
     return dataclasses.replace(pictures, labels_are_classes=True)
@@ -206,7 +208,16 @@ def _labels(index: ShardIndex, positions: Sequence[int], key: str) -> tuple[Tens
         return found
 
     values = [str(label(i)) for i in positions]
-    if all(value.isdecimal() for value in values):
+    whole = [value.isascii() and value.isdecimal() for value in values]
+    if all(whole):
         return torch.tensor([int(value) for value in values]), None
+    if any(NUMBER.fullmatch(value) for value in values):
+        # Were they all taken for names, no number would be the class that it says.
+        i, value = next((i, v) for i, v, fits in zip(positions, values, whole, strict=True) if not fits)
+        raise DataError(
+            f"--labels {key}: {sum(whole):,} of {len(whole):,} labels are class numbers, but {value!r:.40} of "
+            f"{index.key(i)} in {Path(index.file(i).path).name} is not. Write a whole number from 0 for every sample, "
+            "or a name for every one."
+        )
     names = tuple(sorted(set(values)))
     return torch.tensor([names.index(value) for value in values]), names

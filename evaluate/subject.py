@@ -24,7 +24,8 @@ class Subject:
         model: in eval mode; normalised pictures (B, 3, H, W) to outputs (B, D).
         tokens: (model, pictures) -> patch features (B, C, rows, columns), as `convert.token_grid` gives them.
         mean, std: of the normalisation, per channel, on the [0, 1] scale.
-        classifier: whether outputs are logits.
+        classifier: whether outputs are logits, of which the largest is a decision.
+        output: what outputs are, as `OutputKind.kind` says; None is `classes` of a classifier, else `features`.
         batch_size: pictures a forward pass.
     """
 
@@ -35,6 +36,7 @@ class Subject:
     std: tuple[float, ...]
     classifier: bool
     batch_size: int = 32
+    output: str | None = None
 
     def colours(self, images: Tensor) -> Tensor:
         """Normalised pictures (..., 3, H, W) in [0, 1]."""

@@ -117,7 +117,8 @@ def _explained(
         )
     if not theirs.isfinite().all():
         raise DataError("The teacher's outputs hold NaN or infinity: its weights are broken, or the pictures are.")
-    decisions = decide(theirs, teacher.classifier, pictures.labels if pictures.labels_are_classes else None)
+    labels = pictures.labels if pictures.labels_are_classes else None
+    decisions = decide(theirs, teacher.classifier, labels, teacher.output)
     maps: dict[tuple[str, str], Tensor] = {}
     for model, name in notes.bar(settings.pairs, "maps"):
         make = functools.partial(maps_of, find_method(name), subjects[model], pictures.images, decisions, settings.seed)

@@ -14,6 +14,7 @@ import torch
 
 from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_grid
 from ..convert.memory import laid_out
+from ..convert.output import output_kind
 from ..core.errors import TargetError
 from ..core.files import check_free, new_folder
 from ..core.ranges import ANY_COUNT, COUNT, SEED, SIDE, ranged
@@ -98,7 +99,8 @@ def evaluate(
         student = load(model)
     preprocess = student.preprocess.at(image_size)
     index = find_pictures(data)
-    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), student.labels)
+    output = output_kind(student)
+    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), output.count if output.chooses else 0)
     shown = index if masks is None else find_pictures(masks)
     explained_on = read_pictures(shown, preprocess, count=pictures, masks=masks is not None, seed=seed)
     teacher, ours = _subjects(student, weights, preprocess, batch_size, device)
@@ -139,7 +141,7 @@ def _subjects(
 ) -> list[Subject]:
     """The teacher and the student, on the device."""
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    teacher = teacher_of(student, None if weights is None else Path(weights))
+    teacher, output = teacher_of(student, None if weights is None else Path(weights)), output_kind(student)
     return [
         Subject(
             name,
@@ -147,8 +149,9 @@ def _subjects(
             partial(token_grid, student.source),
             preprocess.mean,
             preprocess.std,
-            student.labels is not None,
+            output.chooses,
             batch_size,
+            output.kind,
         )
         for name, found in (("teacher", teacher), ("student", student.model))
     ]
@@ -168,7 +171,7 @@ def _write(
 ) -> None:
     """evaluation.json and report.html; `count` pictures were used for fidelity."""
     evaluation.write(folder)
-    gallery = gallery_of(explained, student.labels)
+    gallery = gallery_of(explained, output_kind(student))
     names = [f"{who}: {method}" for who, method in explained.maps]
     title = f"{student.source.reference}, {student.method} student"
     about = f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained, at {preprocess.size[0]} px."

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from ..core.errors import LedgerError, TargetError
 from ..linearise import Linearised
-from .targets import ClassTarget, Target
+from .targets import Target, target_of
 
 __all__ = ["Explanation", "MapsOf", "SelfExplaining", "attribute", "explain_scores", "main_output"]
 
@@ -154,17 +154,16 @@ def explain_scores(
     """Explains scores of `model` on normalised `images` (B, 3, H, W), and proves that the explanation adds up.
 
     Any model will do, converted or not; a `SelfExplaining` one is asked itself. It is left as it is, in its train or
-    eval state; in eval mode, pictures of a batch do not depend on each other. Class indices stand for a `ClassTarget`.
-    Where `batch_size` is given, that many pictures are explained at a time.
+    eval state; in eval mode, pictures of a batch do not depend on each other. Class numbers stand for a `ClassTarget`
+    (see `target_of`). Where `batch_size` is given, that many pictures are explained at a time.
 
     Raises LedgerError where input and constants do not add up to a score within `tolerance` · max(1, |score|), and
     names the operations that have no rule; `check=False` returns such an explanation with its residual.
     """
-    if isinstance(target, int | Sequence | Tensor):
-        target = ClassTarget(target)
+    target = target_of(target)
     # What torch.compile made of a module hides the calls inside.
     model = getattr(model, "_orig_mod", model)
-    _check_precision(model, images)
+    _check_pictures(model, images)
     if batch_size is not None and batch_size < len(images):
         return _joined(
             [
@@ -211,8 +210,6 @@ def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -
     colour r and its complement 1 - r are added. What a `SelfExplaining` model says of a place is shared out evenly
     among its channels.
     """
-    if isinstance(target, Tensor) and target.dim() == 1:
-        target = ClassTarget(target[:, None])
     explanation = explain_scores(model, inputs, target)
     if explanation.scores.shape[1] != 1:
         raise TargetError(f"attribute() takes one score a picture, not {explanation.scores.shape[1]}; use explain().")
@@ -398,15 +395,36 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
     return Explanation(**tensors, constants=named("constants"), carried=named("carried"))
 
 
-def _check_precision(model: nn.Module, images: Tensor) -> None:
-    """Half precision rounds more than the tolerance allows."""
-    if images.dim() != 4 or not len(images):
+def _check_pictures(model: nn.Module, images: Any) -> None:
+    """Raises TargetError for what are no normalised pictures where `model` lies, LedgerError for half precision."""
+    if not isinstance(images, Tensor):
+        hint = "torch.from_numpy(pictures)" if hasattr(images, "__array__") else "torch.stack of them"
+        raise TargetError(
+            f"Pictures are a tensor (B, C, H, W), normalised; pass {hint}, not a {type(images).__name__}."
+        )
+    if images.dim() != 4 or not images.numel():
         raise TargetError(f"Images must be (B, C, H, W) with B > 0, not {tuple(images.shape)}.")
-    weights = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
-    for dtype in {images.dtype, *weights} - {torch.float32, torch.float64}:
+    if not images.is_floating_point():
+        raise TargetError(
+            f"Pictures are {images.dtype}, as files hold them; models take them normalised. Pass what "
+            "student.preprocess.transform()(picture) makes, or what you feed the model with."
+        )
+    weights = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    kinds = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    # Half precision rounds more than the tolerance allows.
+    for dtype in {images.dtype, *kinds} - {torch.float32, torch.float64}:
         raise LedgerError(
             f"{type(model).__name__} cannot be explained exactly in {dtype}: "
             "use float32 for model and images (`model.float()`, `images.float()`)."
+        )
+    if len(kinds) == 1 and images.dtype not in kinds:
+        (wanted,) = kinds
+        raise TargetError(f"Pictures are {images.dtype}, and the model {wanted}. Pass pictures.to({wanted}).")
+    places = {tensor.device for tensor in weights}
+    if len(places) == 1 and images.device not in places:
+        (place,) = places
+        raise TargetError(
+            f"Pictures are on {images.device}, and the model on {place}. Pass pictures.to({str(place)!r})."
         )
 
 

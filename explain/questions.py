@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..convert import Student, Teacher, Text, embed_texts, probabilities, token_grid
+from ..convert.libraries import CLASSES, FEATURES
+from ..convert.output import OutputKind, output_kind
 from ..core.errors import DataError, TargetError
 from ..data.pictures import read_picture
 from .attribution import main_output
@@ -28,12 +30,13 @@ from .targets import (
     TopTarget,
     ZeroShotTarget,
     find_class,
+    target_of,
 )
 
 __all__ = ["Facts", "Question", "ask"]
 
 Facts = dict[str, Any]
-Classes = Target | int | str | Sequence[int | str] | Tensor
+Classes = Target | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
 Templates = str | Path | Sequence[str] | None
 Names = Callable[[Tensor], list[list[Facts]]]
 
@@ -89,7 +92,7 @@ def ask(
         return _patch(opened, patch, direction)
     if direction is not None and _asked(direction):
         return _directions(opened.model, direction)
-    return _classes(opened.model, target, opened.labels)
+    return _classes(opened, target)
 
 
 def _asked(value: object) -> bool:
@@ -100,9 +103,27 @@ def _asked(value: object) -> bool:
 # -------------------------------------------------------------------------------------------------------- questions
 
 
-def _classes(network: nn.Module, words: Classes | None, labels: Sequence[str] | None) -> Question:
-    target = _choice(words, labels, default="top1")
-    return Question(network, target, lambda outputs: _named(target, outputs, labels))
+def _classes(opened: Student | Teacher, words: Classes | None) -> Question:
+    output = output_kind(opened)
+    target = _choice(words, output, _usual(output))
+
+    def names(outputs: Tensor) -> list[list[Facts]]:
+        if output.count not in (0, outputs.shape[1]):
+            raise TargetError(
+                f"{opened.source.reference} is said to have {output.count:,} outputs, but it gives "
+                f"{outputs.shape[1]:,}: its head was replaced. Build the model with num_classes={outputs.shape[1]}, "
+                "or pass the module itself, with a target."
+            )
+        return _named(target, outputs, output)
+
+    return Question(opened.model, target, names)
+
+
+def _usual(output: OutputKind) -> Target:
+    """What is explained where nothing else is said."""
+    if output.kind == FEATURES:
+        return SelfTarget()
+    return TopTarget() if output.chooses else ClassTarget(range(output.count))
 
 
 def _texts(opened: Student | Teacher, texts: list[str], templates: Templates) -> Question:
@@ -123,7 +144,8 @@ def _zero_shot(
     opened: Student | Teacher, given: str | Path | Sequence[str], templates: Templates, words: Classes | None
 ) -> Question:
     labels = _lines(given, "--zero-shot")
-    chosen = _choice(words, labels, default=f"top{min(3, len(labels))}")
+    output = OutputKind(CLASSES, len(labels), tuple(labels))
+    chosen = _choice(words, output, TopTarget(min(3, len(labels))))
     if not isinstance(chosen, TopTarget | ClassTarget):
         raise TargetError("--zero-shot: its labels are classes. Choose with --target top3, or by some of the labels.")
     tower = _tower(opened, "--zero-shot")
@@ -132,7 +154,7 @@ def _zero_shot(
     def names(outputs: Tensor) -> list[list[Facts]]:
         similarities = target.similarities(outputs)
         shares = probabilities(tower, similarities)
-        rows = _named(chosen, similarities, labels)
+        rows = _named(chosen, similarities, output)
         for i, row in enumerate(rows):
             order = similarities[i].argsort(descending=True).tolist()
             ranking = [
@@ -184,47 +206,50 @@ def _fixed(network: nn.Module, target: Target, names: Sequence[str]) -> Question
     return Question(network, target, lambda outputs: [[{"target": n, "label": n} for n in names] for _ in outputs])
 
 
-def _choice(chosen: Classes | None, labels: Sequence[str] | None, default: str) -> Target:
-    """The target that `--target` names among classes; or the one that is given."""
-    if isinstance(chosen, Tensor):
-        chosen = chosen.tolist()
-    if isinstance(chosen, str | int):
-        chosen = [chosen]
-    if chosen is not None and not isinstance(chosen, Sequence):
-        return chosen
-    several: list[Any] = list(chosen or ())
-    if any(isinstance(row, Sequence) and not isinstance(row, str) for row in several):
-        return ClassTarget(several)
-    return _named_classes([str(word) for word in several] or ([default] if labels else ["self"]), labels)
+def _choice(chosen: Classes | None, output: OutputKind, usual: Target) -> Target:
+    """The target that `--target` names among the outputs; or the one that is given; `usual` where nothing is."""
+    if chosen is None or (isinstance(chosen, Sequence) and not len(chosen)):
+        return usual
+    words = [chosen] if isinstance(chosen, str) else chosen
+    if isinstance(words, Sequence) and any(isinstance(word, str) for word in words):
+        return _named_classes([str(word) for word in words], output)
+    return target_of(chosen)
 
 
-def _named_classes(words: list[str], labels: Sequence[str] | None) -> Target:
+def _named_classes(words: list[str], output: OutputKind) -> Target:
     single = words[0]
     if single == "self" and len(words) == 1:
         return SelfTarget()
     if len(words) == 1 and single.startswith("top") and single[3:].isdecimal():
-        if labels is None:
+        if not output.count:
             raise TargetError(f"--target {single}: this model has no classes. Use --target self.")
         return TopTarget(int(single[3:]))
-    if labels is None and not all(word.isdecimal() for word in words):
-        raise TargetError(
-            f"--target {' '.join(words)}: this model has no class names; pass numbers of outputs, or self."
-        )
-    return ClassTarget([int(word) if labels is None else find_class(labels, word) for word in words])
+    return ClassTarget([_number(word, output) for word in words])
 
 
-def _named(target: Target, outputs: Tensor, labels: Sequence[str] | None) -> list[list[Facts]]:
+def _number(word: str, output: OutputKind) -> int:
+    """The number of the output that is called `word`."""
+    if output.names is not None:
+        return find_class(output.names, word)
+    number = word.strip().casefold().removeprefix("class ")
+    if not number.isdecimal():
+        way = "" if output.kind == FEATURES else ", or name the outputs with --labels FILE"
+        raise TargetError(f"--target {word}: this model has no class names; pass numbers of outputs{way}.")
+    return int(number)
+
+
+def _named(target: Target, outputs: Tensor, output: OutputKind) -> list[list[Facts]]:
     if isinstance(target, SelfTarget):
         return [[{"target": "self", "label": "self"}] for _ in outputs]
     if isinstance(target, TopTarget):
         classes: list[list[int]] = target.classes(outputs).tolist()
     elif isinstance(target, ClassTarget):
-        indices = torch.atleast_1d(torch.as_tensor(target.indices))
-        classes = indices.expand(len(outputs), indices.shape[-1]).tolist()
+        classes = target.classes(outputs).tolist()
     else:
         count = target.scores(outputs).shape[1]
         return [[{"target": f"score {k}", "label": f"score {k}"} for k in range(count)] for _ in outputs]
-    return [[{"target": k, "label": labels[k] if labels else str(k)} for k in row] for row in classes]
+    features = output.kind == FEATURES
+    return [[{"target": k, "label": f"feature {k}" if features else output.name(k)} for k in row] for row in classes]
 
 
 # ------------------------------------------------------------------------------------------------------------ files

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ __all__ = [
     "TopTarget",
     "ZeroShotTarget",
     "find_class",
+    "target_of",
 ]
 
 
@@ -50,24 +52,34 @@ class _ForAll:
 
 @dataclass(frozen=True, eq=False)
 class ClassTarget:
-    """Outputs by index: one index, or K for every picture (K,), or K for each picture (B, K)."""
+    """Outputs by index: one index, or K for every picture (K,), or K for each picture (B, K).
 
-    indices: int | Sequence[int] | Sequence[Sequence[int]] | Tensor
+    Indices are whole numbers of any kind: Python's, numpy's, torch's.
+    """
+
+    indices: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray | np.integer
 
     def scores(self, output: Tensor) -> Tensor:
+        return output.gather(1, self.classes(output))
+
+    def classes(self, output: Tensor) -> Tensor:
+        """The indices (B, K) of what `scores` returns."""
         batch, classes = _shape(output)
-        indices = torch.atleast_1d(torch.as_tensor(self.indices, device=output.device))
-        if indices.is_floating_point() or indices.dim() > 2 or indices.numel() == 0:
+        indices = torch.atleast_1d(_whole_numbers(self.indices)).to(output.device)
+        if indices.dim() > 2 or indices.numel() == 0:
             raise TargetError(f"Class indices must be integers of shape (K,) or (B, K), not {self.indices!r}.")
         wrong = indices[(indices < 0) | (indices >= classes)]
         if len(wrong):
             raise TargetError(f"There is no class {wrong[0]}: the model has {classes}, numbered 0 to {classes - 1}.")
         if indices.dim() == 2 and len(indices) != batch:
-            raise TargetError(f"There are {len(indices)} rows of classes for {batch} pictures; pass a row for each.")
-        return output.gather(1, indices.expand(batch, indices.shape[-1]))
+            raise TargetError(
+                f"There are {len(indices)} rows of classes for {batch} pictures; pass a row for each. Several classes "
+                "for every picture are a list."
+            )
+        return indices.expand(batch, indices.shape[-1])
 
     def rows(self, pictures: slice) -> Target:
-        indices = torch.as_tensor(self.indices)
+        indices = _whole_numbers(self.indices)
         return ClassTarget(indices[pictures]) if indices.dim() == 2 else self
 
 
@@ -172,18 +184,72 @@ class PatchFeature(nn.Module):
         return self.model.named_modules(*args, **kwargs)
 
 
+def target_of(given: Any) -> Target:
+    """The target that `given` is, or the classes that it names.
+
+    A whole number is a class, and a list (K,) are classes, for every picture. An array or a tensor goes by picture: a
+    class for each (B,), or several (B, K). A list of rows does, too.
+
+    Raises:
+        TargetError: for anything else: texts, floats, truth values.
+    """
+    if callable(getattr(given, "scores", None)) and callable(getattr(given, "rows", None)):
+        return given
+    if isinstance(given, SupportsIndex) and getattr(given, "ndim", 0) == 0 and not isinstance(given, bool):
+        return ClassTarget(_whole_numbers(given))
+    by_picture = hasattr(given, "__array__")
+    if by_picture or (isinstance(given, Sequence) and not isinstance(given, str | bytes)):
+        indices = _whole_numbers(given)
+        return ClassTarget(indices[:, None] if by_picture and indices.dim() == 1 else indices)
+    raise TargetError(f"target {given!r:.80} is a {type(given).__name__}. {TAKEN}")
+
+
+TAKEN = (
+    "Pass a class number, a list of them for every picture, an array or a tensor with one for each picture (B,) or a "
+    "row for each (B, K), or a Target such as TopTarget()."
+)
+
+
+def _whole_numbers(given: Any) -> Tensor:
+    """Class numbers of any kind as int64, in the shape that they have; raises TargetError for what are none."""
+    try:
+        found = given if isinstance(given, Tensor) else torch.as_tensor(np.asarray(given))
+    except (TypeError, ValueError, RuntimeError):  # texts, rows of several lengths, objects
+        found = torch.empty(0)
+    if found.dtype == torch.bool or found.is_floating_point() or found.is_complex() or _holds_truth(given):
+        raise TargetError(f"Class indices must be integers, not {given!r:.80}. {TAKEN}")
+    return found.detach().to(torch.int64)
+
+
+def _holds_truth(given: Any) -> bool:
+    """Whether a truth value is among the numbers of a list, where numpy would take it for one."""
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        return any(map(_holds_truth, given))
+    return isinstance(given, bool | np.bool_)
+
+
 def find_class(labels: Sequence[str], text: str) -> int:
     """The index of the label that `text` is: a number, a name or one of its synonyms, or a part of one label only.
 
-    Labels may hold synonyms between commas, such as `tabby, tabby cat`. Raises TargetError, with what comes close,
-    where there is no such label, and with the candidates where there are several.
+    Labels may hold synonyms between commas, such as `tabby, tabby cat`. `class 7` is a number whatever labels are
+    called. Raises TargetError, with what comes close, where there is no such label, and with the candidates where there
+    are several.
     """
     wanted = text.strip().casefold()
-    if wanted.isdecimal():
-        if int(wanted) < len(labels):
-            return int(wanted)
-        raise TargetError(f"There is no class {text}: the model has {len(labels)}, numbered 0 to {len(labels) - 1}.")
     names = [label.casefold() for label in labels]
+    called = [index for index, name in enumerate(names) if name.strip() == wanted]
+    number = wanted if called else wanted.removeprefix("class ")
+    if number.isdecimal() and not (called and int(number) >= len(labels)):
+        index = int(number)
+        if index >= len(labels):
+            raise TargetError(
+                f"There is no class {number}: the model has {len(labels)}, numbered 0 to {len(labels) - 1}."
+            )
+        if called and called != [index]:
+            raise TargetError(
+                f"{text!r} may be {_listed(labels, [index, *called])}. Pass 'class {index}' or 'class {called[0]}'."
+            )
+        return index
     synonyms = [[synonym.strip() for synonym in name.split(",")] for name in names]
     for found in (
         [index for index, name in enumerate(names) if name.strip() == wanted],

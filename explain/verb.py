@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from ..convert import Preprocess, Student, Teacher, load, load_teacher
 from ..convert.history import History
 from ..convert.hub import is_student
 from ..convert.memory import laid_out
+from ..convert.output import with_labels
 from ..convert.trace import trace_forward
 from ..core.errors import DataError, SourceError, TargetError
 from ..core.files import check_free, new_folder
@@ -30,7 +32,7 @@ from .targets import Target
 __all__ = ["explain"]
 
 Model = nn.Module | Student | Teacher | str | Path
-Classes = Target | int | str | Sequence[int | str] | Tensor
+Classes = Target | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
 BATCH = 8  # pictures a forward pass, of files
 
 
@@ -46,6 +48,7 @@ def explain(
     direction: str | Path | Tensor | None = None,
     patch: str | tuple[int, int] | None = None,
     zero_shot: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
@@ -67,6 +70,7 @@ def explain(
     direction: str | Path | Tensor | None = None,
     patch: str | tuple[int, int] | None = None,
     zero_shot: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
@@ -89,6 +93,7 @@ def explain(
     direction: str | Path | Tensor | None = None,
     patch: str | tuple[int, int] | None = None,
     zero_shot: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
@@ -103,7 +108,9 @@ def explain(
             on the hub); or a model reference such as timm:NAME. What is given as an object is left as it is.
         pictures: normalised pictures (B, 3, H, W); or picture files and folders of them.
         target: what to explain: a `Target`; class numbers or names, `top1`, `top3`, ...; `self` for models without
-            classes. A bare nn.Module needs a `Target` or numbers, (K,) or (B, K).
+            classes. A list is for every picture; an array or a tensor has a class for each (B,), or a row (B, K). By
+            default the largest output of a classifier, the output of a regression, else `self`. A bare nn.Module needs
+            a `Target` or numbers.
         out: for files: a new folder for NAME.png, NAME.npz and NAME.json of every picture.
         text: texts that the pictures are compared with, for CLIP and SigLIP models: the score is the cosine.
         templates: prompts to average each text over: `imagenet` (CLIP's eighty), a file of lines with a {}, or a list.
@@ -111,6 +118,7 @@ def explain(
         direction: directions in feature space (D,) or (K, D), or a file of them; the score is the projection.
         patch: (row, column) of a patch: its own feature is explained, along itself or along `direction`.
         zero_shot: labels, or a file with one a line: the best three are explained (or those of `target`).
+        labels: names of the classes, or a file with one a line, where the model has none of its own.
         head, image_size: which output of a transformers model, and the side in pixels, where they are not its own.
         batch_size: pictures a forward pass; by default all of a tensor, eight files.
         overwrite: replace `out` if it exists.
@@ -124,6 +132,7 @@ def explain(
         LedgerError: input and constants do not add up to a score; names the operations that have no rule.
         TargetError, DataError, SourceError, CheckpointError: before anything is written.
     """
+    _check_kind(pictures)
     if isinstance(pictures, Tensor) and (out is not None or overwrite):
         raise TargetError("out is for picture files; of a tensor the explanation is returned.")
     if out is not None:
@@ -137,17 +146,18 @@ def explain(
         "zero_shot": zero_shot,
     }
     if isinstance(model, nn.Module):
-        if not isinstance(pictures, Tensor) or any(value is not None for value in options.values()):
+        if not isinstance(pictures, Tensor) or any(value is not None for value in (*options.values(), labels)):
             raise TargetError(
                 f"{type(model).__name__} does not say how pictures are prepared, nor what texts it knows. Pass a "
                 "Student or a Teacher; or normalised pictures (B, 3, H, W) and a target."
             )
         if target is None:
             raise TargetError("target is missing. Pass a class, a Target such as TopTarget(), or SelfTarget().")
-        return explain_scores(
-            model, pictures, _numbers(target), check=check, tolerance=tolerance, batch_size=batch_size
-        )
+        _check_words(target)
+        return explain_scores(model, pictures, target, check=check, tolerance=tolerance, batch_size=batch_size)
     opened = _opened(model, head, image_size)
+    if labels is not None:
+        opened = with_labels(opened, labels)
     question = _with_prototypes(ask(opened, target=target, **options), getattr(opened, "history", None))
     if isinstance(pictures, Tensor):
         return explain_scores(
@@ -170,12 +180,26 @@ def explain(
     return ledgers
 
 
-def _numbers(target: Classes) -> Target | int | Sequence[int] | Tensor:
-    """What needs no names; raises TargetError for words."""
+def _check_kind(pictures: Any) -> None:
+    """Raises TargetError for pictures that are neither a tensor nor files."""
+    if isinstance(pictures, Tensor):
+        return
+    single = isinstance(pictures, str | Path) or not isinstance(pictures, Sequence)
+    for one in [pictures] if single else pictures:
+        if not isinstance(one, str | Path):
+            hint = "torch.from_numpy of it" if isinstance(one, np.ndarray) else "torch.stack of several"
+            hint = "student.preprocess.transform()(picture)[None]" if isinstance(one, Image.Image) else hint
+            raise TargetError(
+                f"pictures are files, folders, or a normalised tensor (B, 3, H, W), not {type(one).__name__}. "
+                f"Pass {hint}."
+            )
+
+
+def _check_words(target: Classes) -> None:
+    """Raises TargetError for words, which need names."""
     words = [target] if isinstance(target, str) else target if isinstance(target, Sequence) else []
     if any(isinstance(word, str) for word in words):
         raise TargetError(f"target {target!r}: a bare module has no class names. Pass numbers, or a Target.")
-    return target  # type: ignore[return-value]
 
 
 def _with_prototypes(question: Question, history: History | None) -> Question:

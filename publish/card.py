@@ -15,9 +15,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..convert import Student
 from ..convert.layers import STRENGTHS, strength_spans
-from ..convert.libraries import LIBRARIES
-from ..convert.library_files import class_count
+from ..convert.libraries import CLASSES, FEATURES, LIBRARIES, REGRESSION
 from ..convert.methods import find_method
+from ..convert.output import output_kind
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
 from .licences import Base, Licence
@@ -41,25 +41,33 @@ from PIL import Image
 
 student = load("{repo}")
 picture = student.preprocess.transform()(Image.open("cat.png"))[None]
-explanation = explain(student.model, picture, {target}())
+explanation = explain(student.model, picture, {call})
 print(explanation.scores, explanation.input_part, explanation.constants)
 """
+
+
+# Kind of output -> the target that a card's lines import, and how it is called.
+TARGETS = {
+    CLASSES: ("TopTarget", "TopTarget()"),
+    REGRESSION: ("ClassTarget", "ClassTarget(0)"),
+    FEATURES: ("SelfTarget", "SelfTarget()"),
+}
 
 
 def task_of(student: Student) -> str:
     """The hub's name of what the model is for."""
     if student.text is not None:
         return "zero-shot-image-classification"
-    return "image-classification" if class_count(student) else "image-feature-extraction"
+    return "image-classification" if output_kind(student).count else "image-feature-extraction"
 
 
 def load_lines(student: Student, repo: str) -> dict[str, str]:
     """Library -> the lines that open `repo` with it, of those that can: most open students of their own models only."""
-    classifies = class_count(student) > 0
+    output = output_kind(student)
     words = {
         "repo": repo,
-        "auto": "AutoModelForImageClassification" if classifies else "AutoModel",
-        "target": "TopTarget" if classifies else "SelfTarget",
+        "auto": "AutoModelForImageClassification" if output.count else "AutoModel",
+        **dict(zip(("target", "call"), TARGETS.get(output.kind, TARGETS[CLASSES]), strict=True)),
     }
     doors = {name: library.door for name, library in LIBRARIES.items() if library.door}
     fits = {
@@ -101,6 +109,7 @@ def card_of(
         base=base,
         terms=licence,
         student=student,
+        output=output_kind(student),
         layers=", ".join(f"{count} {name}" for name, count in student.plan.counts().items()),
         strengths=_strengths(student),
         alignment=student.history.alignment,

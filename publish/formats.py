@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import Student, fold, load
-from ..convert.library_files import class_count
+from ..convert.libraries import FEATURES, REGRESSION
+from ..convert.output import output_kind
 from ..core.errors import CheckpointError, first_line, near_miss, translated
 from ..core.files import check_free, new_file
 from ..core.pictures import fitted, noise_pictures
@@ -30,6 +31,8 @@ from ..explain.attribution import MapsOf, SelfExplaining
 __all__ = ["FORMATS", "Exported", "Format", "export"]
 
 BATCHES = (1, 3)
+# What the output is called in a file, by its kind.
+OUTPUTS = {FEATURES: "features", REGRESSION: "values"}
 INPUTS, PICTURE = ("pixel_values", "classes"), "pixel_values"
 ONNX_LIMIT = 2 * 10**9  # bytes of one ONNX file: a protocol buffer ends there
 
@@ -77,10 +80,10 @@ def export(
 ) -> Exported:
     """Writes a student as one file of `format`, or nothing.
 
-    The graph takes `pixel_values` (B, 3, H, W) of the student's own size, normalised, and returns `logits` (B, K), or
-    `features` (B, D) of a student without classes. With `explain` it also takes `classes` (B,), whole numbers, and also
-    returns `contributions` (B, H, W): what every pixel adds to that output, as `explain` says it. Only students that
-    hold their maps in the forward pass can be written so.
+    The graph takes `pixel_values` (B, 3, H, W) of the student's own size, normalised, and returns `logits` (B, K),
+    `values` (B, K) of a regression, or `features` (B, D) of a student without classes. With `explain` it also takes
+    `classes` (B,), whole numbers, and also returns `contributions` (B, H, W): what every pixel adds to that output, as
+    `explain` says it. Only students that hold their maps in the forward pass can be written so.
 
     Args:
         model: a Student, or a converted model: a folder, or ORG/REPO[@rev] on the hub.
@@ -107,7 +110,8 @@ def export(
 def _export(student: Student, out: Path, format: str, explain: bool) -> Exported:
     chosen, model = FORMATS[format], student.model.eval().requires_grad_(False)
     graph = _explaining(student, model) if explain else fold(student).requires_grad_(False)
-    names = ("logits" if class_count(student) else "features", *(("contributions",) if explain else ()))
+    output = OUTPUTS.get(output_kind(student).kind, "logits")
+    names = (output, *(("contributions",) if explain else ()))
     facts = {"bcosify": json.dumps(_facts(student))}
     with new_file(out) as scratch:
         with _export_errors(student, format, explain), quiet(logging.ERROR):
@@ -138,6 +142,7 @@ def _facts(student: Student) -> dict[str, Any]:
         "source": student.source.reference,
         "method": student.method,
         "preprocess": dataclasses.asdict(student.preprocess),
+        "output": output_kind(student).kind,
         "labels": student.labels,
         "versions": versions(),
     }

@@ -19,13 +19,15 @@ from torchvision.transforms.functional import to_pil_image
 from ..convert import Student, load, save
 from ..convert.checkpoint import PICKLES, read_record
 from ..convert.hub import CONFIG, RECORD, TEXT
-from ..convert.library_files import class_count, config_of
+from ..convert.library_files import config_of
+from ..convert.output import output_kind
 from ..core.errors import PublishError
 from ..core.pictures import fitted, noise_pictures
 from ..data.pictures import read_picture
 from ..evaluate.record import Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
-from ..explain import Explanation, SelfTarget, TopTarget, explain_scores, panel
+from ..explain import explain_scores, panel
+from ..explain.questions import ask
 from .card import Shown, card_of, load_lines
 from .licences import Licence, base_of, choose_licence
 
@@ -202,21 +204,15 @@ def _explained(student: Student, picture: Path | None, size: Any, out: Path) -> 
     preprocess = student.preprocess.at(tuple(size) if isinstance(size, list) else size)
     opened = None if picture is None else preprocess.transform()(read_picture(picture))
     inputs = noise_pictures(1, preprocess.size) if opened is None else opened[None]
-    target = TopTarget() if class_count(student) else SelfTarget()
-    explanation = explain_scores(student.model, fitted(inputs, student.model), target)
+    question = ask(student)  # what `bcosify explain` asks where nothing else is said
+    explanation = explain_scores(student.model, fitted(inputs, student.model), question.target)
     if opened is None:
         return None
-    caption = _caption(student, explanation)
+    name = question.names(explanation.outputs)[0][0]["label"]
+    caption = name if output_kind(student).count else "the feature along itself"
     seen = to_pil_image(preprocess.denormalise(opened).clamp(0, 1))
     panel(seen, explanation, caption).save(out)
     return Shown(caption, explanation.row(0, 0))
-
-
-def _caption(student: Student, explanation: Explanation) -> str:
-    if not class_count(student):
-        return "the feature along itself"
-    top = int(explanation.outputs[0].argmax())
-    return student.labels[top] if student.labels else f"class {top}"
 
 
 # -------------------------------------------------------------------------------------------------------------- checks

@@ -24,8 +24,9 @@ from transformers.utils.generic import ModelOutput
 
 from ..convert import Preprocess, Student, load, save
 from ..convert.hub import CONFIG, student_folder
-from ..convert.libraries import find_library
-from ..convert.library_files import ARCHITECTURE, class_count
+from ..convert.libraries import CLASSES, FEATURES, LABELS, REGRESSION, find_library
+from ..convert.library_files import ARCHITECTURE
+from ..convert.output import output_kind
 from ..core.errors import CheckpointError
 
 __all__ = [
@@ -89,7 +90,8 @@ class _Opened(PreTrainedModel):
             )
         super().__init__(config)
         self.student, self.network = student, student.model
-        self.has_classes = class_count(student) > 0
+        self.output = output_kind(student).kind
+        self.has_classes = self.output != FEATURES
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *_: Any, config: Any = None, **options: Any) -> Self:
@@ -143,12 +145,23 @@ class BcosifyModel(_Opened):
         return output if return_dict is not False else output.to_tuple()
 
 
+def _squared_error(values: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.mse_loss(values, labels.to(values).reshape(values.shape))
+
+
+def _label_error(logits: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits))
+
+
+LOSSES = {CLASSES: nn.functional.cross_entropy, LABELS: _label_error, REGRESSION: _squared_error}
+
+
 class BcosifyForImageClassification(_Opened):
-    """Pictures -> logits, and a cross-entropy loss where labels are given."""
+    """Pictures -> logits, and where labels are given the loss that transformers has for outputs of this kind."""
 
     @classmethod
     def _check(cls, student: Student, place: Any) -> None:
-        if not class_count(student):
+        if output_kind(student).kind == FEATURES:
             raise CheckpointError(
                 f"{place} has no classes: its outputs are features. Open it with AutoModel.from_pretrained({place!r})."
             )
@@ -157,7 +170,7 @@ class BcosifyForImageClassification(_Opened):
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None, **_: Any
     ) -> Any:
         logits = self.network(pixel_values)
-        loss: Any = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        loss: Any = None if labels is None else LOSSES[self.output](logits, labels)
         output = ImageClassifierOutput(loss=loss, logits=logits)
         return output if return_dict is not False else output.to_tuple()
 

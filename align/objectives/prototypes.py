@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...convert.methods.kmeans.layers import PrototypeLinear, PrototypeMaps, joined_stages
+from ...convert.output import OutputKind
 from ...core.errors import DataError, RecipeError
 from ...core.files import new_file
 from ...core.hooks import captured_inputs
@@ -276,7 +277,7 @@ def calibrated(
 # ------------------------------------------------------------------------------------------------------------ the sheet
 
 
-def write_prototypes(work: Path, labels: Sequence[str] | None, index: object, found: dict[str, Any]) -> Path | None:
+def write_prototypes(work: Path, output: OutputKind, index: object, found: dict[str, Any]) -> Path | None:
     """Writes `work`/prototypes.html of what a fit of prototypes `found`; nothing of streamed shards, which are gone."""
     if not isinstance(index, ShardIndex):
         return None
@@ -285,8 +286,7 @@ def write_prototypes(work: Path, labels: Sequence[str] | None, index: object, fo
     def card(prototype: dict[str, Any]) -> dict[str, Any]:
         picture = decode(index.read(prototype["nearest"]))
         picture.thumbnail((THUMBNAIL, THUMBNAIL))
-        label = prototype["class"] if labels is None else labels[prototype["class"]]
-        return {**prototype, "label": label, "url": data_url(picture.convert("RGB"), "JPEG")}
+        return {**prototype, "label": output.name(prototype["class"]), "url": data_url(picture.convert("RGB"), "JPEG")}
 
     facts = {name.replace("_", " "): value for name, value in found.items() if name != "prototypes"}
     page = render_page("prototypes.html", facts=facts, cards=[card(prototype) for prototype in found["prototypes"]])

@@ -13,7 +13,11 @@ from __future__ import annotations
 
 from . import bundled, open_clip, timm, transformers
 from .base import (
+    CLASSES,
+    FEATURES,
+    LABELS,
     LIBRARIES,
+    REGRESSION,
     SCHEMES,
     Door,
     Features,
@@ -34,7 +38,11 @@ from .text import Text, TextTower, embed_texts, probabilities
 from .weights import check_plain
 
 __all__ = [
+    "CLASSES",
+    "FEATURES",
+    "LABELS",
     "LIBRARIES",
+    "REGRESSION",
     "SCHEMES",
     "Door",
     "Features",

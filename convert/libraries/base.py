@@ -19,7 +19,11 @@ from ...core.pictures import THIN, denormalise, normalise, without_ends
 from .text import Text, TextTower
 
 __all__ = [
+    "CLASSES",
+    "FEATURES",
+    "LABELS",
     "LIBRARIES",
+    "REGRESSION",
     "SCHEMES",
     "Door",
     "Features",
@@ -38,6 +42,9 @@ __all__ = [
 ]
 
 # ------------------------------------------------------------------------------------------------------- the records
+
+# What a model's outputs may be (see `output.OutputKind`).
+CLASSES, LABELS, REGRESSION, FEATURES = "classes", "multi-label", "regression", "features"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +129,10 @@ class Teacher:
 
     Attributes:
         model: takes a normalised picture (B, 3, H, W), returns logits, an embedding or a pooled feature (B, D).
-        labels: one name a class, or None where the classes are unknown or the model has no classifier.
+        labels: one name a class, or None where the classes have no names or the model has no classifier.
         text: the text tower whose embeddings `model`'s are compared with, where there is one.
+        output: what its outputs are, where `Library.output` does not find it out from the source.
+        named_by: where `labels` come from, in words.
     """
 
     model: nn.Module
@@ -131,6 +140,8 @@ class Teacher:
     preprocess: Preprocess
     labels: tuple[str, ...] | None = None
     text: Text | None = None
+    output: str | None = None
+    named_by: str = ""
 
 
 class Features(NamedTuple):
@@ -254,7 +265,11 @@ def _num_classes(source: Source, model: nn.Module) -> int:
     return getattr(model, "num_classes", 0) or 0
 
 
-def _output(network: nn.Module, pictures: Tensor, has_classes: bool) -> Features:
+def _kind(source: Source, count: int) -> str:
+    return CLASSES if count > 1 else REGRESSION if count else FEATURES
+
+
+def _features(network: nn.Module, pictures: Tensor, has_classes: bool) -> Features:
     output = network(pictures)
     return Features(None, None if has_classes else output)
 
@@ -270,7 +285,8 @@ class Library:
         transforms: `Preprocess.library` -> what prepares a picture by such a record, as the library does.
         token_grid: (model, pictures (B, 3, H, W)) -> (B, C, rows, columns), the last features of every patch, in front
             of pooling; raises SourceError where they cannot be had.
-        class_count: (source, model) -> how many classes its outputs are logits of; 0 for features and embeddings.
+        class_count: (source, model) -> how many outputs its head has; 0 for features and embeddings.
+        output: (source, that count) -> what they are; see `output.output_kind`, which is where to ask.
         features: (network, pictures, whether its outputs are logits) -> `Features`.
         open_text: (folder, facts) -> the text tower that was saved there, with random weights; None without such.
         load_options: source -> the options of its scheme that make its teacher again.
@@ -290,7 +306,8 @@ class Library:
     )
     token_grid: Callable[[nn.Module, Tensor], Tensor] = _no_grid
     class_count: Callable[[Source, nn.Module], int] = _num_classes
-    features: Callable[[Any, Tensor, bool], Features] = _output
+    output: Callable[[Source, int], str] = _kind
+    features: Callable[[Any, Tensor, bool], Features] = _features
     open_text: Callable[[Path, Mapping[str, Any]], TextTower] | None = None
     load_options: Callable[[Source], dict[str, Any]] = _no_options
     student_files: Callable[[Path, Preprocess], dict[str, Any]] = _no_files

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...convert.libraries import LABELS
 from ...core.errors import DataError, NotApplicable
 from ..estimates import Estimate, jackknife
 from ..features import DENSE, OUTPUT
@@ -33,6 +34,7 @@ __all__ = [
     "fidelity",
     "linear_cka",
     "neighbour_agreement",
+    "sameness",
 ]
 
 T = TypeVar("T")
@@ -55,6 +57,21 @@ def fidelity(student: Tensor, teacher: Tensor, classifier: bool = False) -> dict
     if classifier:
         values["top1_agreement"] = agreement(student, teacher)["top1_agreement"]
     return {name: round(float(value.mean()), 4) for name, value in values.items()}
+
+
+def sameness(teacher: Tensor, classifier: bool) -> str:
+    """Why agreeing with a teacher's outputs (N, D) says nothing; empty where it does.
+
+    A student that looks at no picture agrees with a teacher that says the same of all of them.
+    """
+    count, teacher = len(teacher), teacher.float()
+    if count < 2:
+        return ""
+    if bool((teacher - teacher[:1]).abs().max() <= 1e-6 * teacher.abs().max()):
+        return f"the teacher gives all {count:,} pictures the same output"
+    if classifier and bool((teacher.argmax(1) == teacher[0].argmax()).all()):
+        return f"the teacher decides on the same class for all {count:,} pictures, so a constant would agree too"
+    return ""
 
 
 def cosines(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
@@ -169,6 +186,9 @@ def _measured(notes: Notes, task: Compared) -> Iterator[Job]:
 
 def _fidelity(notes: Notes, task: Compared) -> None:
     theirs, ours = task.features["teacher"], task.features["student"]
+    subject = task.subjects["teacher"]
+    nothing = sameness(theirs[OUTPUT], False)  # then no comparison of outputs says anything
+    same = sameness(theirs[OUTPUT], subject.classifier)
 
     def row(metric: str, variant: str = "") -> Measurement:
         return Measurement("fidelity", metric, "both", variant=variant)
@@ -177,17 +197,27 @@ def _fidelity(notes: Notes, task: Compared) -> None:
         if name == DENSE or name not in ours:
             continue
         pair = ours[name], target
+        if name == OUTPUT and nothing:
+            for metric in ("raw_cosine", "centred_cosine", "linear_cka"):
+                notes.absent(row(metric, name), nothing)
+            continue
         for metric, values in cosines(*pair).items():
             notes.measure(row(metric, name), partial(_several, values))
         notes.measure(row("linear_cka", name), partial(_cka, pair, task.seed))
     outputs = ours[OUTPUT], theirs[OUTPUT]
-    notes.measure(row("neighbour_agreement"), lambda: _several(neighbour_agreement(*outputs)))
-    if task.subjects["teacher"].classifier:
-        for metric, values in agreement(*outputs).items():
-            notes.measure(row(metric), lambda values=values: values)
+    if nothing:
+        notes.absent(row("neighbour_agreement"), nothing)
     else:
-        for metric in ("top1_agreement", "top5_agreement", "kl"):
+        notes.measure(row("neighbour_agreement"), lambda: _several(neighbour_agreement(*outputs)))
+    for metric in ("top1_agreement", "top5_agreement", "kl"):
+        if not subject.classifier:
             notes.absent(row(metric), "the model has no classes")
+        elif metric == "kl" and subject.output == LABELS:
+            notes.absent(row(metric), "its labels do not exclude each other, so they are no distribution")
+        elif same and metric != "kl":
+            notes.absent(row(metric), same)
+        else:
+            notes.measure(row(metric), lambda metric=metric: agreement(*outputs)[metric])
     if DENSE in theirs and DENSE in ours:
         notes.measure(row("dense_agreement"), lambda: dense_agreement(ours[DENSE], theirs[DENSE]))
 

@@ -12,9 +12,10 @@ import torch
 from markupsafe import Markup
 from torchvision.transforms.functional import to_pil_image
 
+from ...convert.output import OutputKind
 from ...core.pictures import fitted
 from ...explain import Explanation, explain_scores, signed_map
-from ..decisions import ClassDecisions
+from ..decisions import ClassDecisions, ValueDecisions
 from ..record import Evaluation
 from ..suite import Explained
 from .pages import data_url, render_page
@@ -74,7 +75,7 @@ def report_page(
     )
 
 
-def gallery_of(explained: Explained, labels: Sequence[str] | None, count: int = 8) -> list[dict[str, Any]]:
+def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list[dict[str, Any]]:
     """The first `count` pictures with every map over them, and the ledgers of both models."""
     pictures = explained.pictures
     count = min(count, len(pictures))
@@ -88,7 +89,9 @@ def gallery_of(explained: Explained, labels: Sequence[str] | None, count: int = 
     }
     names = None
     if isinstance(decisions, ClassDecisions):
-        names = [labels[int(k)] if labels else f"class {int(k)}" for k in decisions.classes]
+        names = [output.name(int(k)) for k in decisions.classes]
+    if isinstance(decisions, ValueDecisions):
+        names = [output.name(0)] * count
     teacher = explained.subjects["teacher"]
     return [
         {

@@ -18,6 +18,7 @@ from bcosify.align.sheets import explained_pictures
 from bcosify.align.state import Progress
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import load
+from bcosify.convert.output import OutputKind
 from bcosify.core.errors import BcosifyError
 from bcosify.data.bad import BadSamples
 from bcosify.data.index import index_shards
@@ -144,7 +145,8 @@ def test_a_probe_explains_the_teachers_answer_and_leaves_nothing_behind(run, sha
     recipe, here = dataclasses.replace(RECIPE, probe_pictures=2), SimpleNamespace(device=torch.device("cpu"))
     held_out = Pictures(recipe, here, student.preprocess, index, index, BadSamples(index, tmp_path / "bad"))  # type: ignore[arg-type]
     labels = None if embedding else tuple(f"class {i}" for i in range(student.model.num_classes))  # type: ignore[arg-type]
-    probe = explained_pictures(student.model, held_out, labels)
+    output = OutputKind("features") if labels is None else OutputKind("classes", len(labels), labels)
+    probe = explained_pictures(student.model, held_out, output)
     pictures = torch.cat([batch.pictures for batch in held_out_batches(index, size=64)])
     assert torch.equal(probe.shown, pictures[:2])
     with torch.no_grad():

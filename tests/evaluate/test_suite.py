@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from bcosify.convert import BcosConfig, convert, set_strength
+from bcosify.convert.output import OutputKind
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import DataError
 from bcosify.core.pictures import noise_pictures
@@ -26,6 +27,8 @@ from tiny import tiny_teacher
 
 METHODS = (("teacher", "input-x-gradient"), ("teacher", "rollout"))
 QUICK = Settings(METHODS, grids=1, confident=0.0, subsets=2, cascade_pictures=2, cascade_steps=2)
+
+CLASSES = OutputKind("classes", 1000)
 
 
 def pictures(count: int = 9, **more) -> Pictures:
@@ -276,7 +279,13 @@ def test_evaluations_side_by_side_mark_the_better(measured):
 
 
 def test_the_page_holds_everything_itself(measured):
-    page = report_page(measured[0], gallery_of(measured[1], None, 2), "a <b> title", "what", ["teacher: explanation"])
+    page = report_page(
+        measured[0],
+        gallery_of(measured[1], CLASSES, 2),
+        "a <b> title",
+        "what",
+        ["teacher: explanation"],
+    )
     assert "a &lt;b&gt; title" in page and "<svg" in page and page.count('class="map') >= 8
     assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\((?!data:)|https?://""", page)
 
@@ -339,7 +348,7 @@ def test_the_page_in_a_browser(measured, tmp_path):
     if chromium is None:
         pytest.skip("there is no Chromium here (Debian: apt install chromium)")
     names = [f"{model}: {method}" for model, method in measured[1].maps]
-    page = report_page(measured[0], gallery_of(measured[1], None, 2), "title", "what", names)
+    page = report_page(measured[0], gallery_of(measured[1], CLASSES, 2), "title", "what", names)
     (tmp_path / "report.html").write_text(page.replace("<head>", "<head>" + CHECK), "utf-8")
     ended = subprocess.run(
         [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..base import Door, FolderMark, Library, Origin, Scheme, Source
+from .classes import output
 from .models import build, features, load, token_grid
 from .preprocess import TRANSFORMS
 
@@ -31,6 +32,7 @@ LIBRARY = Library(
     build=build,
     transforms=TRANSFORMS,
     token_grid=token_grid,
+    output=output,
     features=features,
     folder=FolderMark("config.json with `architecture`", lambda folder, config: "architecture" in config),
     door=Door(

@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ....core.errors import SourceError, near_miss
-from ..base import Features, Source, Teacher
+from ..base import FEATURES, Features, Source, Teacher
 from ..weights import with_weights
+from .classes import embeds, names_of
 from .errors import translate_errors
 from .preprocess import preprocess_of
 
@@ -57,7 +58,11 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
         model = bare() if weights is None else with_weights(bare, weights)
     args |= _decided_by_weights(architecture, args, model)
     source = Source(f"timm:{name}", "timm", architecture, args, revision=_revision(model) if published else None)
-    return Teacher(model.eval(), source, preprocess_of(model), _labels(model))
+    # Weights of one's own are of other classes, even where there are as many.
+    named = names_of(name, architecture, model) if weights is None else None
+    names, named_by = named or (None, "")
+    output = FEATURES if names is None and embeds(architecture, model) else None
+    return Teacher(model.eval(), source, preprocess_of(model), names, output=output, named_by=named_by)
 
 
 def build(source: Source) -> nn.Module:
@@ -166,13 +171,6 @@ def _decided_by_weights(architecture: str, args: dict[str, Any], model: nn.Modul
         found["img_size"] = list(config["input_size"][-2:])
     default = {"num_classes": own.num_classes, "img_size": list(own.input_size[-2:])} if own else {}
     return {key: value for key, value in found.items() if key not in args and value not in (None, default.get(key))}
-
-
-def _labels(model: nn.Module) -> tuple[str, ...] | None:
-    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-
-    subset = infer_imagenet_subset(model) if getattr(model, "num_classes", 0) else None
-    return tuple(ImageNetInfo(subset).label_descriptions()) if subset else None  # type: ignore[arg-type]
 
 
 def _revision(model: nn.Module) -> str | None:

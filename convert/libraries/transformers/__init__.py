@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..base import Door, FolderMark, Library, Origin, Scheme, Source
-from .models import build, class_count, load, load_options
+from .models import build, class_count, load, load_options, output
 from .preprocess import TRANSFORMS
 from .text import open_text
 from .towers import features, set_checkpointing, token_grid
@@ -37,6 +37,7 @@ LIBRARY = Library(
     transforms=TRANSFORMS,
     token_grid=token_grid,
     class_count=class_count,
+    output=output,
     features=features,
     open_text=open_text,
     load_options=load_options,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ....core.errors import SourceError, near_miss
-from ..base import Source, Teacher
+from ..base import CLASSES, FEATURES, LABELS, REGRESSION, Source, Teacher
 from ..text import TextTower
 from ..weights import mismatch_error, read_weights
 from .errors import quiet, translate_errors
@@ -23,7 +23,7 @@ from .preprocess import preprocess_of
 from .text import text_tower
 from .towers import HEADS, ImageTower, TransformersVision, class_named
 
-__all__ = ["build", "class_count", "load", "load_options"]
+__all__ = ["build", "class_count", "load", "load_options", "output"]
 
 
 def load(name: str, *, pretrained: bool = True, weights: Path | None = None, head: str = "auto") -> Teacher:
@@ -53,10 +53,11 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
             opened.vision.eval(),
             Source(reference, "transformers", opened.architecture, opened.args, revision if published else None),
             preprocess_of(folder, opened.vision.config),
-            _labels(opened.config) if head == "classifier" else None,
+            # Weights of one's own are of other classes, even where there are as many.
+            _labels(opened.config) if head == "classifier" and state is None else None,
             opened.text,
         )
-    return teacher
+    return dataclasses.replace(teacher, named_by="its configuration (id2label)") if teacher.labels else teacher
 
 
 def build(source: Source) -> nn.Module:
@@ -232,6 +233,22 @@ def _labels(config: Any) -> tuple[str, ...] | None:
 def class_count(source: Source, model: nn.Module) -> int:
     """How many classes the outputs of `model` are logits of; 0 for features and embeddings."""
     return source.model_args["config"]["num_labels"] if source.model_args["head"] == "classifier" else 0
+
+
+# What transformers calls the outputs of a classifier.
+PROBLEMS = {
+    "single_label_classification": CLASSES,
+    "multi_label_classification": LABELS,
+    "regression": REGRESSION,
+}
+
+
+def output(source: Source, count: int) -> str:
+    """What the outputs of a model are: as its `problem_type` says, or as transformers takes it where there is none."""
+    if not count:
+        return FEATURES
+    problem = source.model_args["config"].get("problem_type")
+    return PROBLEMS.get(problem, CLASSES if count > 1 else REGRESSION)
 
 
 def load_options(source: Source) -> dict[str, Any]:

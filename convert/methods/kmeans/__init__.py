@@ -85,7 +85,7 @@ def prototype_maps(module: nn.Module, preprocess: Preprocess, given: MapArgument
 def _classifier(model: Any) -> str:
     """Name of the linear classifier; raises PlanError where there is none."""
     name = type(model).__name__
-    if not getattr(model, "num_classes", 0) or not hasattr(model, "get_classifier"):
+    if (getattr(model, "num_classes", 0) or 0) < 2 or not hasattr(model, "get_classifier"):
         raise PlanError(f"{name} has no classifier, so there are no classes to have prototypes")
     classifier = model.get_classifier()
     if not isinstance(classifier, nn.Module) or class_path(classifier) not in LINEARS:

@@ -28,7 +28,7 @@ from bcosify.convert.libraries import (
     register,
     register_schemes,
 )
-from bcosify.convert.library_files import class_count
+from bcosify.convert.output import output_kind
 from bcosify.core.errors import CheckpointError, RecipeError, SourceError
 from bcosify.publish.card import load_lines
 from PIL import Image
@@ -134,7 +134,7 @@ def picture(tmp_path) -> Path:
 
 def test_its_models_are_converted_saved_and_loaded(folder):
     student = load(folder)
-    assert student.source == Source("toy:small", "toy", "ToyNet", {"width": 8}) and class_count(student) == 3
+    assert student.source == Source("toy:small", "toy", "ToyNet", {"width": 8}) and output_kind(student).count == 3
     assert json.loads((folder / "config.json").read_text())["num_classes"] == 3
     pictures = torch.randn(2, 3, 32, 32)
     teacher = reload_teacher(student.source)
@@ -246,7 +246,7 @@ def test_an_unknown_library_is_named_wherever_it_is_asked(folder):
     for ask in (
         lambda: build(gone.source),
         lambda: token_grid(gone.source, gone.model, torch.zeros(1, 3, 32, 32)),
-        lambda: class_count(gone),
+        lambda: output_kind(gone),
         lambda: reload_teacher(gone.source),
         lambda: checkpoint_gradients(gone.model, gone.source.library),
     ):
