@@ -19,10 +19,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from bcosify.align.recipe import load_recipe
+from bcosify.align.pictures import STATISTICS_PICTURES
+from bcosify.align.recipe import Recipe, load_recipe
 from bcosify.align.state import latest, restore
-from bcosify.convert import load, save
-from bcosify.convert.layers import scheduled_layers
+from bcosify.convert import Student, load, save
+from bcosify.convert.layers import estimate_gains, scheduled_layers
+from bcosify.convert.original import teacher_of
+from bcosify.data.index import index_shards
+from bcosify.data.loader import held_out_batches
+from bcosify.data.names import expand
+from bcosify.data.views import to_model_input
 from columns import columns, refer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,20 +54,31 @@ SHOWN = {
 CURVES = ("centred_cosine", "top1_agreement", "neighbour_agreement")
 
 
-def newest_student(student: Path, run: Path) -> tuple[Any, int]:
-    """The student of the newest whole checkpoint, and the views it has seen."""
+def newest_student(student: Path, run: Path, data: Path) -> tuple[Student, int]:
+    """The student of the newest whole checkpoint, with gains at rest, and the views it has seen."""
     found = latest(run / "checkpoints")
     if found is None:
         raise SystemExit(f"{run} has no whole checkpoint yet.")
     checkpoint, progress = found
     made = load(student)
+    teacher = teacher_of(made, None, converted=True)
     restore(checkpoint, made.model)
-    return made, progress.step * load_recipe(str(run / "recipe.yaml")).batch_size
+    recipe = load_recipe(str(run / "recipe.yaml"))
+    estimate_gains(made.model, teacher, gain_batches(made, recipe, data))
+    return made, progress.step * recipe.batch_size
+
+
+def gain_batches(student: Student, recipe: Recipe, data: Path) -> list[torch.Tensor]:
+    """As many whole pictures as a run estimates gains from."""
+    index, size = index_shards(expand(str(data / "train-*.tar"))), recipe.image_size
+    batches = held_out_batches(index, size=size, workers=0, limit=STATISTICS_PICTURES)
+    mean, std = student.preprocess.mean, student.preprocess.std
+    return [to_model_input(batch.pictures, mean, std) for batch in batches]
 
 
 def measure(student: Path, run: Path, data: Path, teacher: str, size: int) -> dict[str, Any]:
     """A row of results: every column of the newest student."""
-    made, pictures = newest_student(student, run)
+    made, pictures = newest_student(student, run, data)
     _, layer = next((name, one) for name, one in scheduled_layers(made.model) if "b" in one.strength_names)
     return {"pictures": pictures, **layer.strengths(), **columns(made.model.eval(), refer(teacher, size, data))}
 
@@ -151,7 +168,7 @@ def main() -> None:
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
     if args.snapshot is not None:
-        made, pictures = newest_student(args.student, args.run)
+        made, pictures = newest_student(args.student, args.run, args.data)
         made.model.half()
         save(made, args.snapshot)
         print(f"the student of {pictures:,} views: {args.snapshot}")
