@@ -338,7 +338,7 @@ def difference(old: Recipe, new: Recipe) -> str:
 def scaled(recipe: Recipe, pictures: int) -> Recipe:
     """The same recipe with all phases stretched so that together they see `pictures`."""
     total = sum(phase.pictures for phase in recipe.phases)
-    phases = (dataclasses.replace(p, pictures=round(p.pictures * pictures / total)) for p in recipe.phases)
+    phases = (dataclasses.replace(p, pictures=max(1, round(p.pictures * pictures / total))) for p in recipe.phases)
     return dataclasses.replace(recipe, phases=tuple(phases))
 
 

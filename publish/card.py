@@ -115,7 +115,7 @@ def card_of(
         alignment=student.history.alignment,
         recipe=recipe,
         phases=[_phase(phase) for phase in (recipe or {}).get("phases", ())],
-        end_to_end=any(phase.get("objective") == "end-to-end" for phase in (recipe or {}).get("phases", ())),
+        end_to_end=any(_objective(phase) == "end-to-end" for phase in (recipe or {}).get("phases", ())),
         data_words=data,
         doors=load_lines(student, repo),
         shown=shown,
@@ -139,11 +139,17 @@ def _strengths(student: Student) -> str:
     )
 
 
+def _objective(phase: dict[str, Any]) -> str:
+    """Its name, with or without settings (`objective: {name: {...}}`)."""
+    found = phase.get("objective", "")
+    return next(iter(found), "") if isinstance(found, dict) else found
+
+
 def _phase(phase: dict[str, Any]) -> dict[str, Any]:
     """One line of the recipe: what it trains towards, for how long, and where its strengths go."""
     moves = {name: phase[name] for name in STRENGTHS if isinstance(phase.get(name), list)}
     return {
-        "objective": phase.get("objective", ""),
+        "objective": _objective(phase),
         "pictures": phase.get("pictures", ""),
         "learning_rate": phase.get("learning_rate", ""),
         "moves": ", ".join(

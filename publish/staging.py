@@ -23,6 +23,8 @@ from ..convert.library_files import config_of
 from ..convert.output import output_kind
 from ..core.errors import PublishError
 from ..core.pictures import fitted, noise_pictures
+from ..core.ranges import SIDE
+from ..core.settings import read_yaml
 from ..data.pictures import read_picture
 from ..evaluate.record import Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
@@ -177,12 +179,16 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        found = read_yaml(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PublishError(
             f"{path} is not YAML: {error}. Move it away, and the card says that it is missing."
         ) from error
-    return found if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        return None
+    if (size := found.get("image_size")) is not None and (fault := SIDE.fault(size)):
+        raise PublishError(f"{path}: image_size {fault}. Move it away, and the card says that it is missing.")
+    return found
 
 
 def _evaluation(path: Path, student: Student) -> Evaluation:

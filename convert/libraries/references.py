@@ -54,8 +54,18 @@ def load_teacher(
     teacher = scheme.load(name, pretrained=pretrained, weights=file, **asked)
     check_plain(teacher.model, reference)
     provenance = file_digest(file) if file else None if pretrained else RANDOM
-    source = dataclasses.replace(teacher.source, reference=reference, weights=provenance)
+    source = dataclasses.replace(teacher.source, reference=_from_anywhere(reference), weights=provenance)
     return dataclasses.replace(teacher, source=source, preprocess=teacher.preprocess.at(image_size))
+
+
+def _from_anywhere(reference: str) -> str:
+    """A reference that means the same in every working folder: a path in it is made absolute."""
+    scheme, _, name = reference.partition(":")
+    place = name.removeprefix(LOCAL)
+    bare = f"{scheme}:PATH" in reference_forms() and Path(place).expanduser().is_dir()
+    if scheme != DIR and not name.startswith(LOCAL) and not bare:
+        return reference
+    return f"{reference.removesuffix(place)}{Path(place).expanduser().absolute()}"
 
 
 def reload_teacher(source: Source, weights: str | Path | None = None) -> Teacher:
@@ -130,7 +140,8 @@ def _scheme_of_folder(name: str) -> tuple[Scheme, str]:
     """What opens the folder `name`: decided by the files in it."""
     folder = Path(name)
     if not folder.is_dir():
-        raise SourceError(f"dir:{name}: there is no such folder.")
+        seen = "" if folder.is_absolute() else f" in {Path.cwd()}"
+        raise SourceError(f"dir:{name}: there is no such folder{seen}.")
     if (folder / "bcosify.json").is_file():
         raise SourceError(f"dir:{name} is a converted model already. Use align, explain or inspect on it.")
     config = folder / "config.json"

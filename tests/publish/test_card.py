@@ -30,6 +30,11 @@ RECIPE = {
         {"objective": "end-to-end", "pictures": 60, "learning_rate": 0.0003},
     ],
 }
+# The same, with settings for an objective.
+WITH_SETTINGS = {
+    **RECIPE,
+    "phases": [RECIPE["phases"][0], RECIPE["phases"][1] | {"objective": {"end-to-end": {"centre": True}}}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,12 @@ def test_alignment_and_recipe(made):
     assert "12,345 views" in how and "B is 2." in how and "Pictures: Nine photographs." in how
     assert "| 1 | block-local | 40 | 0.02 | b 1 → 2, beta 0 |" in how
     assert "| 2 | end-to-end | 60 | 0.0003 | as before |" in how and "At 48 px" in how
+    assert (
+        sections(card_of(aligned, "org/name", BASE, TERMS, recipe=WITH_SETTINGS, data="Nine photographs."))[
+            "How it was made"
+        ]
+        == how
+    )
     card = card_of(aligned, "org/name", BASE, TERMS)
     assert "recipe was not kept" in sections(card)["How it was made"]
     assert "not described by the publisher" in card.text
@@ -124,6 +135,7 @@ def test_aloes_patent_note_and_which_recipe_follows_them(made):
     aligned = made.with_history(alignment=Alignment(100))
     for student, recipe, said in (
         (aligned, RECIPE, "its end-to-end phase, too"),
+        (aligned, WITH_SETTINGS, "its end-to-end phase, too"),
         (aligned, None, "is not recorded"),
         (made, None, "was not made with an end-to-end phase"),
     ):

@@ -212,6 +212,18 @@ def test_a_timm_folder_opens_converts_and_comes_back(tmp_path, timm_folder, sche
     assert same(load(save(student, tmp_path / "out")).model, student.model)
 
 
+def test_a_relative_path_means_the_same_from_another_folder(tmp_path, timm_folder, monkeypatch):
+    monkeypatch.chdir(timm_folder.parent)
+    for scheme in ("dir:", "timm:local-dir:"):
+        source = load_teacher(f"{scheme}{timm_folder.name}").source
+        assert source.reference == f"{scheme}{timm_folder}"
+    monkeypatch.chdir(tmp_path.parent)
+    assert same(reload_teacher(source).model, finetuned())
+    assert load_teacher("timm:test_vit", pretrained=False).source.reference == "timm:test_vit"
+    with pytest.raises(SourceError, match=f"dir:nowhere: there is no such folder in {tmp_path.parent}"):
+        load_teacher("dir:nowhere")
+
+
 @pytest.mark.parametrize("scheme", ["dir:", "timm:local-dir:"])
 @pytest.mark.parametrize("text", ["{", "[1]", "{}"])
 def test_a_folder_with_a_broken_config_is_refused(timm_folder, scheme, text):
