@@ -187,11 +187,15 @@ class StrengthWalk(Policy):
             self.keep(run)
 
     def judge(self, run: Run) -> None:
-        assert run.walk is not None
+        assert run.walk is not None and self.weights is not None and run.stepper is not None
         steps = evaluated_every(run.recipe, run.phase) // run.recipe.batch_size
-        run.walk = run.walk.judged(run.progress.step, steps, run.agreement(), run.recipe.keep)
+        agreement, floor = run.agreement(), run.recipe.keep
+        run.walk = run.walk.judged(run.progress.step, steps, agreement, floor)
         if run.walk.step == run.progress.step:
             self.keep(run)
+        elif not agreement >= floor:
+            with run.stepper.prepared.whole():
+                run.learner.go_back(self.weights)
 
     def saved(self, run: Run) -> state.Saved:
         return state.Saved({} if run.walk is None else dataclasses.asdict(run.walk), self.weights)

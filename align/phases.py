@@ -210,6 +210,7 @@ class Stepper:
                 self._gains()
         run.pictures.bad.add(batch.bad)
         rate = self.trust.rate(k, learning_rate(phase, k, self.steps), phase.learning_rate)
+        rate *= 1.0 if run.walk is None else run.walk.rate
         for group in optimizer.param_groups:
             group["lr"] = rate * group["scale"]
         optimizer.zero_grad()

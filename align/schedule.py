@@ -5,8 +5,12 @@ Rate and strengths are pure functions of the step: nothing to save, so nothing t
 A floor (`Recipe.keep`) takes the place of the step: strengths move only as fast as the student keeps deciding as its
 teacher does. A phase's strengths are a path, and a `Walk` says how far along it the student is. After every evaluation:
 
-- above the floor: the weights are kept as the furthest that are good enough, and the student walks on, a little faster;
-- below it: the student walks half of the way back to the furthest point, and its next stretch is half as long.
+- above the floor: the weights are kept as the furthest that are good enough, and the student walks on, a little faster,
+  at a higher learning rate (at most the phase's own);
+- below it: the weights go back to the furthest, and try half as far at half the rate.
+
+The rate is part of it because steps alone cost decisions: at the phase's own rate EfficientNet-Lite0 agreed on 64 % of
+pictures at B = 1.006, where untrained it agrees on more.
 
 The path has two parts: B rises while biases go over to carriers and the carriers' windows shrink, as the phase says; at
 last the carried biases fade. The run hands on the furthest student above the floor. (Ours.)
@@ -43,6 +47,8 @@ EVALUATIONS = 24
 FOLLOWING = 0.9
 # How much longer the next stretch is after one that stayed above the floor, and how much shorter after another.
 FASTER, SLOWER = 1.5, 0.5
+# The share of the phase's learning rate that a walk begins with: at its start, the student has nothing to learn.
+FIRST_RATE = 0.1
 # A walk that never falls below the floor is over after this share of the phase; the rest is for the end of the path.
 SHARE = 0.6
 
@@ -144,6 +150,7 @@ class Walk:
 
     Attributes:
         stretch: the share of the path that the next evaluation interval may go.
+        rate: the share of the phase's learning rate, in (0, 1].
         furthest: the furthest share at which the student agreed enough. agreement: how much it agreed there. step: when
             that was.
     """
@@ -153,6 +160,7 @@ class Walk:
     since: int = 0
     until: int = 0
     stretch: float = 0.0
+    rate: float = FIRST_RATE
     furthest: float = 0.0
     agreement: float = 0.0
     step: int = 0
@@ -170,16 +178,19 @@ class Walk:
         return Walk(end=stretch, since=step, until=step + interval, stretch=stretch, step=step)
 
     def judged(self, step: int, interval: int, agreement: float, floor: float) -> Walk:
-        """After an evaluation at `step` that found this `agreement`; one that is no number is below every floor."""
+        """After an evaluation at `step` that found this `agreement`; one that is no number is below every floor.
+
+        Below the floor, the walk goes on from the furthest place, to which the weights have to go back too.
+        """
         # The student that was measured took its last step one place before the next.
         here, following = self.at(step - 1), self.at(step)
-        walk = dataclasses.replace(self, start=following, since=step, until=step + interval)
-        if not agreement >= floor:
-            return dataclasses.replace(walk, end=(here + self.furthest) / 2, stretch=self.stretch * SLOWER)
-        if self._further(here, agreement):
-            walk = dataclasses.replace(walk, furthest=here, agreement=agreement, step=step)
-        stretch = min(1.0, self.stretch * FASTER)
-        return dataclasses.replace(walk, end=min(1.0, following + stretch), stretch=stretch)
+        change = FASTER if agreement >= floor else SLOWER
+        stretch, rate = min(1.0, self.stretch * change), min(1.0, self.rate * change)
+        start = following if agreement >= floor else self.furthest
+        walk = Walk(start, min(1.0, start + stretch), step, step + interval, stretch, rate)
+        if agreement >= floor and self._further(here, agreement):
+            return dataclasses.replace(walk, furthest=here, agreement=agreement, step=step)
+        return dataclasses.replace(walk, furthest=self.furthest, agreement=self.agreement, step=self.step)
 
     def _further(self, here: float, agreement: float) -> bool:
         """Whether a student above the floor is the one to hand on; at the same place, the one that agrees more."""

@@ -10,7 +10,8 @@ import torch
 from bcosify.align import log
 from bcosify.align.checks import check_floor, check_recipe, check_strengths
 from bcosify.align.recipe import Phase, Recipe, dump, load_recipe
-from bcosify.align.schedule import EVALUATIONS, Walk, interval, path, strengths_at
+from bcosify.align.run import Learner
+from bcosify.align.schedule import EVALUATIONS, FASTER, FIRST_RATE, SLOWER, Walk, interval, path, strengths_at
 from bcosify.align.schedule import floored as in_one_phase
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import FaCnnConfig, KMeansConfig, Teacher, convert, load, load_teacher
@@ -87,15 +88,16 @@ def test_a_walk_is_pure_and_stays_on_the_path(first, steps, every, agreements, f
         measured, before = walk.at(step - 1), walk
         walk = before.judged(step, every, agreement, floor)
         assert walk == before.judged(step, every, agreement, floor)  # nothing is kept anywhere else
-        assert walk.at(step) == before.at(step)  # no jump
-        assert walk.furthest >= before.furthest and 0 <= walk.stretch <= 1
+        assert walk.furthest >= before.furthest and 0 <= walk.stretch <= 1 and 0 < walk.rate <= 1
         reached[step] = measured
         if agreement >= floor:
             assert walk.furthest == max(before.furthest, measured) and walk.stretch >= before.stretch
-            assert walk.at(step + every) >= walk.at(step)
+            assert walk.at(step) == before.at(step)  # no jump
+            assert walk.at(step + every) >= walk.at(step) and walk.rate >= before.rate
         else:
             assert (walk.furthest, walk.agreement, walk.step) == (before.furthest, before.agreement, before.step)
-            assert walk.at(step + every) == (measured + walk.furthest) / 2 and walk.stretch == before.stretch / 2
+            assert walk.at(step) == walk.furthest and walk.rate == before.rate / 2
+            assert walk.at(step + every) == min(1, walk.furthest + walk.stretch) and walk.stretch == before.stretch / 2
         # What is said of the furthest student is what was measured of it.
         assert reached[walk.step] == walk.furthest
         assert walk.step == first or walk.agreement == agreements[(walk.step - first) // every - 1] >= floor
@@ -217,7 +219,7 @@ def test_killed_and_resumed_it_is_the_same_run_bit_for_bit(floored, cnn, shards,
 
 def test_a_floor_that_nothing_reaches_hands_back_the_start(cnn, shards, tmp_path):
     """A learning rate that ruins the student at once."""
-    phase = dataclasses.replace(WALKING, learning_rate=0.5, pictures=4, reference_gains=False, relative=False)
+    phase = dataclasses.replace(WALKING, learning_rate=5.0, pictures=4, reference_gains=False, relative=False)
     recipe = dataclasses.replace(FLOORED, phases=(phase, phase), keep=1.0, evaluate_every=4)
     result = align(AlignConfig(cnn, str(shards), tmp_path / "out", recipe, quiet=True))
     kept = result["kept"]
@@ -227,6 +229,28 @@ def test_a_floor_that_nothing_reaches_hands_back_the_start(cnn, shards, tmp_path
     before, after = (load_file(folder / "model.safetensors") for folder in (cnn, tmp_path / "out"))
     weights = [name for name in before if not name.endswith((".window", ".spread"))]
     assert all(torch.equal(before[name], after[name]) for name in weights)
+
+
+def test_below_the_floor_weights_go_back_and_the_rate_halves(cnn, shards, tmp_path, monkeypatch):
+    plain, went_back = Learner.go_back, []
+
+    def go_back(self, weights):
+        plain(self, weights)
+        went_back.append(all(torch.equal(value, weights[name]) for name, value in self.model.state_dict().items()))
+
+    monkeypatch.setattr(Learner, "go_back", go_back)
+    phase = dataclasses.replace(WALKING, learning_rate=50.0, pictures=16, relative=False, warmup=0.0, decay=0.0)
+    recipe = dataclasses.replace(FLOORED, phases=(phase,), keep=1.0, evaluate_every=4, log_every=1)
+    curve = align(AlignConfig(cnn, str(shards), tmp_path / "out", recipe, quiet=True))["curve"][1:]
+    agreed = [point["top1_agreement"] == 1 for point in curve if "weights_of" not in point]
+    handed_on = any("weights_of" in point for point in curve)
+    assert len(agreed) == 4 and not all(agreed)
+    assert went_back == [True] * (agreed.count(False) + handed_on)
+    rates = [FIRST_RATE]
+    for above in agreed[:-1]:
+        rates.append(rates[-1] * (FASTER if above else SLOWER))
+    found = [row["learning_rate"] for row in rows(tmp_path / "out") if "loss" in row]
+    assert found == pytest.approx([50 * rate for rate in rates])
 
 
 def test_carriers_fade_where_the_phase_itself_moves_nothing(cnn, shards, tmp_path):
