@@ -19,11 +19,11 @@ from .index import ShardIndex, index_shards
 from .names import expand
 from .order import order
 from .pictures import decode, reason
+from .tar import MASKS
 
 __all__ = ["Images", "Pictures", "Preparation", "class_indices", "find_pictures", "read_pictures"]
 
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", re.IGNORECASE)
-MASKS = ("mask.png", "mask.webp", "mask.jpg")
 
 
 class Preparation(Protocol):
