@@ -41,8 +41,6 @@ def shards(
     result = {**written._asdict(), "skipped": [item._asdict() for item in written.skipped]}
     say = f"{written.pictures} pictures in {written.shards} shards ({written.bytes / 1e6:.1f} MB): {written.out}"
     print(say, file=sys.stderr)
-    if written.left_out:
-        print("left out: " + ", ".join(f"{count} {what}" for what, count in written.left_out.items()), file=sys.stderr)
     if written.skipped:
         print(f"{len(written.skipped)} could not be read (all in {written.out}/skipped.jsonl):", file=sys.stderr)
     for item in written.skipped[:SHOWN]:

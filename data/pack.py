@@ -21,7 +21,7 @@ from ..core.files import check_free, new_folder
 from ..core.ranges import COUNT, Range, ranged
 from .folders import Skipped, pictures_in, unique
 from .pictures import decode, is_plain_jpeg, pixel_limit, reason
-from .progress import tracked
+from .progress import say, tracked
 
 __all__ = ["Written", "write_shards"]
 
@@ -42,7 +42,7 @@ class Written(NamedTuple):
     left_out: dict[str, int]
 
 
-@ranged(size=COUNT, per_shard=COUNT, quality=Range(1, 100, whole=True))
+@ranged(size=COUNT, per_shard=COUNT, max_pixels=COUNT, quality=Range(1, 100, whole=True))
 def write_shards(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -64,6 +64,8 @@ def write_shards(
     folder, out = Path(folder), Path(out).absolute()
     check_free(out, overwrite)
     names, left_out = pictures_in(folder)
+    if left_out:
+        say(f"Left out of {folder}: {left_out}.")
     keys = list(unique(map(_key, names)))
     jpeg = functools.partial(_as_jpeg, size=size, quality=quality, max_pixels=pixel_limit(max_pixels))
     skipped: list[Skipped] = []
