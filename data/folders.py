@@ -1,4 +1,4 @@
-"""What belongs to a folder of pictures, what is left out of it and why, and names that do not collide: for every verb."""
+"""What belongs to a folder of pictures, what is left out and why, and names that do not collide: for every verb."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@
 | transparency | the colours as stored, without it: as timm, open_clip and transformers read them |
 | CMYK, LAB, a palette | Pillow's conversion to RGB |
 | an animation, several pages | the first |
-| more pixels than the limit | a JPEG at a half, a quarter or an eighth of its size, with a PictureWarning; others are refused |
+| more pixels than the limit | a JPEG at 1/2, 1/4 or 1/8 of its size, with a PictureWarning; others are refused |
 
 Only FORMATS are opened: some of Pillow's other formats start programs (Ghostscript for EPS).
 """

@@ -308,5 +308,6 @@ def _padded(size: int) -> int:
 def _sparse(name: str, member: str) -> DataError:
     which = f"{member!r} is" if member else "it has"
     return DataError(
-        f"{name}: {which} a sparse member, whose bytes are not in one piece. Write the shard again without -S (--sparse)."
+        f"{name}: {which} a sparse member, whose bytes are not in one piece. "
+        "Write the shard again without -S (--sparse)."
     )

@@ -221,9 +221,7 @@ def test_a_small_file_with_very_many_pixels_is_refused_before_they_are_made():
 def test_the_limit_is_an_option(monkeypatch, tmp_path):
     assert pixel_limit() == MAX_PIXELS and pixel_limit(7) == 7
     Image.fromarray(CAT).save(tmp_path / "a.png")
-    with pytest.raises(
-        DataError, match=r"a\.png is .* 57 x 38 pixels, and the limit is 2165\..*BCOSIFY_MAX_PIXELS=2166"
-    ):
+    with pytest.raises(DataError, match=r"a\.png is .* 57 x 38 pixels, and limit is 2165\..*BCOSIFY_MAX_PIXELS=2166"):
         read_picture(tmp_path / "a.png", 57 * 38 - 1)
     assert read_picture(tmp_path / "a.png", 57 * 38).size == (57, 38)
     monkeypatch.setenv("BCOSIFY_MAX_PIXELS", "2000")
@@ -246,9 +244,7 @@ def test_pillows_own_limit_is_left_as_it_is(monkeypatch):
 
 def test_a_jpeg_that_is_too_large_is_read_smaller_and_said():
     data = encoded(Image.fromarray(CAT).resize((456, 304)), "JPEG", quality=95)
-    with pytest.warns(
-        PictureWarning, match=r"^a: it has 456 x 304 pixels, and the limit is 9000, so it is read at 1/4"
-    ):
+    with pytest.warns(PictureWarning, match=r"^a: it has 456 x 304 pixels, and the limit is 9000, so .* at 1/4"):
         found = decode(data, "a: ", 9000)
     assert found.size == (114, 76)
     wanted = np.asarray(Image.fromarray(CAT).resize((114, 76)), int)
