@@ -59,7 +59,7 @@ class DataWarning(UserWarning):
 
 
 class Incomplete(BcosifyError):
-    """A verb did what it could, and some of it failed: `result` is printed, then the message, and the exit code is 1."""
+    """A verb did what it could, and some of it failed: `result` is printed, then the message; the exit code is 1."""
 
     def __init__(self, message: str, result: object) -> None:
         super().__init__(message)

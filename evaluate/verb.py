@@ -34,7 +34,15 @@ REMOVALS = ("patches:grey",)
 Shards = str | Path | Sequence[str | Path]
 
 
-@ranged(pictures=COUNT, grids=ANY_COUNT, most_passes=ANY_COUNT, image_size=SIDE, batch_size=COUNT, seed=SEED)
+@ranged(
+    pictures=COUNT,
+    grids=ANY_COUNT,
+    most_passes=ANY_COUNT,
+    image_size=SIDE,
+    batch_size=COUNT,
+    seed=SEED,
+    max_pixels=COUNT,
+)
 def evaluate(
     model: Student | str | Path,
     *,
