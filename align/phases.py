@@ -45,6 +45,9 @@ def descend(run: Run, number: int) -> None:
         progress.step += 1
         log.step(progress, stepper.losses, stepper.norm)
         run.over, run.stopped = progress.step == end, run.asked_to_stop()
+        # What every process sees alike; a checkpoint that is written now must know of all broken pictures before it.
+        if run.over or run.stopped or progress.step % run.recipe.log_every == 0 or _due(run):
+            run.pictures.share_noted()
         _after_step(run, stepper)
         if run.over or run.stopped:
             break
@@ -70,8 +73,12 @@ def _memory_said(run: Run) -> Iterator[None]:
         ) from error
 
 
+def _due(run: Run) -> bool:
+    return any(callback.due(run) for callback in run.callbacks)
+
+
 def _after_step(run: Run, stepper: Stepper) -> None:
-    if not any(callback.due(run) for callback in run.callbacks):
+    if not _due(run):
         return
     with stepper.prepared.whole(), eager(run.teacher):
         for callback in run.callbacks:
@@ -88,12 +95,13 @@ def fit(run: Run, number: int) -> None:
     end = progress.step + run.recipe.steps[number]
     ids: list[Tensor] = []
     for batch in pictures.batches(progress.step, end):
-        pictures.bad.add(batch.bad)
+        pictures.note(batch.bad)
         solver.gather(pictures.normalised(batch.pictures))
         ids.append(batch.ids)
         run.stopped = run.asked_to_stop()
         if run.stopped:
             return
+    pictures.share_noted()
     solver.join(run.accelerator.gather)
     shown = run.accelerator.gather(torch.cat(ids).to(run.accelerator.device))
     assert isinstance(shown, Tensor)
@@ -208,7 +216,7 @@ class Stepper:
         if k and phase.recalibrate_every and k % phase.recalibrate_every == 0 and ramps:
             with self.prepared.whole(), eager(run.teacher):
                 self._gains()
-        run.pictures.bad.add(batch.bad)
+        run.pictures.note(batch.bad)
         rate = self.trust.rate(k, learning_rate(phase, k, self.steps), phase.learning_rate)
         rate *= 1.0 if run.walk is None else run.walk.rate
         for group in optimizer.param_groups:

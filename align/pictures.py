@@ -7,10 +7,11 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ..convert import Preprocess
-from ..data.bad import BadSamples
+from ..data.bad import BadSample, BadSamples
 from ..data.index import ShardIndex
 from ..data.loader import Batch, held_out_batches, training_batches
 from ..data.stream import Stream
@@ -30,7 +31,8 @@ class Pictures:
     Attributes:
         preprocess: the teacher's, by which pictures are normalised.
         train, val: to train and to measure on.
-        bad: the broken pictures of `train`.
+        bad: the broken pictures of `train`, of all processes.
+        noted: those of this process since `share_noted`.
         memory_format: in which the models read pictures.
     """
 
@@ -41,6 +43,21 @@ class Pictures:
     val: ShardIndex
     bad: BadSamples
     memory_format: torch.memory_format = torch.contiguous_format
+    noted: list[BadSample] = dataclasses.field(default_factory=list)
+
+    def note(self, bad: Sequence[BadSample]) -> None:
+        """Counts the broken pictures of a batch: at once, or with those of other processes when all share theirs."""
+        self.noted.extend(bad)
+        if self.accelerator.num_processes == 1:
+            self.share_noted()
+
+    def share_noted(self) -> None:
+        """Tells all processes what each has noted; all must call it at the same step.
+
+        Raises DataError in every process where too many pictures are broken.
+        """
+        noted, self.noted[:] = list(self.noted), []
+        self.bad.add(gather_object(noted) if self.accelerator.num_processes > 1 else noted)
 
     @property
     def augment(self) -> Augment:

@@ -19,7 +19,8 @@ from ..core.errors import CheckpointError, DataError, RecipeError
 from ..core.files import json_text, new_file
 from ..data.index import ShardIndex, index_shards
 from ..data.names import expand
-from ..data.order import overlap, split
+from ..data.order import copies, overlap, split, without
+from ..data.progress import say
 from ..data.remote import shown
 from ..data.stream import Stream, fingerprints
 from . import state
@@ -98,7 +99,21 @@ def find_data(config: AlignConfig) -> tuple[ShardIndex | Stream, ShardIndex]:
                 "of one of the two, or leave --val out, and some pictures of --data are held out."
             )
         return train, val
-    return split(train, config.recipe.held_out, config.recipe.seed)
+    return _parted(*split(train, config.recipe.held_out, config.recipe.seed))
+
+
+def _parted(train: ShardIndex, val: ShardIndex) -> tuple[ShardIndex, ShardIndex]:
+    """Both parts without pictures in `train` that are in `val` too, under another key; says how many."""
+    if not (same := copies(train, val)):
+        return train, val
+    ours, theirs = same[0]
+    say(
+        f"{len(same)} pictures of --data are copies of held-out ones under another key "
+        f"({train.key(ours)} = {val.key(theirs)}), so they are not trained on."
+    )
+    if len(same) == len(train):
+        raise DataError("All pictures of --data are copies of held-out ones. Pass more pictures, or --val SHARDS.")
+    return without(train, [i for i, _ in same]), val
 
 
 def finished(config: AlignConfig) -> dict[str, Any] | None:

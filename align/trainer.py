@@ -72,7 +72,7 @@ def align(config: AlignConfig) -> dict[str, Any]:
     resumed = prepare_folder(config, accelerator, train)
     checkpoint, progress = resumed or (None, state.Progress(0, 0, train.digest, run_id=uuid.uuid4().hex[:8]))
     _note_versions(progress)
-    bad = BadSamples(train, config.work / "bad_samples.jsonl", recipe.max_bad)
+    bad = BadSamples(train, config.work / "bad_samples.jsonl", recipe.max_bad, accelerator.is_main_process)
     layout = memory_format_of(student.model)
     pictures = Pictures(recipe, accelerator, student.preprocess, train, val, bad, layout)
     for model in (student.model, teacher):

@@ -29,6 +29,7 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
     seed: int = 0,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def evaluate(
         batch_size: pictures a forward pass.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
         seed: of every draw.
+        max_pixels: pictures with more pixels are skipped, or read smaller if they are JPEGs; 100000000 if not given.
         overwrite: replace the folder if it exists.
         json: print the evaluation as JSON on stdout.
     """
@@ -79,6 +81,7 @@ def evaluate(
         batch_size=batch_size,
         device=device,
         seed=seed,
+        max_pixels=max_pixels,
         overwrite=overwrite,
         progress=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.errors import Incomplete
 from .console import console, show_table
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int = 8,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> list[dict[str, Any]]:
@@ -52,6 +54,7 @@ def explain(
         head: which output of a transformers model: `classifier`, `embedding`, `pooled`; `auto` is its checkpoint's.
         image_size: side in pixels, where it is not the model's own.
         batch_size: pictures a forward pass.
+        max_pixels: pictures with more pixels are skipped, or read smaller if they are JPEGs; 100000000 if not given.
         overwrite: replace the folder if it exists.
         json: print one row per picture and target as JSON on stdout.
     """
@@ -72,6 +75,7 @@ def explain(
         head=head,
         image_size=image_size,
         batch_size=batch_size,
+        max_pixels=max_pixels,
         overwrite=overwrite,
     )
     rows = [ledger.row() for ledger in ledgers]
@@ -92,4 +96,8 @@ def explain(
         ],
     )
     console.print(f"wrote {len(list(out.glob('*.npz')))} x (.png, .npz, .json) to {out}")
+    if ledgers.skipped:
+        count = len(ledgers.skipped) + len({ledger.image for ledger in ledgers})
+        said = f"{len(ledgers.skipped)} of {count} pictures were skipped; {out / 'skipped.jsonl'} lists them."
+        raise Incomplete(said, rows)
     return rows

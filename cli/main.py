@@ -20,7 +20,7 @@ from typing import Any
 import docstring_parser
 from jsonargparse import ArgumentParser
 
-from ..core.errors import BcosifyError, OptionError, near_miss
+from ..core.errors import BcosifyError, DataWarning, Incomplete, OptionError, near_miss
 from ..core.files import json_text
 
 __all__ = ["VERBS", "main"]
@@ -76,7 +76,7 @@ def _plain_warnings() -> Iterator[None]:
     written, ours = warnings.formatwarning, str(Path(__file__).resolve().parents[1])
 
     def plain(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
-        own = category is UserWarning and filename.startswith(ours)
+        own = issubclass(category, DataWarning) or (category is UserWarning and filename.startswith(ours))
         return f"bcosify: {message}\n" if own else written(message, category, filename, lineno, line)
 
     warnings.formatwarning = plain
@@ -100,9 +100,15 @@ def _call(verb: str, arguments: list[str]) -> int:
             file=sys.stderr,
         )
         return 2
-    result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
+    failed: Incomplete | None = None
+    try:
+        result: Any = function(**{name: options[name] for name in inspect.signature(function).parameters})
+    except Incomplete as error:
+        result, failed = error.result, error
     if options["json"] and result is not None:
         print(json_text(result, indent=2, default=str))
+    if failed is not None:
+        raise failed
     return 0
 
 

@@ -19,6 +19,7 @@ def shards(
     size: int | None = 256,
     per_shard: int = 1000,
     quality: int = 92,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     json: bool = False,
 ) -> dict[str, Any]:
@@ -30,10 +31,13 @@ def shards(
         size: Shorter side in pixels; smaller pictures are not enlarged. Pass null to keep all sizes.
         per_shard: Pictures in a shard.
         quality: JPEG quality, 1 to 100. A JPEG that needs no change is copied as it is.
+        max_pixels: Pictures with more pixels are skipped, or read smaller if they are JPEGs; 100000000 if not given.
         overwrite: Replace OUT where it exists.
         json: Print the result as JSON to stdout.
     """
-    written = write_shards(folder, out, size=size, per_shard=per_shard, quality=quality, overwrite=overwrite)
+    written = write_shards(
+        folder, out, size=size, per_shard=per_shard, quality=quality, max_pixels=max_pixels, overwrite=overwrite
+    )
     result = {**written._asdict(), "skipped": [item._asdict() for item in written.skipped]}
     say = f"{written.pictures} pictures in {written.shards} shards ({written.bytes / 1e6:.1f} MB): {written.out}"
     print(say, file=sys.stderr)

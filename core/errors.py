@@ -14,6 +14,8 @@ __all__ = [
     "BcosifyError",
     "CheckpointError",
     "DataError",
+    "DataWarning",
+    "Incomplete",
     "LedgerError",
     "NotApplicable",
     "OptionError",
@@ -50,6 +52,18 @@ class CheckpointError(BcosifyError):
 
 class DataError(BcosifyError):
     """Shards or pictures are missing, empty, truncated or broken."""
+
+
+class DataWarning(UserWarning):
+    """What was left out, guessed or ignored of shards and pictures; the command prints it as one line."""
+
+
+class Incomplete(BcosifyError):
+    """A verb did what it could, and some of it failed: `result` is printed, then the message; the exit code is 1."""
+
+    def __init__(self, message: str, result: object) -> None:
+        super().__init__(message)
+        self.result = result
 
 
 class RecipeError(BcosifyError):

@@ -9,7 +9,9 @@ from ..core.lazy import lazy_exports
 if TYPE_CHECKING:
     from .pack import Written
     from .pack import write_shards as shards
+    from .pictures import read_picture
 
-__all__ = ["Written", "shards"]
+__all__ = ["Written", "read_picture", "shards"]
 
-__getattr__ = lazy_exports(__name__, {"Written": ".pack", "shards": ".pack:write_shards"})
+PLACES = {"Written": ".pack", "read_picture": ".pictures", "shards": ".pack:write_shards"}
+__getattr__ = lazy_exports(__name__, PLACES)

@@ -5,12 +5,13 @@ are one sample. Reading shards as streams ties the order of pictures to the numb
 resuming a replay. So each tar's headers are scanned once, and from then on a picture is one `pread(offset, length)`.
 
 The index takes about 30 bytes and a key for each picture. Each shard's part of it is cached as JSON, and holds as long
-as the tar's path, size and modification time do.
+as the tar's path, size and times of change do, and its own digest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -30,14 +31,14 @@ from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, Trans
 from ..core.errors import BcosifyError, DataError
 from ..core.files import cache_root, new_file
 from . import tar
-from .progress import tracked, watched
+from .folders import PICTURES, LeftOut, check_regular
+from .progress import say, tracked, watched
 from .remote import fetch, is_remote
-from .tar import PICTURES
 
 __all__ = ["Indexed", "Shard", "ShardFile", "ShardIndex", "index_shards", "read_at"]
 
-SCHEMA = 1  # of the cached index; a new number makes the old files unused
-OPEN_FILES = 128  # per process; below the usual limit of 256 on macOS and 1024 on Linux
+SCHEMA = 2  # of the cached index; a new number makes the old files unused
+OPEN_FILES = 128  # kept per process; below the usual limit of 256 on macOS and 1024 on Linux
 FEW = 8  # no progress bar for fewer shards
 THREADS = 8
 LISTED = 10  # errors in one message
@@ -89,7 +90,8 @@ class Shard:
     offsets: np.ndarray  # (M,) of the payload
     lengths: np.ndarray  # (M,)
     extensions: tuple[str, ...]
-    without_picture: int  # samples that were left out
+    without_picture: int  # samples that are not in the table
+    left_out: LeftOut  # what else the tar holds and no one looks at
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -125,6 +127,14 @@ class ShardIndex:
     def without_picture(self) -> int:
         """Samples in these shards that hold no picture (all shards, whatever `ids` picks)."""
         return sum(shard.without_picture for shard in self.shards)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What these shards hold beside pictures and their own members (all shards, whatever `ids` picks)."""
+        found = LeftOut()
+        for shard in self.shards:
+            found.update(shard.left_out)
+        return found
 
     @functools.cached_property
     def digest(self) -> str:
@@ -206,22 +216,44 @@ class _Open:
             os.close(self.descriptor)
 
 
+def _kept_open() -> int:
+    """How many files to keep open: a quarter of what the system lets a process have, and at most OPEN_FILES."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return OPEN_FILES
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_FILES if soft == resource.RLIM_INFINITY else max(1, min(OPEN_FILES, soft // 4))
+
+
 # A forked child may use its parent's descriptors, since pread moves no position; a spawned one starts with none.
-_opened = functools.lru_cache(OPEN_FILES)(_Open)
+_opened = functools.lru_cache(_kept_open())(_Open)
 
 
 def read_at(file: ShardFile, offset: int, length: int) -> bytes:
     """`length` bytes at `offset`. A disk that fails is an error, not a broken picture: no run may depend on it."""
     try:
-        opened = _opened(file)
+        try:
+            opened = _opened(file)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            _opened.cache_clear()  # others in this process have taken theirs
+            opened = _opened(file)
         data = os.pread(opened.descriptor, length, offset)
     except OSError as error:
-        raise DataError(f"{file.path} cannot be read at byte {offset}: {error.strerror or error}.") from error
+        raise DataError(f"{file.path} cannot be read at byte {offset}: {_said(error)}.") from error
     if len(data) != length:
         raise DataError(
             f"{file.path} ends at byte {offset + len(data)}; it was longer when it was indexed. Start again."
         )
     return data
+
+
+def _said(error: OSError) -> str:
+    """What the system said, and what to type where it has no more open files to give."""
+    few = " (raise the limit in this shell: ulimit -n 1024)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+    return f"{error.strerror or error}{few}"
 
 
 # ------------------------------------------------------------------------------------------------------------- scanning
@@ -232,8 +264,8 @@ def index_shards(
 ) -> ShardIndex:
     """Scans the headers of each tar, once: what was scanned before comes from the cache. Payloads are not read.
 
-    Remote shards are downloaded into `cache` first (see `remote.fetch`). Raises DataError that lists shards that cannot
-    be downloaded, are truncated, no tar, without pictures, or have a key twice.
+    Remote shards are downloaded into `cache` first (see `remote.fetch`). Warns of what is left out. Raises DataError
+    that lists shards that cannot be downloaded, are truncated, no tar, without pictures, or have a key twice.
     """
     sources = list(shards)
     remote = [str(source) for source in sources if is_remote(source)]
@@ -242,7 +274,17 @@ def index_shards(
     found = _each(_indexed, paths, lambda futures: tracked(futures, len(paths), "indexing shards", progress, FEW))
     if not found:
         raise DataError("No shards to index.")
-    return ShardIndex(tuple(found))
+    index = ShardIndex(tuple(found))
+    if index.left_out:
+        say(of_shards(len(paths), index.left_out))
+    return index
+
+
+def of_shards(count: int, left_out: LeftOut) -> str:
+    """What was left out of so many shards, and what to do about it."""
+    advice = " Keys end at the first dot of a file name; `bcosify shards FOLDER OUT` writes names without dots."
+    shards = "1 shard" if count == 1 else f"{count} shards"
+    return f"Left out of {shards}: {left_out}.{advice if tar.DOTTED in left_out.counts else ''}"
 
 
 def _fetched(sources: Sequence[str], cache: Path | None, progress: bool) -> list[Path]:
@@ -302,27 +344,31 @@ def _each(
 
 def _indexed(path: Path) -> Shard:
     try:
+        check_regular(path)
         stat = path.stat()
         file = ShardFile(str(path), stat.st_size, stat.st_mtime_ns)
-        return _cached(file) or _remember(_scan(file))
+        return _cached(file, stat.st_ctime_ns) or _remember(_scan(file), stat.st_ctime_ns)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"{path} cannot be read: {_said(error)}.") from error
 
 
 def _scan(file: ShardFile) -> Shard:
     """Groups the members of one tar by key."""
+    left_out = LeftOut()
     with open(file.path, "rb") as stream:
         samples = {
-            key: {kind: (member.offset, member.length) for kind, member in members.items()}
-            for key, members in tar.samples(tar.members(stream, file.path), file.path)
+            sample.key: {kind: (member.offset, member.length) for kind, member in sample.members.items()}
+            for sample in tar.samples(tar.members(stream, file.path, left_out), file.path, left_out)
         }
     pictured = {key: members for key, members in samples.items() if tar.picture(members)}
     if not pictured:
-        raise DataError(_no_picture(file, samples))
-    return _columns(file, pictured, len(samples) - len(pictured))
+        raise DataError(_no_picture(file, samples, left_out))
+    return _columns(file, pictured, len(samples) - len(pictured), left_out)
 
 
-def _columns(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], without_picture: int) -> Shard:
+def _columns(
+    file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], without_picture: int, left_out: LeftOut
+) -> Shard:
     extensions = sorted({kind for members in samples.values() for kind in members})
     number = {kind: i for i, kind in enumerate(extensions)}
     first = np.cumsum([0, *map(len, samples.values())])
@@ -331,23 +377,30 @@ def _columns(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], wi
     rows = [(number[kind], *place) for members in samples.values() for kind, place in members.items()]
     kinds, offsets, lengths = zip(*rows, strict=True)
     columns = {"first": first, "picture": first[:-1] + picture, "kinds": kinds, "offsets": offsets, "lengths": lengths}
-    return _shard(file, list(samples), columns, extensions, without_picture)
+    return _shard(file, list(samples), columns, extensions, without_picture, left_out)
 
 
 def _shard(
-    file: ShardFile, keys: Sequence[str], columns: Mapping[str, Any], extensions: Sequence[str], without_picture: int
+    file: ShardFile,
+    keys: Sequence[str],
+    columns: Mapping[str, Any],
+    extensions: Sequence[str],
+    without_picture: int,
+    left_out: LeftOut,
 ) -> Shard:
     arrays = {name: np.array(columns[name], kind) for name, kind in COLUMNS.items()}
     names = np.array([key.encode("utf-8", "surrogateescape") for key in keys])
     for array in (names, *arrays.values()):
         array.setflags(write=False)
-    return Shard(file, names, extensions=tuple(extensions), without_picture=without_picture, **arrays)
+    rest = {"extensions": tuple(extensions), "without_picture": without_picture, "left_out": left_out}
+    return Shard(file, names, **arrays, **rest)
 
 
-def _no_picture(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]]) -> str:
+def _no_picture(file: ShardFile, samples: dict[str, dict[str, tuple[int, int]]], left_out: LeftOut) -> str:
     kinds = Counter(kind for members in samples.values() for kind in members)
     if not kinds:
-        return f"{file.path} holds no samples. Leave it out, or write it again: bcosify shards DIR OUT"
+        others = f" ({left_out})" if left_out else ""
+        return f"{file.path} holds no samples{others}. Leave it out, or write it again: bcosify shards DIR OUT"
     found = ", ".join(f".{kind}" for kind, _ in kinds.most_common(5))
     dotted = any(kind.rpartition(".")[2] in PICTURES for kind in kinds)
     why = " An extension begins at the first dot of a file name, so names must have no other dots." if dotted else ""
@@ -364,26 +417,35 @@ def _cache_file(file: ShardFile) -> Path:
     return cache_root() / "index" / f"{name}.json"
 
 
-def _cached(file: ShardFile) -> Shard | None:
-    """What an earlier scan found; None where there is nothing that can be used."""
+def _cached(file: ShardFile, changed: int) -> Shard | None:
+    """What an earlier scan found; None where there is nothing that can be used. `changed`: when the tar was, in ns."""
     try:
         found = json.loads(_cache_file(file).read_text("utf-8"))
-        if found["file"] != list(file):
+        if found.pop("digest") != _digest(found) or [found["file"], found["changed"]] != [list(file), changed]:
             return None
-        return _shard(file, found["keys"], found["columns"], found["extensions"], found["without_picture"])
-    except (OSError, ValueError, KeyError, TypeError):
+        rest = (found["columns"], found["extensions"], found["without_picture"], LeftOut(found["left_out"]))
+        return _shard(file, found["keys"], *rest)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
-def _remember(shard: Shard) -> Shard:
+def _remember(shard: Shard, changed: int) -> Shard:
     found = {
         "file": shard.file,
+        "changed": changed,
         "keys": [key.decode("utf-8", "surrogateescape") for key in shard.keys.tolist()],
         "columns": {name: getattr(shard, name).tolist() for name in COLUMNS},
         "extensions": shard.extensions,
         "without_picture": shard.without_picture,
+        "left_out": shard.left_out.found,
     }
+    text = json.dumps({**found, "digest": _digest(found)}, separators=(",", ":"))
     # A cache that cannot be written costs time, nothing else.
     with contextlib.suppress(BcosifyError, OSError), new_file(_cache_file(shard.file)) as scratch:
-        scratch.write_text(json.dumps(found, separators=(",", ":")), "utf-8")
+        scratch.write_text(text, "utf-8")
     return shard
+
+
+def _digest(found: Mapping[str, Any]) -> str:
+    """Of what is cached: a file that was cut, or changed by anything else, is not believed."""
+    return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()

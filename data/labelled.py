@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +20,20 @@ from torch import Tensor
 
 from ..core.errors import DataError
 from ..core.pictures import denormalise
+from .folders import Skipped
 from .index import ShardIndex, index_shards
 from .names import expand
 from .order import order
-from .pictures import decode, reason
+from .pictures import decode, pixel_limit, reason
+from .progress import say
+from .tar import MASKS
 
 __all__ = ["Images", "Pictures", "Preparation", "class_indices", "find_pictures", "read_pictures"]
 
 NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", re.IGNORECASE)
-MASKS = ("mask.png", "mask.webp", "mask.jpg")
+
+
+LONGEST_LABEL = 200
 
 
 class Preparation(Protocol):
@@ -59,6 +69,7 @@ class Pictures:
         labels: (N,) classes; `label_names` may name them.
         labels_are_classes: whether a label is an index of the classifier's outputs.
         digest: of pictures and preprocessing, for caches.
+        skipped: pictures that could not be read, which are in none of the above.
     """
 
     images: Any  # Tensor or Images
@@ -68,6 +79,7 @@ class Pictures:
     label_names: tuple[str, ...] | None = None
     labels_are_classes: bool = False
     digest: str | None = None
+    skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -89,6 +101,7 @@ class Decoded:
     index: ShardIndex
     positions: Sequence[int]
     transform: Callable[[Image.Image], Tensor]
+    max_pixels: int
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -96,7 +109,7 @@ class Decoded:
     def split(self, split_size: int, /) -> Iterator[Tensor]:
         for start in range(0, len(self), split_size):
             batch = self.positions[start : start + split_size]
-            yield torch.stack([self.transform(_picture(self.index, i)) for i in batch])
+            yield torch.stack([self.transform(_picture(self.index, i, self.max_pixels)) for i in batch])
 
 
 def find_pictures(data: str | Path | Sequence[str | Path]) -> ShardIndex:
@@ -112,32 +125,64 @@ def read_pictures(
     masks: bool = False,
     label: str | None = None,
     seed: int = 0,
+    max_pixels: int | None = None,
 ) -> Pictures:
-    """The pictures of an index.
+    """The pictures of an index that can be read; others are skipped, with a DataWarning, and listed.
 
     Args:
         count: so many pictures, drawn by `seed`, read into memory; None: all, read batch by batch.
         masks: read the mask of every sample, or draw it from its box.
         label: key of the label in a sample's json; or `cls`, its member.
+        max_pixels: see `pixel_limit`.
 
     Raises:
-        DataError: a picture cannot be read; a mask is missing or of another size; a label is missing.
+        DataError: none of the pictures can be read; a mask is missing or of another size; a label is missing.
     """
-    positions = list(range(len(index)))
-    if count is not None and count < len(index):
-        positions = sorted(int(i) for i in order(len(index), seed, 0)[:count])
-    transform = preprocess.transform()
-    lazy = Decoded(index, positions, transform)
+    limit, transform = pixel_limit(max_pixels), preprocess.transform()
+    drawn = range(len(index)) if count is None or count >= len(index) else map(int, order(len(index), seed, 0))
+    positions, skipped = _readable(index, drawn, len(index) if count is None else count, limit)
+    lazy = Decoded(index, positions, transform, limit)
     digest = None if count is not None else f"{index.digest} {preprocess}"
+    if digest and skipped:
+        digest += f" {hashlib.sha256(repr(positions).encode()).hexdigest()}"
     labels, names = _labels(index, positions, label) if label else (None, None)
     return Pictures(
         lazy if count is None else torch.cat(list(lazy.split(64))),
         tuple(index.key(i) for i in positions),
-        torch.stack([_mask(index, i, preprocess, transform) for i in positions]) if masks else None,
+        torch.stack([_mask(index, i, preprocess, transform, limit) for i in positions]) if masks else None,
         labels,
         names,
         digest=digest,
+        skipped=skipped,
     )
+
+
+def _readable(index: ShardIndex, drawn: Iterable[int], count: int, limit: int) -> tuple[list[int], tuple[Skipped, ...]]:
+    """The first `count` of `drawn` that can be read, in the order of the index, and those before them that cannot.
+
+    Each is decoded for it: where a file is broken shows only then, and numbers must not depend on how far one came.
+    """
+
+    def fault(i: int) -> Skipped | None:
+        try:
+            _picture(index, i, limit)
+        except _Broken as error:
+            return Skipped(error.name, error.reason)
+        return None
+
+    positions: list[int] = []
+    skipped: list[Skipped] = []
+    remaining = iter(drawn)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while len(positions) < count and (batch := list(itertools.islice(remaining, min(256, count - len(positions))))):
+            for i, found in zip(batch, pool.map(fault, batch), strict=True):
+                positions.append(i) if found is None else skipped.append(found)
+    if skipped:
+        first = f"{skipped[0].path} is no picture that can be read: {skipped[0].reason}"
+        if not positions:
+            raise DataError(f"None of the {len(skipped)} pictures can be read. The first: {first}.")
+        say(f"{len(skipped)} of {len(skipped) + len(positions)} pictures were skipped. The first: {first}.")
+    return sorted(positions), tuple(skipped)
 
 
 def class_indices(pictures: Pictures, classes: int) -> Pictures:
@@ -152,26 +197,35 @@ def class_indices(pictures: Pictures, classes: int) -> Pictures:
     return dataclasses.replace(pictures, labels_are_classes=True)
 
 
-def _picture(index: ShardIndex, i: int) -> Image.Image:
+class _Broken(DataError):
+    """A picture, by its key and shard, that cannot be read, and why."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name} is no picture that can be read: {reason}.")
+        self.name, self.reason = name, reason
+
+
+def _picture(index: ShardIndex, i: int, limit: int, kind: str | None = None) -> Image.Image:
+    """The picture of sample i, or its member `kind`."""
+    data = index.read(i, kind)
     try:
-        return decode(index.read(i))
+        return decode(data, "", limit)
     except Exception as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{index.key(i)} in {index.file(i).path} is no picture that can be read: {reason(error)}."
-        ) from error
+        ending = "" if kind is None else f".{kind}"
+        raise _Broken(f"{index.key(i)}{ending} in {index.file(i).path}", reason(error)) from error
 
 
-def _mask(index: ShardIndex, i: int, preprocess: Preparation, transform: Callable[[Image.Image], Tensor]) -> Tensor:
+def _mask(
+    index: ShardIndex, i: int, preprocess: Preparation, transform: Callable[[Image.Image], Tensor], limit: int
+) -> Tensor:
     """(H, W) in [0, 1], through the picture's own resizing and cropping."""
-    size = _picture(index, i).size
+    size = _picture(index, i, limit).size
     kind = next((name for name in MASKS if name in index.extensions(i)), None)
     if kind is not None:
-        mask = decode(index.read(i, kind)).convert("L")
+        mask = _picture(index, i, limit, kind).convert("L")
     elif (box := _facts(index, i).get("box")) is not None:
         mask = Image.new("L", size)
-        ImageDraw.Draw(mask).rectangle([float(edge) for edge in box], fill=255)
+        ImageDraw.Draw(mask).rectangle(_edges(box, size, f"{index.key(i)}.json in {index.file(i).path}"), fill=255)
     else:
         raise DataError(
             f"--masks: {index.key(i)} in {index.file(i).path} has no {MASKS[0]}, and no box [left, top, right, bottom] "
@@ -186,13 +240,28 @@ def _mask(index: ShardIndex, i: int, preprocess: Preparation, transform: Callabl
     return denormalise(seen, preprocess.mean, preprocess.std).mean(0).clamp(0, 1)
 
 
+def _edges(box: Any, size: tuple[int, int], name: str) -> list[float]:
+    """A box [left, top, right, bottom] in pixels; raises DataError where it is none of a picture of this size."""
+    numbers = isinstance(box, list) and all(type(edge) in (int, float) and abs(edge) < 2**31 for edge in box)
+    edges = [float(edge) for edge in box] if numbers and len(box) == 4 else []
+    if edges:
+        (left, top, right, bottom), (width, height) = edges, size
+        if all(map(math.isfinite, edges)) and left <= right and top <= bottom:
+            if left < width and top < height and right >= 0 and bottom >= 0:
+                return edges
+    raise DataError(
+        f"--masks: the box of {name} is {repr(box)[:80]}; it must be [left, top, right, bottom] in pixels of its "
+        f"picture of {size[0]} x {size[1]}."
+    )
+
+
 def _facts(index: ShardIndex, i: int) -> dict[str, Any]:
     """The json of a sample; empty where it has none."""
     if "json" not in index.extensions(i):
         return {}
     try:
         found = json.loads(index.read(i, "json"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of too many digits, and lists in lists without end
         raise DataError(f"{index.key(i)}.json in {index.file(i).path} is not JSON: {error}.") from error
     return found if isinstance(found, dict) else {}
 
@@ -200,15 +269,22 @@ def _facts(index: ShardIndex, i: int) -> dict[str, Any]:
 def _labels(index: ShardIndex, positions: Sequence[int], key: str) -> tuple[Tensor, tuple[str, ...] | None]:
     """(N,) labels, and their names where they are words."""
 
-    def label(i: int) -> Any:
-        found = index.read(i, "cls").decode().strip() if key == "cls" and "cls" in index.extensions(i) else None
-        found = _facts(index, i).get(key) if found is None else found
-        if found is None:
-            raise DataError(f"--labels {key}: {index.key(i)} in {Path(index.file(i).path).name} has no such label.")
-        return found
+    def label(i: int) -> str:
+        name = f"{index.key(i)} in {Path(index.file(i).path).name}"
+        if key == "cls" and "cls" in index.extensions(i):
+            found = index.read(i, "cls").decode("utf-8", "replace").strip()
+        elif (found := _facts(index, i).get(key)) is None:
+            raise DataError(f"--labels {key}: {name} has no such label.")
+        if not isinstance(found, str | int) or len(text := str(found)) > LONGEST_LABEL:
+            raise DataError(
+                f"--labels {key}: the label of {name} is {repr(found)[:80]}; it must be a number or a word of at most "
+                f"{LONGEST_LABEL} characters."
+            )
+        return text
 
-    values = [str(label(i)) for i in positions]
-    whole = [value.isascii() and value.isdecimal() for value in values]
+    values = [label(i) for i in positions]
+    # More digits than a tensor holds are no class number either.
+    whole = [value.isascii() and value.isdecimal() and len(value) < 19 for value in values]
     if all(whole):
         return torch.tensor([int(value) for value in values]), None
     if any(NUMBER.fullmatch(value) for value in values):

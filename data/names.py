@@ -12,6 +12,8 @@ from pathlib import Path
 from webdataset.shardlists import expand_urls
 
 from ..core.errors import DataError, near_miss
+from .folders import is_hidden
+from .progress import say
 from .remote import is_remote, refuse_scheme, shown
 
 __all__ = ["expand"]
@@ -28,6 +30,8 @@ def expand(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
     found: list[Path | str] = []
     missing: list[Path] = []
     for pattern in (pattern for item in items for pattern in _patterns(os.fspath(item))):
+        if "\0" in pattern:
+            raise DataError(f"{shown(pattern)!r} is no name of a shard: it holds a zero byte.")
         path = Path(pattern).expanduser()
         if is_remote(pattern):
             refuse_scheme(pattern)
@@ -36,7 +40,7 @@ def expand(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
             found += _shards_in(path)
         elif path.exists():
             found.append(path)
-        elif matches := sorted(match for match in glob.glob(str(path), recursive=True) if not os.path.isdir(match)):
+        elif matches := _matches(path):
             found += map(Path, matches)
         else:
             missing.append(path)
@@ -49,7 +53,7 @@ def expand(data: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> l
 
 def _patterns(item: str) -> list[str]:
     """`item` split at `::` and with its braces expanded; a path that exists is taken as it is."""
-    if os.path.exists(item):
+    if "\0" in item or os.path.exists(item):
         return [item]
     if not item:
         raise DataError(
@@ -64,9 +68,21 @@ def _patterns(item: str) -> list[str]:
     return [re.sub(r"^file:(//)?", "", part) for part in parts if part]
 
 
+def _matches(path: Path) -> list[str]:
+    """The files that a glob names, sorted; its first folders are taken as they are where there are such."""
+    there = next(parent for parent in (path, *path.parents) if parent.exists() or not parent.name)
+    pattern = os.path.join(glob.escape(str(there)), *path.parts[len(there.parts) :])
+    return sorted(match for match in glob.glob(pattern, recursive=True) if not os.path.isdir(match))
+
+
 def _shards_in(folder: Path) -> list[Path]:
-    """All *.tar of a folder, by name."""
-    if shards := sorted(path for path in folder.glob("*.tar") if path.is_file()):
+    """All *.tar of a folder, by name; hidden ones are left out."""
+    every = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    shards = [path for path in every if not is_hidden(path.name)]
+    if len(shards) < len(every):
+        first = next(path.name for path in every if is_hidden(path.name))
+        say(f"Left out of {folder}: {len(every) - len(shards)} hidden (such as {first!r}).")
+    if shards:
         return shards
     kinds = Counter(path.suffix.lower() or "no suffix" for path in folder.iterdir())
     holds = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5)) or "nothing"

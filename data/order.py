@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -19,9 +21,10 @@ import numpy as np
 from ..core.errors import DataError
 from .index import ShardIndex
 
-__all__ = ["GlobalBatch", "batch_indices", "order", "overlap", "split"]
+__all__ = ["COMPARED", "GlobalBatch", "batch_indices", "copies", "order", "overlap", "split", "without"]
 
 COMPARED = 100_000  # pictures that are read to find out whether train and val overlap
+READERS = 8  # threads that wait for the disk
 
 
 class GlobalBatch(NamedTuple):
@@ -77,11 +80,27 @@ def split(index: ShardIndex, held_out: float | int, seed: int = 0) -> tuple[Shar
 
 
 def overlap(train: ShardIndex, val: ShardIndex) -> list[tuple[str, str]]:
-    """(key in train, key in val) of pictures that are the same bytes.
+    """(key in train, key in val) of pictures that are the same bytes: see `copies`."""
+    return [(train.key(ours), val.key(theirs)) for ours, theirs in copies(train, val)]
+
+
+def copies(train: ShardIndex, val: ShardIndex) -> list[tuple[int, int]]:
+    """(position in train, position in val) of pictures that are the same bytes, whatever their keys are.
 
     Only training pictures as long as one of `val`'s are read, and of these at most COMPARED.
     """
-    held_out = {hashlib.sha256(val.read(i)).digest(): val.key(i) for i in range(len(val))}
-    alike = np.flatnonzero(np.isin(train.sizes, val.sizes))[:COMPARED]
-    found = ((train.key(i), held_out.get(hashlib.sha256(train.read(i)).digest())) for i in map(int, alike))
-    return [(ours, theirs) for ours, theirs in found if theirs is not None]
+    held_out = {digest: i for i, digest in _digests(val, range(len(val)))}
+    alike = np.flatnonzero(np.isin(train.sizes, val.sizes))[:COMPARED].tolist()
+    return [(i, held_out[digest]) for i, digest in _digests(train, alike) if digest in held_out]
+
+
+def without(index: ShardIndex, positions: Sequence[int]) -> ShardIndex:
+    """The same pictures but for those at `positions`."""
+    numbers = np.arange(len(index)) if index.ids is None else index.ids
+    return ShardIndex(index.shards, np.delete(numbers, positions))
+
+
+def _digests(index: ShardIndex, positions: Iterable[int]) -> Iterator[tuple[int, bytes]]:
+    """Position and sha256 of pictures."""
+    with ThreadPoolExecutor(READERS) as pool:
+        yield from pool.map(lambda i: (i, hashlib.sha256(index.read(i)).digest()), positions)

@@ -8,8 +8,7 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,31 +19,30 @@ from webdataset.writer import ShardWriter
 from ..core.errors import DataError
 from ..core.files import check_free, new_folder
 from ..core.ranges import COUNT, Range, ranged
-from .pictures import decode, is_plain_jpeg, reason
-from .progress import tracked
-from .tar import PICTURES
+from .folders import Skipped, pictures_in, unique
+from .pictures import decode, is_plain_jpeg, pixel_limit, reason
+from .progress import say, tracked
 
-__all__ = ["Skipped", "Written", "write_shards"]
-
-
-class Skipped(NamedTuple):
-    """A file that could not be read as a picture."""
-
-    path: str
-    reason: str
+__all__ = ["Written", "write_shards"]
 
 
 class Written(NamedTuple):
-    """What `write_shards` did."""
+    """What `write_shards` did.
+
+    Attributes:
+        skipped: pictures that could not be read.
+        left_out: how many other files there are, by what they are.
+    """
 
     out: str
     pictures: int
     shards: int
     bytes: int
     skipped: tuple[Skipped, ...]
+    left_out: dict[str, int]
 
 
-@ranged(size=COUNT, per_shard=COUNT, quality=Range(1, 100, whole=True))
+@ranged(size=COUNT, per_shard=COUNT, max_pixels=COUNT, quality=Range(1, 100, whole=True))
 def write_shards(
     folder: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -52,20 +50,24 @@ def write_shards(
     size: int | None = 256,
     per_shard: int = 1000,
     quality: int = 92,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Written:
     """Packs all pictures under `folder`, in the order of their paths, as JPEGs into `out`/00000.tar, 00001.tar, ...
 
-    The shorter side becomes `size` (never enlarged; None keeps sizes). A JPEG that needs no change is copied as it is.
+    What belongs to a folder: `pictures_in`. The shorter side becomes `size` (never enlarged; None keeps sizes). A JPEG
+    that needs no change is copied as it is. `max_pixels`: see `pixel_limit`.
     Keys are the paths below `folder` without dots. The same pictures give the same bytes. What cannot be read is
     skipped, and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
     """
     folder, out = Path(folder), Path(out).absolute()
     check_free(out, overwrite)
-    names = _pictures_in(folder)
-    keys = list(_unique_keys(names))
-    jpeg = functools.partial(_as_jpeg, size=size, quality=quality)
+    names, left_out = pictures_in(folder)
+    if left_out:
+        say(f"Left out of {folder}: {left_out}.")
+    keys = list(unique(map(_key, names)))
+    jpeg = functools.partial(_as_jpeg, size=size, quality=quality, max_pixels=pixel_limit(max_pixels))
     skipped: list[Skipped] = []
     with new_folder(out, overwrite) as scratch:
         pattern = str(scratch).replace("%", "%%") + "/%05d.tar"
@@ -88,46 +90,24 @@ def write_shards(
         if skipped:
             lines = "".join(json.dumps(item._asdict()) + "\n" for item in skipped)
             (scratch / "skipped.jsonl").write_text(lines, "utf-8")
-    return Written(str(out), len(names) - len(skipped), len(tars), total, tuple(skipped))
+    return Written(str(out), len(names) - len(skipped), len(tars), total, tuple(skipped), left_out.counts)
 
 
-def _pictures_in(folder: Path) -> list[str]:
-    """The pictures below a folder by relative path, sorted; hidden ones left out."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is no folder. Pass a folder of pictures.")
-    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
-    seen = [path for path in files if not any(part.startswith(".") for part in path.parts)]
-    pictures = sorted(path.as_posix() for path in seen if path.suffix[1:].lower() in PICTURES)
-    if not pictures:
-        kinds = Counter(path.suffix.lower() or "no suffix" for path in files).most_common(5)
-        holds = ", ".join(f"{count} {kind}" for kind, count in kinds) or "no files"
-        raise DataError(f"{folder} holds no pictures (it holds: {holds}); wanted one of .{', .'.join(PICTURES)}.")
-    return pictures
+def _key(name: str) -> str:
+    """A path as a key: without its ending, dots and odd characters."""
+    parts = unicodedata.normalize("NFC", name).rpartition(".")[0].split("/")
+    # Letters of any script, digits, - and _; webdataset drops names that begin with two underscores.
+    return "/".join(re.sub(r"[^\w-]+", "_", part).lstrip("_") or "x" for part in parts)
 
 
-def _unique_keys(names: Iterable[str]) -> Iterator[str]:
-    """A key for each path: dots and odd characters replaced, and a number added where two would be the same."""
-    taken: set[str] = set()
-    for name in names:
-        parts = unicodedata.normalize("NFC", name).rpartition(".")[0].split("/")
-        # Letters of any script, digits, - and _; webdataset drops names that begin with two underscores.
-        base = "/".join(re.sub(r"[^\w-]+", "_", part).lstrip("_") or "x" for part in parts)
-        key, number = base, 1
-        while key in taken:
-            number += 1
-            key = f"{base}-{number}"
-        taken.add(key)
-        yield key
-
-
-def _as_jpeg(path: Path, size: int | None, quality: int) -> bytes | Exception:
+def _as_jpeg(path: Path, size: int | None, quality: int, max_pixels: int) -> bytes | Exception:
     """The picture as an RGB JPEG, or why it cannot be read."""
     try:
         data = path.read_bytes()
-        picture = decode(data)
+        picture = decode(data, f"{path}: ", max_pixels)
         shorter = min(picture.size)
         if size is None or shorter <= size:
-            if is_plain_jpeg(data):
+            if is_plain_jpeg(data, max_pixels):
                 return data
         else:
             width, height = (max(size, round(side * size / shorter)) for side in picture.size)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from rich.console import Console
 from rich.progress import track
 
-__all__ = ["tracked", "watched"]
+from ..core.errors import DataWarning
+
+__all__ = ["say", "tracked", "watched"]
 
 
 def tracked(items: Iterable[Any], total: int, title: str, progress: bool, few: int = 256) -> Iterable[Any]:
@@ -22,3 +25,9 @@ def tracked(items: Iterable[Any], total: int, title: str, progress: bool, few: i
 def watched(console: Console, progress: bool) -> bool:
     """Whether there is a terminal, and this is the process that may write on it."""
     return progress and console.is_terminal and os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    """Warns, in one process of several."""
+    if os.environ.get("RANK", "0") == "0":
+        warnings.warn(text, DataWarning, stacklevel=3)

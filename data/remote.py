@@ -39,6 +39,7 @@ from huggingface_hub.utils import WeakFileLock
 from ..core.errors import CheckpointError, DataError, near_miss
 from ..core.files import cache_root, file_digest, new_folder
 from . import tar
+from .folders import check_regular
 
 __all__ = ["Patience", "chunks", "fetch", "is_remote", "reader", "refuse_scheme", "shown"]
 
@@ -120,6 +121,7 @@ def chunks(source: str | os.PathLike[str], patience: Patience = PATIENCE) -> Ite
 
 def _file_chunks(path: Path) -> Iterator[bytes]:
     try:
+        check_regular(path)
         with path.open("rb") as stream:
             while data := stream.read(PIECE):
                 yield data

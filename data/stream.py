@@ -27,8 +27,10 @@ from webdataset.filters import shuffle
 
 from ..core.errors import DataError
 from . import tar
-from .index import ShardIndex
+from .folders import LeftOut
+from .index import ShardIndex, of_shards
 from .order import order
+from .progress import say
 from .remote import PATIENCE, Patience, chunks, reader, shown
 
 __all__ = ["Stream", "Streamed", "fingerprints"]
@@ -67,6 +69,8 @@ class Stream:
         self.count: int | None = None  # pictures in an epoch, once one was read
         self._seen = 0
         self._contents: dict[str, str] = {}  # shard -> digest of its keys
+        self.left_out = LeftOut()  # of the shards in _contents
+        self._said = 0  # for how many of them it was said
         self._open: dict[int, _Sequence] = {}  # seed -> where it is
 
     def __len__(self) -> int:
@@ -106,6 +110,7 @@ class Stream:
                 position += 1
                 self._seen = max(self._seen, position - begin)
             self._check_count(position - begin)
+            self._say_left_out()
             epoch += 1
 
     def _epoch(self, seed: int, epoch: int) -> Iterator[Streamed]:
@@ -114,20 +119,31 @@ class Stream:
         return iter(mix(pictures))
 
     def _shard(self, source: str) -> Iterator[Streamed]:
-        name, keys = shown(source), hashlib.sha256()
+        name, keys, left_out = shown(source), hashlib.sha256(), LeftOut()
         tarred = reader(chunks(source, self.patience))
-        for key, members in tar.samples(tar.streamed(tarred, name), name):
+        for key, members in tar.samples(tar.streamed(tarred, name, left_out), name, left_out):
             if not (kind := tar.picture(members)):
                 continue
             data = members[kind].data
             self._refuse_held_out(data, key, name)
             keys.update(f"{key}\0{len(data)}\0".encode("utf-8", "surrogateescape"))
             yield Streamed(-1, key, name, data)
+        if source not in self._contents:
+            self.left_out.update(left_out)
         if self._contents.setdefault(source, keys.hexdigest()) != keys.hexdigest():
             raise DataError(
                 f"{name} gave other pictures than when it was read before, so an epoch has no meaning. "
                 "--stream needs sources that give the same bytes each time."
             )
+
+        if not self._said:
+            self._say_left_out()  # as soon as there is something; the rest after the first epoch
+
+    def _say_left_out(self) -> None:
+        read = len(self._contents)
+        if self.left_out and self._said < read:
+            say(of_shards(read, self.left_out))
+            self._said = read
 
     def _check_count(self, count: int) -> None:
         if count == 0:

@@ -34,7 +34,15 @@ REMOVALS = ("patches:grey",)
 Shards = str | Path | Sequence[str | Path]
 
 
-@ranged(pictures=COUNT, grids=ANY_COUNT, most_passes=ANY_COUNT, image_size=SIDE, batch_size=COUNT, seed=SEED)
+@ranged(
+    pictures=COUNT,
+    grids=ANY_COUNT,
+    most_passes=ANY_COUNT,
+    image_size=SIDE,
+    batch_size=COUNT,
+    seed=SEED,
+    max_pixels=COUNT,
+)
 def evaluate(
     model: Student | str | Path,
     *,
@@ -52,6 +60,7 @@ def evaluate(
     batch_size: int = 32,
     device: str = "auto",
     seed: int = 0,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Evaluation:
@@ -77,6 +86,7 @@ def evaluate(
         batch_size: pictures a forward pass.
         device: cpu, cuda, ...; auto takes a GPU where there is one.
         seed: of every draw.
+        max_pixels: larger pictures are skipped, or read smaller if they are JPEGs (see `data.pictures`).
         overwrite: replace `out` if it exists.
         progress: show bars on stderr.
 
@@ -100,9 +110,14 @@ def evaluate(
     preprocess = student.preprocess.at(image_size)
     index = find_pictures(data)
     output = output_kind(student)
-    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels), output.count if output.chooses else 0)
+    classes = output.count if output.chooses else 0
+    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels, max_pixels=max_pixels), classes)
     shown = index if masks is None else find_pictures(masks)
-    explained_on = read_pictures(shown, preprocess, count=pictures, masks=masks is not None, seed=seed)
+    explained_on = read_pictures(
+        shown, preprocess, count=pictures, masks=masks is not None, seed=seed, max_pixels=max_pixels
+    )
+    # In the record as `skipped`: they are in none of its numbers.
+    skipped = [one._asdict() for one in dict.fromkeys([*fidelity_on.skipped, *explained_on.skipped])]
     teacher, ours = _subjects(student, weights, preprocess, batch_size, device)
     texts = None
     if student.text is not None and fidelity_on.label_names:
@@ -124,13 +139,18 @@ def evaluate(
                 "student_weights": weights_digest(ours.model),
                 "versions": versions(),
             },
-            data={"data": index.digest, "masks": None if masks is None else shown.digest, "labels": labels},
+            data={
+                "data": index.digest,
+                "masks": None if masks is None else shown.digest,
+                "labels": labels,
+                **({"skipped": skipped} if skipped else {}),
+            },
             texts=texts,
             work=work,
             progress=progress,
         )
         if folder is not None:
-            _write(folder, evaluation, explained, student, preprocess, len(fidelity_on))
+            _write(folder, evaluation, explained, student, preprocess, len(fidelity_on), len(skipped))
     if work is not None:
         shutil.rmtree(work, ignore_errors=True)
     return evaluation
@@ -167,14 +187,21 @@ def _report_folder(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
 
 
 def _write(
-    folder: Path, evaluation: Evaluation, explained: Explained, student: Student, preprocess: Preprocess, count: int
+    folder: Path,
+    evaluation: Evaluation,
+    explained: Explained,
+    student: Student,
+    preprocess: Preprocess,
+    count: int,
+    skipped: int,
 ) -> None:
-    """evaluation.json and report.html; `count` pictures were used for fidelity."""
+    """evaluation.json and report.html; `count` pictures were used for fidelity, and `skipped` could not be read."""
     evaluation.write(folder)
     gallery = gallery_of(explained, output_kind(student))
     names = [f"{who}: {method}" for who, method in explained.maps]
     title = f"{student.source.reference}, {student.method} student"
     about = f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained, at {preprocess.size[0]} px."
+    about += f" {skipped:,} could not be read." if skipped else ""
     (folder / "report.html").write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
 
 

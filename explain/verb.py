@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -23,17 +25,32 @@ from ..convert.trace import trace_forward
 from ..core.errors import DataError, SourceError, TargetError
 from ..core.files import check_free, new_folder
 from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
-from ..data.pictures import check_picture, read_picture
+from ..data.folders import Skipped, pictures_in, unique
+from ..data.pictures import read_picture
+from ..data.progress import say
 from .attribution import Explanation, explain_scores
 from .questions import Facts, Question, ask
 from .results import ScoreLedger, write_picture
 from .targets import Target
 
-__all__ = ["explain"]
+__all__ = ["Ledgers", "explain"]
 
 Model = nn.Module | Student | Teacher | str | Path
 Classes = Target | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
 BATCH = 8  # pictures a forward pass, of files
+LONGEST = 200  # bytes of a file name that a result keeps: with an ending and a number, 255 are possible
+
+
+class Ledgers(list[ScoreLedger]):
+    """The ledgers of all pictures that could be read.
+
+    Attributes:
+        skipped: the pictures that could not, and why.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skipped: list[Skipped] = []
 
 
 @overload
@@ -74,13 +91,14 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     check: bool = True,
     tolerance: float = 1e-4,
-) -> list[ScoreLedger]: ...
+) -> Ledgers: ...
 
 
-@ranged(image_size=SIDE, batch_size=COUNT, tolerance=AMOUNT)
+@ranged(image_size=SIDE, batch_size=COUNT, max_pixels=COUNT, tolerance=AMOUNT)
 def explain(
     model: Model,
     pictures: Tensor | str | Path | Sequence[str | Path],
@@ -97,16 +115,17 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
+    max_pixels: int | None = None,
     overwrite: bool = False,
     check: bool = True,
     tolerance: float = 1e-4,
-) -> Explanation | list[ScoreLedger]:
+) -> Explanation | Ledgers:
     """Explains scores of pictures, and proves that the explanation adds up.
 
     Args:
         model: any nn.Module, converted or not; a Student or a Teacher; a converted model (a folder, or ORG/REPO[@rev]
             on the hub); or a model reference such as timm:NAME. What is given as an object is left as it is.
-        pictures: normalised pictures (B, 3, H, W); or picture files and folders of them.
+        pictures: normalised pictures (B, 3, H, W); or picture files and folders of them (see `data.folders`).
         target: what to explain: a `Target`; class numbers or names, `top1`, `top3`, ...; `self` for models without
             classes. A list is for every picture; an array or a tensor has a class for each (B,), or a row (B, K). By
             default the largest output of a classifier, the output of a regression, else `self`. A bare nn.Module needs
@@ -121,14 +140,18 @@ def explain(
         labels: names of the classes, or a file with one a line, where the model has none of its own.
         head, image_size: which output of a transformers model, and the side in pixels, where they are not its own.
         batch_size: pictures a forward pass; by default all of a tensor, eight files.
+        max_pixels: larger picture files are skipped, or read smaller if they are JPEGs (see `data.pictures`).
         overwrite: replace `out` if it exists.
         check: False returns explanations that do not add up, with their residual.
         tolerance: how much of max(1, |score|) may be unaccounted for.
 
     Returns:
-        Of a tensor an `Explanation`, with all maps; of files a `ScoreLedger` for each picture and score, in order.
+        Of a tensor an `Explanation`, with all maps; of files `Ledgers`, a `ScoreLedger` for each picture and score, in
+        order. Pictures that cannot be read are skipped, with a DataWarning; they are listed there, and in
+        `out`/skipped.jsonl.
 
     Raises:
+        DataError: none of the pictures can be read; nothing is written then.
         LedgerError: input and constants do not add up to a score; names the operations that have no rule.
         TargetError, DataError, SourceError, CheckpointError: before anything is written.
     """
@@ -165,19 +188,35 @@ def explain(
         )
     if question.target.rows(slice(0, 1)) is not question.target:
         raise TargetError("target: what differs from picture to picture goes with a tensor. Pass one for all files.")
-    files = list(_files(pictures))
-    names = _unique([file.stem for file in files])
-    for file in files:
-        check_picture(file)  # its pixels are read when its turn comes
+    files = _files(pictures)
+    names = list(unique(map(_stem, files), _as_disks_see_it))
     size = BATCH if batch_size is None else batch_size
-    ledgers: list[ScoreLedger] = []
+    ledgers = Ledgers()
     with contextlib.ExitStack() as stack:
         folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite))
         for start in range(0, len(files), size):
             part = slice(start, start + size)
-            batch = _explained(question, opened.preprocess, files[part], names[part], folder, check, tolerance)
-            ledgers += batch
+            inputs, skipped = _read(files[part], opened.preprocess, max_pixels)
+            ledgers.skipped += skipped
+            if inputs:
+                shown = [(file, name) for file, name in zip(files[part], names[part], strict=True) if file in inputs]
+                ledgers += _explained(question, opened.preprocess, inputs, shown, folder, check, tolerance)
+        _check_skipped(ledgers.skipped, len(files), folder)
     return ledgers
+
+
+def _check_skipped(skipped: Sequence[Skipped], count: int, folder: Path | None) -> None:
+    """Lists and says which of `count` pictures were skipped; raises DataError where that is all."""
+    if not skipped:
+        return
+    first = skipped[0]
+    if len(skipped) == count:
+        which = "" if count == 1 else f"None of the {count} pictures can be read. The first: "
+        raise DataError(f"{which}{first.reason}")
+    say(f"{len(skipped)} of {count} pictures could not be read and were skipped. The first: {first.reason}")
+    if folder is not None:
+        lines = "".join(json.dumps(one._asdict()) + "\n" for one in skipped)
+        (folder / "skipped.jsonl").write_text(lines, "utf-8")
 
 
 def _check_kind(pictures: Any) -> None:
@@ -240,49 +279,67 @@ def _opened(model: Student | Teacher | str | Path, head: str, image_size: int | 
     return opened
 
 
-def _files(pictures: str | Path | Sequence[str | Path]) -> Iterator[Path]:
-    Image.init()
+def _files(pictures: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Files as they are, and what belongs to folders; raises DataError where there is no such file or folder."""
+    files: list[Path] = []
     for given in [pictures] if isinstance(pictures, str | Path) else pictures:
         path = Path(given)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.EXTENSION)
-            if not found:
-                raise DataError(f"{path} holds no pictures.")
-            yield from found
-        elif path.is_file():
-            yield path
+        if "\0" not in str(given) and path.is_dir():
+            found = pictures_in(path)
+            if found.left_out:
+                say(f"Left out of {path}: {found.left_out}.")
+            files += [path / name for name in found.pictures]
+        elif "\0" not in str(given) and path.exists():
+            files.append(path)
         else:
-            raise DataError(f"{path}: there is no such file or folder.")
+            raise DataError(f"{str(given)!r}: there is no such file or folder.")
+    return files
 
 
-def _unique(stems: list[str]) -> list[str]:
-    """File names without ending; a repeated one gets a number."""
-    seen: dict[str, int] = {}
-    names = []
-    for stem in stems:
-        seen[stem] = seen.get(stem, 0) + 1
-        names.append(stem if seen[stem] == 1 else f"{stem}-{seen[stem]}")
-    return names
+def _stem(file: Path) -> str:
+    """What results of `file` are called, without ending."""
+    return file.stem.encode("utf-8", "surrogateescape")[:LONGEST].decode("utf-8", "ignore") or "picture"
+
+
+def _as_disks_see_it(name: str) -> str:
+    """Those of Macs and Windows take `A` and `a` for one name, and some take two spellings of a letter for one."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _read(
+    files: Sequence[Path], preprocess: Preprocess, max_pixels: int | None
+) -> tuple[dict[Path, Tensor], list[Skipped]]:
+    """Each file's picture as the model takes it, (3, H, W), and the files that cannot be read."""
+    transform, inputs, skipped = preprocess.transform(), {}, []
+    for file in files:
+        try:
+            inputs[file] = transform(read_picture(file, max_pixels))
+        except DataError as error:
+            skipped.append(Skipped(str(file), str(error)))
+    return inputs, skipped
 
 
 def _explained(
     question: Question,
     preprocess: Preprocess,
-    files: list[Path],
-    names: list[str],
+    read: dict[Path, Tensor],
+    shown: Sequence[tuple[Path, str]],
     folder: Path | None,
     check: bool,
     tolerance: float,
 ) -> list[ScoreLedger]:
-    """Explains one batch, writes its files, returns its ledgers; nothing else of it is kept."""
-    transform = preprocess.transform()
-    inputs = torch.stack([transform(read_picture(file)) for file in files])
+    """Explains one batch, writes its files, returns its ledgers; nothing else of it is kept.
+
+    Args:
+        read: the pictures of the batch. shown: in which order, and under which names.
+    """
+    inputs = torch.stack([read[file] for file, _ in shown])
     explanation = explain_scores(question.network, inputs, question.target, check=check, tolerance=tolerance)
     network: Any = question.network
     others: dict[str, Tensor] = network.extra_maps(inputs) if hasattr(network, "extra_maps") else {}
     facts = question.names(explanation.outputs)
     rows: list[ScoreLedger] = []
-    for i, (file, name) in enumerate(zip(files, names, strict=True)):
+    for i, (file, name) in enumerate(shown):
         ledgers = [ScoreLedger(image=str(file), **known, **explanation.row(i, k)) for k, known in enumerate(facts[i])]
         if folder is not None:
             seen = to_pil_image(preprocess.denormalise(inputs[i]).clamp(0, 1))

@@ -35,12 +35,12 @@ class Shown:
 
 # How a student is opened with this package; the libraries' own ways are in their descriptors. `{repo}` is ORG/NAME.
 BCOSIFY = """\
+from bcosify.data import read_picture
 from bcosify.explain import {target}, explain
 from bcosify.publish import load
-from PIL import Image
 
 student = load("{repo}")
-picture = student.preprocess.transform()(Image.open("cat.png"))[None]
+picture = student.preprocess.transform()(read_picture("cat.png"))[None]
 explanation = explain(student.model, picture, {call})
 print(explanation.scores, explanation.input_part, explanation.constants)
 """

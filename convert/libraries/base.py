@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ...core.errors import SourceError, near_miss
 from ...core.pictures import THIN, denormalise, normalise, without_ends
+from ...data.pictures import as_rgb
 from .text import Text, TextTower
 
 __all__ = [
@@ -104,15 +105,20 @@ class Preprocess:
         return dataclasses.replace(self, size=(size, size) if isinstance(size, int) else size)
 
     def transform(self) -> Callable[[Image.Image], Tensor]:
-        """The evaluation transform: PIL picture -> normalised (3, H, W), as the source library makes it."""
+        """The evaluation transform: PIL picture -> normalised (3, H, W), as the source library makes it of RGB.
+
+        Every picture becomes upright RGB first, by the rules of `data.pictures`.
+        """
         known = transforms()
         if self.library not in known:
             raise SourceError(f"this version cannot prepare pictures as {self.library!r} does; update bcosify.")
         transform = known[self.library](self)
-        if self.crop_mode != "center":  # the others show the whole picture
-            return lambda picture: transform(picture.convert("RGB"))
+        if self.crop_mode == "squash":
+            return lambda picture: transform(as_rgb(picture))
+        if self.crop_mode != "center":  # the whole picture, unless less than a pixel of its shorter side would be left
+            return lambda picture: transform(without_ends(as_rgb(picture), min(self.size) - 4))
         longest = THIN * max(self.size) / min(self.size)
-        return lambda picture: transform(without_ends(picture.convert("RGB"), longest))
+        return lambda picture: transform(without_ends(as_rgb(picture), longest))
 
     def normalise(self, colours: Tensor) -> Tensor:
         """Colours (..., 3, H, W) in [0, 1] as the model takes them."""

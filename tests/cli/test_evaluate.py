@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 import torch
 from bcosify.cli.main import main
+from bcosify.convert import load
+from bcosify.core.errors import DataError, DataWarning
+from bcosify.data.labelled import find_pictures, read_pictures
 from PIL import Image
 
 TINY = ("timm:test_vit", "--no-pretrained", "--image-size", "64")
@@ -111,10 +114,6 @@ def test_bad_input_is_said_and_nothing_is_written(student, tmp_path, capsys, mem
 
 
 def test_a_box_counts_as_a_mask_and_a_broken_picture_is_named(student, tmp_path):
-    from bcosify.convert import load
-    from bcosify.core.errors import DataError
-    from bcosify.data.labelled import find_pictures, read_pictures
-
     preprocess = load(student).preprocess
     with_box = read_pictures(find_pictures(str(write(tmp_path / "a.tar", json=facts))), preprocess, count=2, masks=True)
     masked = write(tmp_path / "b.tar", mask_png=lambda i: mask())
@@ -123,6 +122,64 @@ def test_a_box_counts_as_a_mask_and_a_broken_picture_is_named(student, tmp_path)
     broken = write(tmp_path / "c.tar", jpg=lambda i: b"no picture")
     with pytest.raises(DataError, match=r"s\d in .*c.tar is no picture"):
         read_pictures(find_pictures(str(broken)), preprocess, count=2)
+
+
+def test_a_broken_picture_is_skipped_counted_and_listed(student, tmp_path, capsys):
+    good = write(tmp_path / "good.tar", mask_png=lambda i: mask())
+    with tarfile.open(good) as archive, tarfile.open(tmp_path / "a.tar", "w") as out:
+        for member in archive:
+            file = archive.extractfile(member)
+            assert file is not None
+            data = file.read()
+            data = data[: len(data) // 2] if member.name == "s2.jpg" else data
+            member.size = len(data)
+            out.addfile(member, io.BytesIO(data))
+    words = ["--data", tmp_path / "a.tar", "--masks", tmp_path / "a.tar", "--out", tmp_path / "report", *QUICK]
+    with pytest.warns(DataWarning, match=r"1 of 6 pictures were skipped. The first: s2 in .*a\.tar is no picture"):
+        assert main(["evaluate", str(student), *map(str, words)]) == 0
+    record = json.loads((tmp_path / "report" / "evaluation.json").read_text())
+    (skipped,) = record["data"]["skipped"]
+    assert skipped["path"] == f"s2 in {tmp_path / 'a.tar'}" and skipped["reason"]
+    assert record["data"]["pictures"] == 5 and record["data"]["explained"] == 4
+    assert "1 could not be read" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("members", "options", "said"),
+    [
+        ({"json": lambda i: b"[" * 100_000}, {"masks": True}, "is not JSON"),
+        ({"json": lambda i: b'{"box": ' + b"9" * 5000 + b"}"}, {"masks": True}, "is not JSON"),
+        *(
+            ({"json": lambda i, box=box: b'{"box": %s}' % box}, {"masks": True}, r"the box of .*\[left, top, right")
+            for box in (
+                b"[NaN, 1, 2, 3]",
+                b"[0, 0, Infinity, 9]",
+                b"[1, 2, 3]",
+                b'["1", 2, 3, 4]',
+                b"[9, 9, 1, 1]",
+                b"[900, 900, 950, 950]",
+                b"[0, 0, 1e300, 9]",
+                b'"box"',
+                b"7",
+                b"[[1], 2, 3, 4]",
+                b"[true, 0, 3, 4]",
+            )
+        ),
+        ({"mask_png": lambda i: b"no mask"}, {"masks": True}, r"s\d\.mask\.png in .* is no picture"),
+        ({"json": lambda i: b'{"group": {"a": 1}}'}, {"label": "group"}, "must be a number or a word"),
+        ({"json": lambda i: b'{"group": "%s"}' % (b"x" * 999)}, {"label": "group"}, "must be a number or a word"),
+    ],
+)
+def test_side_files_that_lie_are_refused_by_name(student, tmp_path, members, options, said):
+    preprocess = load(student).preprocess
+    with pytest.raises(DataError, match=said):
+        read_pictures(find_pictures(str(write(tmp_path / "a.tar", **members))), preprocess, count=2, **options)
+
+
+def test_labels_of_many_digits_are_no_class_numbers(student, tmp_path):
+    shard = write(tmp_path / "a.tar", cls=lambda i: b"9" * (1 if i else 30))
+    with pytest.raises(DataError, match="5 of 6 labels are class numbers, but '9999"):
+        read_pictures(find_pictures(str(shard)), load(student).preprocess, label="cls")
 
 
 def test_one_evaluation_is_nothing_to_compare(tmp_path, capsys):

@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 import weakref
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,9 @@ from bcosify.cli.main import VERBS, main
 from bcosify.convert import CodaConfig, load, load_teacher
 from bcosify.convert.history import Calibration
 from bcosify.convert.layers import ReferenceSized
-from bcosify.core.errors import BcosifyError
+from bcosify.core.errors import BcosifyError, DataWarning
+from bcosify.explain import explain
+from PIL import Image
 from safetensors.torch import save_file
 
 TINY = ("timm:test_resnet", "--no-pretrained", "--image-size", "64")
@@ -383,8 +386,8 @@ def test_explain_holds_one_batch_of_pictures_at_a_time(run, student, pictures, t
     module = importlib.import_module("bcosify.explain.verb")
     read, held, alive = module.read_picture, [], []
 
-    def noted(file: Path):
-        picture = read(file)
+    def noted(file: Path, limit: int | None):
+        picture = read(file, limit)
         held.append(weakref.ref(picture))
         alive.append(sum(one() is not None for one in held))
         return picture
@@ -398,16 +401,77 @@ def test_explain_holds_one_batch_of_pictures_at_a_time(run, student, pictures, t
     assert len(alive) == 5 and max(alive) <= 2
 
 
-def test_explain_leaves_nothing_of_a_run_with_a_broken_picture(run, student, pictures, tmp_path):
+def test_explain_skips_a_broken_picture_and_lists_it(run, student, pictures, tmp_path):
     """What opens as a picture is only seen to be broken when its turn comes."""
+    folder = tmp_path / "in"
+    folder.mkdir()
     whole = (pictures / "chelsea.png").read_bytes()
-    broken = tmp_path / "broken.png"
-    broken.write_bytes(whole[: len(whole) // 2])
-    code, _, said = run(
-        "explain", student, pictures / "coffee.png", broken, "--batch-size", 1, "--out", tmp_path / "maps"
-    )
-    assert code == 1 and "broken.png is no picture that can be read" in " ".join(said.split())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png"]
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(whole)
+    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "._0.png").write_bytes(b"x")
+    (folder / "notes.txt").touch()
+    with pytest.warns(DataWarning) as warned:
+        code, out, said = run("explain", student, folder, "--batch-size", 1, "--out", tmp_path / "maps", "--json")
+    left_out, skipped = (str(one.message) for one in warned if one.category is DataWarning)
+    assert code == 1 and [Path(row["image"]).name for row in json.loads(out)] == ["0.png", "2.png"]
+    assert left_out == f"Left out of {folder}: 1 hidden (such as '._0.png'), 1 .txt (such as 'notes.txt')."
+    assert skipped.startswith(f"1 of 3 pictures could not be read and were skipped. The first: {folder}/1.png is no")
+    assert "1 of 3 pictures were skipped; " in said and "skipped.jsonl lists them" in " ".join(said.split())
+    names = [f"{number}{ending}" for number in (0, 2) for ending in (".json", ".npz", ".png")]
+    assert sorted(path.name for path in (tmp_path / "maps").iterdir()) == [*names, "skipped.jsonl"]
+    (line,) = (tmp_path / "maps" / "skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["path"] == str(folder / "1.png") and "truncated" in json.loads(line)["reason"]
+
+
+def test_a_warning_of_ours_is_one_line(capsys):
+    with command._plain_warnings():
+        assert warnings.formatwarning("what", DataWarning, "place.py", 7) == "bcosify: what\n"
+        assert "place.py:7" in warnings.formatwarning("what", UserWarning, "place.py", 7)
+    assert "place.py:7" in warnings.formatwarning("what", DataWarning, "place.py", 7)
+
+
+def test_explain_leaves_nothing_where_no_picture_can_be_read(run, student, pictures, tmp_path):
+    broken = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in broken:
+        path.write_bytes((pictures / "chelsea.png").read_bytes()[:9000])
+    code, _, said = run("explain", student, *broken, "--batch-size", 1, "--out", tmp_path / "maps")
+    assert code == 1 and "None of the 2 pictures can be read. The first:" in said and "a.png is no picture" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.png"]
+
+
+def test_results_of_explain_never_collide(student, pictures, tmp_path):
+    names = ["a.png", "q/a.png", "a-2.png", "q/A.png", "a.jpg", "l" * 240 + ".png", "l" * 240 + "m.png"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(tmp_path / "in" / name)
+    ledgers = explain(student, [tmp_path / "in" / name for name in names], out=tmp_path / "maps")
+    assert len(ledgers) == len(names) and not ledgers.skipped
+    written = {path.name for path in (tmp_path / "maps").iterdir()}
+    assert len(written) == 3 * len(names) == len({name.casefold() for name in written})
+    assert {"a.json", "a-2.json", "a-2-2.json", "A-3.json", "a-4.json", "l" * 200 + "-2.json"} <= written
+
+
+def test_explain_reads_every_depth_of_grey_alike(student, pictures, tmp_path):
+    grey = np.asarray(Image.open(pictures / "chelsea.png").convert("L"))
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    Image.fromarray((grey / 255).astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.warns(DataWarning, match="1 as white"):
+        first, *others = explain(student, [tmp_path / name for name in ("8.png", "16.png", "f.tif")], "top1")
+    assert [one.target for one in others] == [first.target] * 2
+    assert [one.score for one in others] == pytest.approx([first.score] * 2, abs=1e-3)
+
+
+def test_the_limit_of_pixels_is_an_option_of_explain_and_shards(run, student, pictures, tmp_path):
+    cat = pictures / "chelsea.png"
+    pixels = ("--max-pixels", 451 * 300 - 1)
+    code, _, said = run("explain", student, cat, "--out", tmp_path / "maps", *pixels)
+    assert code == 1 and "451 x 300 pixels, and the limit is 135299" in " ".join(said.split())
+    code, out, _ = run("shards", pictures, tmp_path / "shards", "--max-pixels", 451 * 300, "--json")
+    skipped = {item["path"]: item["reason"] for item in json.loads(out)["skipped"]}
+    assert code == 0 and set(skipped) == {"broken.jpg", "coffee.png"} and "the limit is 135300" in skipped["coffee.png"]
+    assert run("explain", student, cat, "--out", tmp_path / "maps", "--max-pixels", 451 * 300)[0] == 0
 
 
 def test_explain_refuses_before_any_work(run, student, pictures, tmp_path, monkeypatch):

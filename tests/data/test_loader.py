@@ -309,10 +309,11 @@ def test_a_shard_that_vanishes_is_an_error_not_a_broken_picture(folder, tmp_path
 
 
 def test_a_picture_too_large_to_be_true_is_broken(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow refuses twice as many
-    good = (folder / "03.jpg").read_bytes()
-    stream = io.BytesIO()
-    Image.new("RGB", (30, 30)).save(stream, "JPEG")
-    index = shards_with_bad(folder, tmp_path / "bad.tar", {i: stream.getvalue() for i in range(1, COUNT)} | {0: good})
+    monkeypatch.setenv("BCOSIFY_MAX_PIXELS", "1000")
+    large, small = io.BytesIO(), io.BytesIO()
+    Image.open(folder / "03.jpg").save(large, "PNG")
+    Image.new("RGB", (30, 30)).save(small, "JPEG")
+    bad = {i: small.getvalue() for i in range(1, COUNT)} | {0: large.getvalue()}
+    index = shards_with_bad(folder, tmp_path / "bad.tar", bad)
     (batch,) = held_out_batches(index, size=SIZE, batch_size=2, limit=2)
-    assert batch.ids.tolist() == [1, 1] and "DecompressionBomb" in batch.bad[0].reason
+    assert batch.ids.tolist() == [1, 1] and "130 x 90 pixels, and the limit is 1000" in batch.bad[0].reason

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
-from bcosify.core.errors import DataError
+from bcosify.align.prepare import _parted
+from bcosify.core.errors import DataError, DataWarning
 from bcosify.data.index import index_shards
 from bcosify.data.names import expand
-from bcosify.data.order import batch_indices, order, overlap, split
+from bcosify.data.order import batch_indices, copies, order, overlap, split, without
 from bcosify.data.pack import write_shards
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tars import simple_tar, write_tar
+from tars import jpeg, simple_tar, write_tar
 
 counts = st.integers(1, 300)
 seeds = st.integers(0, 2**40)
@@ -116,3 +118,31 @@ def test_overlap_finds_the_same_bytes_under_any_key(photos, tmp_path):
     assert overlap(train, val) == []
     assert sorted(overlap(everything, val)) == sorted((val.key(i), val.key(i)) for i in range(len(val)))
     assert everything.sizes.tolist() == [len(everything.read(i)) for i in range(len(everything))]
+
+
+def test_copies_go_to_one_side(tmp_path):
+    """Each picture under two keys: split by keys alone, most held-out ones would be trained on."""
+    data = [jpeg(i) for i in range(60)]
+    index = index_shards([write_tar(tmp_path / f"{side}.tar", [(f"{side}{i}.jpg", one) for i, one in enumerate(data)])
+                          for side in "ab"])  # fmt: skip
+    train, val = split(index, 40)
+    with pytest.warns(DataWarning, match=r"^\d+ pictures of --data are copies of held-out ones .* not trained on"):
+        rest, held = _parted(train, val)
+    assert keys_of(held) == keys_of(val) and len(val) == 40
+    assert len(train) - len(rest) == len(copies(train, val)) > 20 and copies(rest, held) == []
+    shown, measured = ({part.read(i) for i in range(len(part))} for part in (rest, held))
+    assert not shown & measured and shown | measured == set(data)
+
+
+def test_parts_without_copies_stay_as_they_are(many):
+    train, val = split(index_shards([simple_tar(many[0].parent / "x.tar", 30)]), 5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _parted(train, val) == (train, val)
+    assert keys_of(without(train, [0, 2])) == keys_of(train)[1:2] + keys_of(train)[3:]
+
+
+def test_data_of_nothing_but_copies_is_refused(tmp_path):
+    index = index_shards([write_tar(tmp_path / "a.tar", [(f"{i}.jpg", b"the same") for i in range(9)])])
+    with pytest.warns(DataWarning), pytest.raises(DataError, match="All pictures of --data are copies"):
+        _parted(*split(index, 3))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from bcosify.core.errors import DataError
-from bcosify.data.pictures import PictureWarning, check_picture, decode, read_picture
+from bcosify.data.pictures import MAX_PIXELS, PictureWarning, as_rgb, check_picture, decode, pixel_limit, read_picture
 from PIL import Image, ImageOps
 
 from exif import CAT, DAMAGED, encoded, exif_block, jpeg_with_exif, png_with_exif
@@ -175,7 +178,113 @@ def test_a_range_that_cannot_be_guessed_is_refused(wrong, tmp_path):
         read_picture(tmp_path / "a.tif")
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_channels_on_their_own_are_read_rightly_or_refused(tmp_path, deep):
+    values = np.ascontiguousarray(CAT.transpose(2, 0, 1))
+    tifffile.imwrite(
+        tmp_path / "a.tif",
+        values.astype(np.uint16) * 257 if deep else values,
+        photometric="rgb",
+        planarconfig="separate",
+    )
+    if deep:
+        with pytest.raises(DataError, match="each channel on its own, which Pillow reads wrongly"):
+            read_picture(tmp_path / "a.tif")
+    else:
+        assert np.array_equal(read_picture(tmp_path / "a.tif"), CAT)
+
+
+def test_signed_integers_and_portable_floats_have_a_white_of_their_own():
+    with pytest.warns(PictureWarning, match="16-bit signed integers without a stated range; .* 32767 as white"):
+        found = grey(decode(tiff((GREY.astype(np.int16) * 128).tobytes(), GREY.shape, 16, format=2)))
+    assert np.abs(found.astype(int) - GREY).max() <= 1
+    with pytest.warns(PictureWarning, match="32-bit floats .* 1 as white"):
+        assert np.array_equal(grey(decode(encoded(Image.fromarray((GREY / 255).astype(np.float32)), "PPM"))), GREY)
+
+
+# --------------------------------------------------------------------------------------------------------------- size
+
+
+def test_a_small_file_with_very_many_pixels_is_refused_before_they_are_made():
+    data = encoded(Image.new("1", (13300, 13300)), "PNG")
+    assert len(data) < 22000
+    tracemalloc.start()
+    with pytest.raises(
+        ValueError, match=r"13300 x 13300 pixels, and the limit is 100000000\..* --max-pixels 176890000"
+    ):
+        decode(data)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_the_limit_is_an_option(monkeypatch, tmp_path):
+    assert pixel_limit() == MAX_PIXELS and pixel_limit(7) == 7
+    Image.fromarray(CAT).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match=r"a\.png is .* 57 x 38 pixels, and limit is 2165\..*BCOSIFY_MAX_PIXELS=2166"):
+        read_picture(tmp_path / "a.png", 57 * 38 - 1)
+    assert read_picture(tmp_path / "a.png", 57 * 38).size == (57, 38)
+    monkeypatch.setenv("BCOSIFY_MAX_PIXELS", "2000")
+    with pytest.raises(DataError, match="the limit is 2000"):
+        read_picture(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", 3000).size == (57, 38)  # an option goes before the environment
+    for wrong in ("many", "0", "-1", "1e6"):
+        monkeypatch.setenv("BCOSIFY_MAX_PIXELS", wrong)
+        with pytest.raises(DataError, match="BCOSIFY_MAX_PIXELS is .* at least 1"):
+            decode(b"")
+    with pytest.raises(DataError, match="max_pixels is '-3'"):
+        pixel_limit(-3)
+
+
+def test_pillows_own_limit_is_left_as_it_is(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    assert decode(encoded(Image.fromarray(CAT), "PNG")).size == (57, 38)
+    assert Image.MAX_IMAGE_PIXELS == 10
+
+
+def test_a_jpeg_that_is_too_large_is_read_smaller_and_said():
+    data = encoded(Image.fromarray(CAT).resize((456, 304)), "JPEG", quality=95)
+    with pytest.warns(PictureWarning, match=r"^a: it has 456 x 304 pixels, and the limit is 9000, so .* at 1/4"):
+        found = decode(data, "a: ", 9000)
+    assert found.size == (114, 76)
+    wanted = np.asarray(Image.fromarray(CAT).resize((114, 76)), int)
+    assert np.abs(pixels(found).astype(int) - wanted).mean() < 4
+    with pytest.raises(ValueError, match="456 x 304 pixels"):
+        decode(data, "", 2000)  # less than an eighth
+    progressive = encoded(Image.fromarray(CAT), "JPEG", progressive=True)
+    with pytest.raises(ValueError, match="57 x 38 pixels"):
+        decode(progressive, "", 1000)
+
+
+def test_formats_that_start_programs_are_not_opened(tmp_path):
+    Image.fromarray(CAT).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(DataError, match="UnidentifiedImageError"):
+        read_picture(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("look", [read_picture, check_picture])
+def test_what_is_no_regular_file_is_no_picture(tmp_path, look):
+    os.mkfifo(tmp_path / "a.png")
+    for path, says in (("a.png", "a FIFO"), (".", "a folder"), ("a\0b", "zero byte")):
+        with pytest.raises(DataError, match=f"no picture that can be read: .*{says}"):
+            look(f"{tmp_path}/{path}")
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(1 << 31)
+    with pytest.raises(DataError, match="it has 2147483648 bytes; pictures have at most"):
+        look(tmp_path / "b.png")
+
+
 # ---------------------------------------------------------------------------------------------------------------- EXIF
+
+
+def test_a_picture_is_turned_once():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.fromarray(CAT), "PNG", exif=exif)
+    upright = decode(data)
+    assert np.array_equal(as_rgb(upright), upright) and upright.size == (38, 57)
+    assert np.array_equal(as_rgb(Image.open(io.BytesIO(data))), upright)
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])

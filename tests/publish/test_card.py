@@ -172,6 +172,7 @@ def test_the_template_asks_for_nothing_that_it_does_not_get(made, monkeypatch):
 def test_doors_follow_the_library_and_the_output(made):
     assert task_of(made) == "image-classification"
     lines = load_lines(made, "org/name")
+    assert 'read_picture("cat.png")' in lines["bcosify"] and "Image.open" not in "".join(lines.values())
     assert (
         list(lines) == ["bcosify", "timm", "transformers"]
         and "AutoModelForImageClassification" in lines["transformers"]

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from bcosify.convert.libraries.open_clip.preprocess import preprocess_of as open
 from bcosify.convert.libraries.transformers.preprocess import preprocess_of
 from bcosify.core.errors import SourceError
 from bcosify.core.pictures import without_ends
+from bcosify.data.pictures import read_picture
 from PIL import Image
 
 PROCESSORS = {
@@ -164,3 +166,24 @@ def test_a_preprocess_normalises_and_back():
     mean, std = torch.tensor(preprocess.mean).view(3, 1, 1), torch.tensor(preprocess.std).view(3, 1, 1)
     torch.testing.assert_close(preprocess.normalise(colours), (colours - mean) / std)
     torch.testing.assert_close(preprocess.denormalise(preprocess.normalise(colours)), colours)
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+def test_what_pillow_opens_is_read_by_the_same_rule_as_files(tmp_path, mode):
+    cat = photograph("chelsea.png")
+    grey = np.asarray(cat.convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    cat.save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    transform = Preprocess((32, 32), (0.5,) * 3, (0.25,) * 3, crop_mode=mode).transform()
+    for name, wanted in (("turned", cat.transpose(Image.Transpose.ROTATE_270)), ("deep", Image.fromarray(grey))):
+        for opened in (Image.open(tmp_path / f"{name}.png"), read_picture(tmp_path / f"{name}.png")):
+            assert torch.equal(transform(opened), transform(wanted))
+
+
+@pytest.mark.parametrize("size", [(1, 3000), (3000, 1)])
+@pytest.mark.parametrize("library", ["timm", "open_clip"])
+def test_a_picture_too_thin_to_be_shown_whole_loses_its_ends(library, size):
+    record = Preprocess((32, 32), (0.5,) * 3, (0.25,) * 3, crop_mode="border", library=library)
+    assert record.transform()(Image.new("RGB", size, "red")).shape == (3, 32, 32)
