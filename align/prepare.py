@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,8 @@ __all__ = [
     "without_checkpointing",
 ]
 
+# What a resumed run may have otherwise, and adds numbers up in another order by.
+ROUNDED = ("accumulate", "gradient_checkpointing")
 RECIPE, RESULT = "recipe.yaml", "result.json"  # of a run: what was asked, and what it came to
 
 
@@ -139,10 +142,14 @@ def finished(config: AlignConfig) -> dict[str, Any] | None:
 
 
 def _check_same_recipe(config: AlignConfig) -> None:
-    if changed := difference(saved_recipe(config.work / RECIPE), config.recipe):
+    begun = saved_recipe(config.work / RECIPE)
+    if changed := difference(begun, config.recipe):
         raise RecipeError(
             f"--resume goes on with the recipe that the run was started with; this one differs:\n{changed}"
         )
+    told = [name for name in ROUNDED if getattr(begun, name) != getattr(config.recipe, name)]
+    if told:
+        warnings.warn(f"resumed with another {', '.join(told)}, so no longer bit for bit", stacklevel=3)
 
 
 def prepare_folder(

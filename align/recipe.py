@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.resources
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -385,14 +386,13 @@ def _assignment(override: str) -> tuple[str, Any]:
 def _override(values: Any, path: Sequence[str], value: Any, override: str) -> Any:
     """`values` with `value` at `path`; an objective that has no settings yet gets some."""
     place: Any = values
-    *parents, last = path
     try:
-        for key in parents:
+        for key, following in itertools.pairwise(path):
             step = int(key) if isinstance(place, list) else key
-            if place[step] == (following := path[path.index(key) + 1]) and key == "objective":
+            if key == "objective" and place[step] == following:
                 place[step] = {following: {}}
             place = place[step]
-        place[int(last) if isinstance(place, list) else last] = value
+        place[int(path[-1]) if isinstance(place, list) else path[-1]] = value
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise RecipeError(f"--set {override}: the recipe has no place {'.'.join(path)!r}") from error
     return values

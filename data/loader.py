@@ -155,8 +155,8 @@ class Batches:
             if not self.workers:
                 raise
             raise WorkersEnded(
-                f"the {self.workers} processes that read pictures failed: {first_line(error)[:200]} Most often the "
-                f"memory is full, or /dev/shm is. {way_out(self.workers)}."
+                f"the {self.workers} processes that read pictures failed: {first_line(error)[:200].rstrip('. ')}. "
+                f"Most often the memory is full, or /dev/shm is. {way_out(self.workers)}."
             ) from error
 
     def _loader(self, runs: Iterator[Run]) -> DataLoader:

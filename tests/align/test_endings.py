@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from bcosify.align import state
+from bcosify.align import log, state
 from bcosify.align.checks import check_data
 from bcosify.align.phases import _memory_said
 from bcosify.align.prepare import _cut_metrics
 from bcosify.align.run import AlignConfig, signals_noted
 from bcosify.align.trainer import align
+from bcosify.convert import load
 from bcosify.core.errors import BcosifyError, CheckpointError, DataError, RecipeError
 from bcosify.data import workers
 
@@ -119,6 +120,8 @@ def test_a_finished_run_says_so_and_others_go_on(run, shards, tmp_path):
     (tmp_path / "out.run/result.json").unlink()
     again = align(config)
     assert again["finished"] and again["curve"] == found["curve"]
+    with pytest.warns(UserWarning, match="resumed with another accumulate, so no longer bit for bit"):
+        assert align(dataclasses.replace(config, recipe=dataclasses.replace(ONE, accumulate=2, workers=1)))["finished"]
     with pytest.raises(RecipeError, match=r"this one differs:[\s\S]*\+seed: 1"):
         align(dataclasses.replace(config, recipe=dataclasses.replace(ONE, seed=1)))
     with pytest.raises(CheckpointError, match="exists already"):
@@ -142,9 +145,6 @@ def test_stop_signals_are_noted_and_a_second_interrupt_ends(monkeypatch):
 
 def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(run, shards, tmp_path, monkeypatch):
     whole = aligned(run, shards, tmp_path / "whole", ONE)
-    plain = state.Progress.end_phase
-    from bcosify.align import log
-
     step = log.PhaseLog.step
 
     def interrupted(self, progress, *losses):
@@ -156,7 +156,7 @@ def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_go_on(run, shard
     with pytest.raises(KeyboardInterrupt, match="interrupted at 12 pictures; go on with the same command and --resume"):
         aligned(run, shards, tmp_path / "out", ONE)
     monkeypatch.undo()
-    assert state.latest(tmp_path / "out.run/checkpoints")[1].step == 3 and plain is state.Progress.end_phase
+    assert state.latest(tmp_path / "out.run/checkpoints")[1].step == 3
     assert aligned(run, shards, tmp_path / "out", ONE, resume=True) == whole
 
 
@@ -176,6 +176,11 @@ def test_memory_that_is_not_enough_is_one_line():
         raise RuntimeError("shapes")
 
 
+def test_one_picture_measures_nothing(run):
+    with pytest.raises(DataError, match="--val: 1 picture"):
+        check_data(RECIPE, load(run), [0] * 8, [0], 1)  # type: ignore[arg-type]
+
+
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
@@ -186,7 +191,7 @@ def test_a_small_shared_memory_is_refused_before_anything_is_written(run, shards
     workers.check_shared_memory(2, 65536 // 5)
     with pytest.raises(DataError, match=r"2 workers .* 0\.1 MB free, and need 0\.2 MB. .*--set workers=0"):
         align(AlignConfig(run, str(shards), tmp_path / "out", dataclasses.replace(ONE, workers=2), quiet=True))
-    assert not list(tmp_path.iterdir()) and check_data is not None
+    assert not list(tmp_path.iterdir())
 
 
 ORPHANS = """
