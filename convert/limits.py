@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.errors import CheckpointError, first_line, translated
+from ..core.files import check_file
 from ..core.torch_internals import TorchDispatchMode, on_registration
 
 __all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
@@ -45,11 +46,10 @@ def read_header(path: Path) -> Header:
         CheckpointError: no such file, or no safetensors: among others a header that is longer than the file, or
             shapes that need more bytes than are there.
     """
+    check_file(path)
     try:
         with safe_open(path, "pt") as file:
             return Header(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing.") from error
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -62,7 +62,7 @@ def check_inside(folder: Path, names: Iterable[str], below: str = "") -> None:
     root = folder.resolve()
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     for name in names:
-        if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+        if not name or name in (".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{folder}: {name!r} is no file name. Nothing outside of a model's folder is opened.")
         target = (folder / below / name).resolve()
         if not any(target.is_relative_to(place) for place in allowed):

@@ -10,6 +10,8 @@ import contextlib
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from .words import printable
+
 __all__ = [
     "BcosifyError",
     "CheckpointError",
@@ -29,7 +31,10 @@ __all__ = [
 
 
 class BcosifyError(Exception):
-    """Base of every error that bcosify raises on purpose."""
+    """Base of every error that bcosify raises on purpose. What files of others put into its message is printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SourceError(BcosifyError):

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..core.errors import DataError
+from ..core.words import printable
 
 __all__ = ["PictureWarning", "check_picture", "decode", "is_plain_jpeg", "read_picture", "reason"]
 
@@ -167,4 +168,4 @@ def _white(values: np.ndarray, kind: str, name: str) -> int:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, PictureWarning, stacklevel=2)
+    warnings.warn(printable(text), PictureWarning, stacklevel=2)

@@ -37,7 +37,7 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub.utils import WeakFileLock
 
 from ..core.errors import CheckpointError, DataError, near_miss
-from ..core.files import cache_root, file_digest, new_folder
+from ..core.files import all_of_it, cache_root, file_digest, new_folder
 from . import tar
 
 __all__ = ["Patience", "chunks", "fetch", "is_remote", "reader", "refuse_scheme", "shown"]
@@ -320,7 +320,7 @@ def _is_good(entry: Path) -> bool:
 
 def _download(source: str, entry: Path, came: Callable[[int], object], patience: Patience) -> None:
     try:
-        with new_folder(entry, overwrite=True) as scratch:
+        with new_folder(entry, overwrite=True, own=all_of_it) as scratch:
             digest, size = hashlib.sha256(), 0
             with (scratch / TAR).open("w+b") as file:
                 for data in chunks(source, patience):

@@ -21,12 +21,12 @@ from ..convert.memory import laid_out
 from ..convert.output import with_labels
 from ..convert.trace import trace_forward
 from ..core.errors import DataError, SourceError, TargetError
-from ..core.files import check_free, new_folder
+from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
 from ..data.pictures import check_picture, read_picture
 from .attribution import Explanation, explain_scores
 from .questions import Facts, Question, ask
-from .results import ScoreLedger, write_picture
+from .results import ScoreLedger, write_picture, written
 from .targets import Target
 
 __all__ = ["explain"]
@@ -136,7 +136,8 @@ def explain(
     if isinstance(pictures, Tensor) and (out is not None or overwrite):
         raise TargetError("out is for picture files; of a tensor the explanation is returned.")
     if out is not None:
-        check_free(Path(out), overwrite)
+        read = paths_in(model, pictures, like, direction, *(one for one in (templates, zero_shot) if _is_path(one)))
+        check_free(Path(out), overwrite, written, read)
     options = {
         "text": text,
         "templates": templates,
@@ -172,12 +173,16 @@ def explain(
     size = BATCH if batch_size is None else batch_size
     ledgers: list[ScoreLedger] = []
     with contextlib.ExitStack() as stack:
-        folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite))
+        folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite, written))
         for start in range(0, len(files), size):
             part = slice(start, start + size)
             batch = _explained(question, opened.preprocess, files[part], names[part], folder, check, tolerance)
             ledgers += batch
     return ledgers
+
+
+def _is_path(given: Any) -> bool:
+    return isinstance(given, str | Path)
 
 
 def _check_kind(pictures: Any) -> None:
