@@ -56,7 +56,7 @@ from .layers import scheduled_layers, watching
 from .libraries import Preprocess, SavedText, Source, build
 from .libraries.weights import assign_weights, build_on_meta
 from .library_files import config_of, own_files
-from .limits import Header, check_inside, check_numbers, read_header, within
+from .limits import Header, bounded_run, check_inside, check_numbers, read_header, within
 from .methods import find_method
 from .output import KINDS, output_kind
 from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
@@ -179,7 +179,8 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
         model = build(source) if random or old else build_on_meta(lambda: build(source))
     try:
         if old:
-            plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
+            with bounded_run(str(folder)):
+                plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
         else:
             check_numbers(record["swaps"], header, f"{folder / RECORD}: swaps")
             plan = Plan(method.name, read_swaps(record["swaps"], model))
@@ -361,7 +362,7 @@ def _check_probe(folder: Path, record: dict[str, Any], model: nn.Module) -> None
     def not_run(error: Exception) -> str:
         return f"{folder}: its model cannot be run on {PROBE}: {first_line(error)}"
 
-    with torch.no_grad(), watching(model), translated(Exception, CheckpointError, not_run):
+    with torch.no_grad(), watching(model), translated(Exception, CheckpointError, not_run), bounded_run(str(folder)):
         output = output_of(model, fitted(probe["input"], model)).float()
     if probe["output"].shape != output.shape:
         raise CheckpointError(f"{folder / PROBE} does not hold the {tuple(output.shape)} outputs of this model.")

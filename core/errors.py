@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from .words import printable
@@ -28,6 +29,9 @@ __all__ = [
     "near_miss",
     "translated",
 ]
+
+
+LONGEST, MOST = 200, 20_000  # of near misses
 
 
 class BcosifyError(Exception):
@@ -86,8 +90,13 @@ class NotApplicable(BcosifyError):
 
 
 def near_miss(word: str, known: Iterable[str], count: int = 3) -> str:
-    """` Did you mean 'a', 'b'?` with the known words closest to `word`; empty where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+    """` Did you mean 'a', 'b'?` with the known words closest to `word`; empty where none is close.
+
+    Words of more than `LONGEST` letters and known words beyond `MOST` are not compared: that takes no end.
+    """
+    if len(word) > LONGEST:
+        return ""
+    close = difflib.get_close_matches(word, list(itertools.islice(known, MOST)), n=count, cutoff=0.6)
     return f" Did you mean {', '.join(repr(item) for item in close)}?" if close else ""
 
 

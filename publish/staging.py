@@ -16,14 +16,13 @@ import yaml
 from huggingface_hub import ModelCard, get_token
 from torchvision.transforms.functional import to_pil_image
 
-from ..align.recipe import dump, load_recipe
+from ..align.recipe import known_values
 from ..convert import Student, load, save
 from ..convert.checkpoint import PICKLES, read_record, written
 from ..convert.hub import CONFIG, RECORD, TEXT
 from ..convert.library_files import config_of
 from ..convert.output import output_kind
 from ..core.errors import PublishError, RecipeError
-from ..core.files import check_file
 from ..core.pictures import fitted, noise_pictures
 from ..core.ranges import SIDE
 from ..core.settings import read_yaml
@@ -39,7 +38,6 @@ __all__ = ["CARD", "Release", "Request", "stage", "written_release"]
 
 CARD, PICTURE, RECIPE = "README.md", "explanation.png", "recipe.yaml"
 TEXTS = (".json", ".yaml", ".md", ".txt", ".jinja")
-RECIPE_LIMIT = 2**20  # bytes
 REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -195,7 +193,7 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
             "away, and the card says that the recipe is missing."
         )
     try:
-        return yaml.safe_load(dump(load_recipe(check_file(path, RECIPE_LIMIT, PublishError))))
+        return known_values(path)
     except RecipeError as error:
         raise PublishError(f"{error}\nMove {path} away, and the card says that it is missing.") from error
 
