@@ -136,8 +136,8 @@ def explain(
     if isinstance(pictures, Tensor) and (out is not None or overwrite):
         raise TargetError("out is for picture files; of a tensor the explanation is returned.")
     if out is not None:
-        read = paths_in(model, pictures, like, direction, *(one for one in (templates, zero_shot) if _is_path(one)))
-        check_free(Path(out), overwrite, written, read)
+        lists = [one for one in (templates, zero_shot, labels) if isinstance(one, str | Path)]
+        check_free(Path(out), overwrite, written, paths_in(model, pictures, like, direction, lists))
     options = {
         "text": text,
         "templates": templates,
@@ -179,10 +179,6 @@ def explain(
             batch = _explained(question, opened.preprocess, files[part], names[part], folder, check, tolerance)
             ledgers += batch
     return ledgers
-
-
-def _is_path(given: Any) -> bool:
-    return isinstance(given, str | Path)
 
 
 def _check_kind(pictures: Any) -> None:

@@ -38,6 +38,7 @@ __all__ = ["CARD", "Release", "Request", "stage", "written_release"]
 
 CARD, PICTURE, RECIPE = "README.md", "explanation.png", "recipe.yaml"
 TEXTS = (".json", ".yaml", ".md", ".txt", ".jinja")
+LARGER, LARGE = 4, 1024  # times a model's own side, and pixels, that it may be shown at
 REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -109,7 +110,7 @@ def stage(request: Request, out: Path) -> Release:
     evaluation = None if request.evaluation is None else _evaluation(request.evaluation, student)
     recipe = _recipe(request.folder)
     size = evaluation.model["size"] if evaluation else (recipe or {}).get("image_size")
-    shown = _explained(student, request.picture, size, out / PICTURE)
+    shown = _explained(_shown_at(student, size), request.picture, out / PICTURE)
     anew = not _as_saved_now(request.folder, student)
     with tempfile.TemporaryDirectory(prefix="bcosify-save-") as scratch:
         _copy_model(save(student, Path(scratch) / "model") if anew else request.folder, out)
@@ -200,6 +201,11 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 def _evaluation(path: Path, student: Student) -> Evaluation:
     evaluation = read_evaluation(path)
+    kinds = {"size": list, "student_weights": str}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(evaluation.model.get(key), kind)]:
+        raise PublishError(f"{path} does not say of what it is an evaluation: model has no {', '.join(wrong)}.")
+    if not all(isinstance(evaluation.data.get(key), int) for key in ("pictures", "explained")):
+        raise PublishError(f"{path} does not say on how many pictures it was made.")
     measured, here = evaluation.model.get("student_weights"), weights_digest(student.model)
     if measured != here:
         raise PublishError(
@@ -212,9 +218,21 @@ def _evaluation(path: Path, student: Student) -> Evaluation:
 # --------------------------------------------------------------------------------------------------------- explanation
 
 
-def _explained(student: Student, picture: Path | None, size: Any, out: Path) -> Shown | None:
+def _shown_at(student: Student, size: Any) -> Student:
+    """`student` at the size that an evaluation or a recipe names; raises PublishError for a size that it is not of."""
+    largest = max(LARGER * max(student.preprocess.size), LARGE)
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if size is not None and not (len(sides) == 2 and all(type(side) is int and 1 <= side <= largest for side in sides)):
+        raise PublishError(
+            f"the evaluation or the recipe is of pictures of {size!r} pixels; this model is shown pictures of at most "
+            f"{largest:,}. Nothing was uploaded."
+        )
+    return student if size is None else dataclasses.replace(student, preprocess=student.preprocess.at(tuple(sides)))
+
+
+def _explained(student: Student, picture: Path | None, out: Path) -> Shown | None:
     """Proves the ledger on `picture`, or on noise, which is not drawn; raises LedgerError where it does not add up."""
-    preprocess = student.preprocess.at(tuple(size) if isinstance(size, list) else size)
+    preprocess = student.preprocess
     opened = None if picture is None else preprocess.transform()(read_picture(picture))
     inputs = noise_pictures(1, preprocess.size) if opened is None else opened[None]
     question = ask(student)  # what `bcosify explain` asks where nothing else is said
