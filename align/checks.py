@@ -160,7 +160,7 @@ def check_objectives(student: Student, recipe: Recipe) -> None:
     allowed = fitting[0] if fitting else tuple(OBJECTIVES)
     output = output_kind(student)
     for number, phase in enumerate(recipe.phases):
-        if issubclass(OBJECTIVES.get(phase.objective, object), Classes) and not output.chooses:
+        if issubclass(getattr(OBJECTIVES.get(phase.objective), "make", object), Classes) and not output.chooses:
             raise RecipeError(
                 f"phases.{number}.objective {phase.objective}: {student.source.reference} decides on no classes (its "
                 f"output: {output}). Use the objective pairwise, or end-to-end."

@@ -170,7 +170,7 @@ def prepare_folder(
 
 def _check_not_ours(work: Path) -> None:
     """Raises CheckpointError where a folder without a run's recipe holds what a new run would remove there."""
-    names = (METRICS, "bad_samples.jsonl", state.CHECKPOINTS, EXPLANATIONS, TRACKED)
+    names = (METRICS, RESULT, "bad_samples.jsonl", state.CHECKPOINTS, EXPLANATIONS, TRACKED)
     if work.is_symlink() or (found := [name for name in names if os.path.lexists(work / name)]):
         what = "is a link" if work.is_symlink() else f"holds {found[0]}, but no recipe.yaml, so it is no run's"
         raise CheckpointError(f"{work} {what}. Nothing was removed; move it away, or pass another --out.")

@@ -194,7 +194,7 @@ def _places(given: str | os.PathLike[str] | None) -> Iterator[Path]:
         # The name itself is looked for too: it may have a colon, or a sign of a pattern, in it.
         names = {part, LOCAL.sub("", part, count=1)} | ({os.path.dirname(fixed) or "."} if fixed != part else set())
         for name in names - {""}:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, RuntimeError, ValueError):  # RuntimeError: ~ of nobody
                 place = Path(name).expanduser()
                 if place.exists():
                     yield place.resolve()

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -115,13 +116,14 @@ def clear(folder: Path) -> None:
     """Removes what an evaluation kept in `folder`, and the folder."""
     if folder.is_dir():
         for path in filter(_kept, folder.iterdir()):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
 def _kept(path: Path) -> bool:
-    return path.name == FILE or (path.name.startswith("maps-") and path.suffix == ".safetensors")
+    left = path.name.startswith(".") and path.suffix == ".tmp"  # of a step that was killed as it was written
+    return left or path.name == FILE or (path.name.startswith("maps-") and path.suffix == ".safetensors")
 
 
 def _before(folder: Path | None, facts: dict[str, Any]) -> Evaluation:

@@ -7,11 +7,10 @@ measured is not there, and the card says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
-import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markupsafe import Markup
 
@@ -103,12 +102,8 @@ def card_of(
     template = resources.files("bcosify.model_cards").joinpath("template.md").read_text("utf-8")
     method = find_method(student.method)
     tables = {} if evaluation is None else method_tables(evaluation)
-    environment = jinja2.Environment(finalize=_words, undefined=jinja2.StrictUndefined)
-    environment.filters |= {"code": _code, "link": _link}
-    content = environment.from_string(template).render(
-        card_data=Markup(_metadata(student, repo, base, licence, evaluation).to_yaml()),
+    facts: dict[str, Any] = dict(
         title=f"{student.source.architecture}, {method.title}",
-        method=method,
         repo=repo,
         base=base,
         terms=licence,
@@ -121,7 +116,7 @@ def card_of(
         phases=[_phase(phase) for phase in (recipe or {}).get("phases", ())],
         end_to_end=any(_objective(phase) == "end-to-end" for phase in (recipe or {}).get("phases", ())),
         data_words=data,
-        doors={name: Markup(code) for name, code in load_lines(student, repo).items()},
+        doors=[(name, Markup(code)) for name, code in load_lines(student, repo).items()],
         shown=shown,
         evaluation=evaluation,
         fidelity="" if evaluation is None else Markup(markdown(fidelity_table(evaluation))),
@@ -130,22 +125,55 @@ def card_of(
         absent=[] if evaluation is None else absences(evaluation),
         mask_area=None if evaluation is None else evaluation.find("mask_area", "both"),
         limits=_limits(student, evaluation, recipe),
-        number=number,
     )
-    return ModelCard(content)
+    return ModelCard.from_template(
+        _metadata(student, repo, base, licence, evaluation),
+        template_str=template,
+        **{name: _as_words(fact) for name, fact in facts.items()},
+        method=method,
+        number=number,
+        code=lambda text: words.markdown_code(getattr(text, "raw", text)),
+        link=lambda address, text: words.markdown_link(getattr(address, "raw", address), text),
+    )
 
 
-def _words(value: Any) -> Any:
-    """What the template prints: words, whatever they look like, but for what is Markdown already."""
-    return value if isinstance(value, Markup) else words.markdown(value)
+class _Word(str):
+    """A text of others as words of Markdown; `raw` is what they wrote."""
+
+    raw: str
 
 
-def _code(text: object) -> Markup:
-    return Markup(words.markdown_code(text))
+class _Words:
+    """What the template sees of an object: its texts, at any depth, are words, whatever they look like."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return _as_words(getattr(self._of, name))
+
+    def __getitem__(self, key: Any) -> Any:
+        return _as_words(self._of[getattr(key, "raw", key)])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_as_words, self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
 
 
-def _link(address: object, text: str) -> Markup:
-    return Markup(words.markdown_link(address, text))
+def _as_words(value: Any) -> Any:
+    """`value` for the template: numbers, methods and what is Markdown already as they are."""
+    if value is None or isinstance(value, Markup | _Words | bool | int | float) or callable(value):
+        return value
+    if not isinstance(value, str):
+        return _Words(value)
+    word = _Word(words.markdown(value))
+    word.raw = value
+    return word
 
 
 def _has(tables: Mapping[str, Table], section: str) -> bool:
