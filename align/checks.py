@@ -15,13 +15,14 @@ from torch import nn
 
 from ..convert import Student
 from ..convert.blocks import blocks_of
+from ..convert.checkpoint import written
 from ..convert.layers import ReferenceSized, strength_spans
 from ..convert.methods import find_method
 from ..convert.output import output_kind
 from ..convert.taps import first_tensor
 from ..convert.trace import trace_forward
 from ..core.errors import DataError, PlanError, RecipeError, near_miss
-from ..core.files import check_free
+from ..core.files import check_free, paths_in
 from ..core.pictures import fitted, noise_pictures
 from ..core.torch_internals import AnyBatchNorm
 from ..data.index import ShardIndex
@@ -85,7 +86,8 @@ def choose_recipe(student: Student) -> str:
 def check_request(config: AlignConfig) -> None:
     """Raises BcosifyError for what is wrong before accelerate starts: trackers, the output."""
     check_trackers(config.trackers)
-    check_free(config.out, config.overwrite)
+    inputs = paths_in(config.run, config.data, config.val, config.init_from, config.weights)
+    check_free(config.out, config.overwrite, written, inputs)
 
 
 def check_processes(config: AlignConfig, accelerator: Accelerator) -> None:

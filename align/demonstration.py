@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import shutil
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
 from ..convert import BcosConfig, Student, convert, load, load_teacher
+from ..convert.checkpoint import read_record
 from ..convert.output import output_kind
-from ..core.errors import DataError
+from ..core.errors import CheckpointError, DataError
 from ..core.files import check_free, new_file
 from ..data.pack import write_shards
 from ..data.pictures import read_picture
@@ -94,10 +96,12 @@ def demo(
     """
     started, out = time.monotonic(), Path(out)
     tell = say or (lambda line: None)
-    check_free(out, overwrite)
+    check_free(out, overwrite, _written)
     photographs = _photographs()
-    if overwrite:
-        shutil.rmtree(out, ignore_errors=True)
+    if overwrite and out.is_dir():
+        for name in _written(out) or ():
+            shutil.rmtree(out / name, ignore_errors=True)
+        (out / "report.html").unlink(missing_ok=True)
     teacher = load_teacher(REFERENCE)
     resolved = load_recipe(recipe)
     tell(f"1/4 {REFERENCE} -> {out / 'student'}")
@@ -139,6 +143,14 @@ def demo(
     with new_file(done.report) as scratch:
         scratch.write_text(render_page("demo.html", **vars(done), pictures=pictures, explained=EXPLAINED))
     return done
+
+
+def _written(folder: Path) -> set[str] | None:
+    """The names in `folder` that a demo wrote, by its student; None where there is none of it."""
+    with contextlib.suppress(CheckpointError):
+        if read_record(folder / "student").get("source", {}).get("reference") == REFERENCE:
+            return {"student", "shards", "aligned", "aligned.run", "report.html"}
+    return None
 
 
 def _photographs() -> dict[str, Image.Image]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -174,6 +175,8 @@ def prepare_folder(
         raise CheckpointError(
             f"{config.work} holds an earlier run. Pass --resume to go on, --overwrite, or another --out."
         )
+    elif not written.is_file():
+        _check_not_ours(config.work)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         config.work.mkdir(parents=True, exist_ok=True)
@@ -185,6 +188,14 @@ def prepare_folder(
             scratch.write_text(dump(config.recipe))
     accelerator.wait_for_everyone()
     return None
+
+
+def _check_not_ours(work: Path) -> None:
+    """Raises CheckpointError where a folder without a run's recipe holds what a new run would remove there."""
+    names = (METRICS, RESULT, "bad_samples.jsonl", state.CHECKPOINTS, EXPLANATIONS, TRACKED)
+    if work.is_symlink() or (found := [name for name in names if os.path.lexists(work / name)]):
+        what = "is a link" if work.is_symlink() else f"holds {found[0]}, but no recipe.yaml, so it is no run's"
+        raise CheckpointError(f"{work} {what}. Nothing was removed; move it away, or pass another --out.")
 
 
 def _cut_metrics(path: Path, step: int, batch_size: int, accelerator: Accelerator) -> None:

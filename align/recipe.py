@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 import yaml
 
 from ..core.errors import RecipeError, first_line, near_miss, translated
+from ..core.files import read_text
 from ..core.ranges import (
     AMOUNT,
     ANY_COUNT,
@@ -39,9 +40,21 @@ from ..core.ranges import (
 )
 from ..core.settings import faults, parse, read_yaml
 
-__all__ = ["Need", "Phase", "Recipe", "difference", "dump", "list_recipes", "load_recipe", "saved_recipe", "scaled"]
+__all__ = [
+    "Need",
+    "Phase",
+    "Recipe",
+    "difference",
+    "dump",
+    "known_values",
+    "list_recipes",
+    "load_recipe",
+    "saved_recipe",
+    "scaled",
+]
 
 
+LIMIT = 2**20  # bytes of a recipe
 Need = Literal["blocks", "batch-norm", "layer-norm"]
 # Settings of objectives that older recipes have beside their phases.
 MOVED = (
@@ -311,6 +324,20 @@ def _joint_faults(recipe: Recipe) -> Iterator[str]:
         yield f"mixup, cutmix: a batch is mixed in one way, so their chances may add up to 1; got {mixed:g}"
     if mixed > 0 and recipe.batch_size < 2:
         yield f"mixup, cutmix: a batch of {recipe.batch_size} has no two pictures to mix; set batch_size to 2 or more"
+
+
+def known_values(path: Path) -> dict[str, Any]:
+    """The values in a recipe's file, of which some may be missing: an older version's has fewer keys.
+
+    Raises RecipeError for keys that a recipe does not have, and values of another kind.
+    """
+    from .objectives import moved_settings, with_settings
+
+    found = _read(str(path), read_text(path, RecipeError, LIMIT))
+    values, wrong = with_settings(moved_settings(found)[0])
+    if faulty := [*(fault for fault in faults(Recipe, values) if not fault.startswith("missing key")), *wrong]:
+        raise RecipeError(_listed(f"recipe {path}", faulty))
+    return found
 
 
 def dump(recipe: Recipe) -> str:

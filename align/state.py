@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..core.errors import CheckpointError, first_line
-from ..core.files import file_digest, new_folder
+from ..core.files import all_of_it, file_digest, new_folder
 from .distributed import sharded_like, whole
 
 __all__ = [
@@ -130,7 +130,7 @@ def write(
     tensors, plain = _optimizer_state(optimizer, main)
     if not main:
         return out
-    with new_folder(out, overwrite=True) as scratch:
+    with new_folder(out, overwrite=True, own=all_of_it) as scratch:
         save_file(snapshot(student), scratch / STUDENT)
         if average is not None:
             save_file(snapshot(average), scratch / AVERAGE)

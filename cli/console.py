@@ -10,24 +10,34 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..core.words import printable
+
 if TYPE_CHECKING:
     from ..evaluate.report.tables import Table as Cells
 
 __all__ = ["console", "show_cells", "show_table"]
 
+
+class _Console(Console):
+    """Prints texts of others so that no terminal obeys them."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 # Piped output has no width of its own; rich would fold every table to 80 columns.
-console = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 160)
+console = _Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else 160)
 
 
 def show_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Prints one table; numbers are right-aligned."""
-    table = Table(title=title, title_justify="left", header_style="bold")
+    table = Table(title=printable(title), title_justify="left", header_style="bold")
     rows = [[_text(cell) for cell in row] for row in rows]
     for i, column in enumerate(columns):
         numeric = bool(rows) and all(
             row[i].replace(".", "").replace("-", "").replace("e", "").isdigit() for row in rows
         )
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(printable(column), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
@@ -40,4 +50,4 @@ def show_cells(title: str, columns: Sequence[str], table: Cells) -> None:
 
 
 def _text(cell: Any) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    return f"{cell:.4g}" if isinstance(cell, float) else printable(cell)

@@ -22,6 +22,7 @@ from jsonargparse import ArgumentParser
 
 from ..core.errors import BcosifyError, DataWarning, Incomplete, OptionError, near_miss
 from ..core.files import json_text
+from ..core.words import printable
 
 __all__ = ["VERBS", "main"]
 
@@ -96,7 +97,7 @@ def _call(verb: str, arguments: list[str]) -> int:
         unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
         hint = near_miss(unknown[0].partition("=")[0], known) if unknown else ""
         print(
-            f"bcosify {verb}: {error}.{hint}\n{parser.format_usage()}(bcosify {verb} --help tells more)",
+            f"bcosify {verb}: {printable(error)}.{hint}\n{parser.format_usage()}(bcosify {verb} --help tells more)",
             file=sys.stderr,
         )
         return 2

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..core.words import one_line, printable
 from ..data.pack import write_shards
 
 __all__ = ["shards"]
@@ -40,9 +41,10 @@ def shards(
     )
     result = {**written._asdict(), "skipped": [item._asdict() for item in written.skipped]}
     say = f"{written.pictures} pictures in {written.shards} shards ({written.bytes / 1e6:.1f} MB): {written.out}"
-    print(say, file=sys.stderr)
+    print(printable(say), file=sys.stderr)
     if written.skipped:
-        print(f"{len(written.skipped)} could not be read (all in {written.out}/skipped.jsonl):", file=sys.stderr)
+        where = printable(f"{written.out}/skipped.jsonl")
+        print(f"{len(written.skipped)} could not be read (all in {where}):", file=sys.stderr)
     for item in written.skipped[:SHOWN]:
-        print(f"  {item.path}: {item.reason}", file=sys.stderr)
+        print("  " + one_line(f"{item.path}: {item.reason}"), file=sys.stderr)
     return result

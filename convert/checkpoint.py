@@ -33,6 +33,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,26 +43,26 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..core.errors import CheckpointError, PlanError, SourceError
-from ..core.files import file_digest, finite, json_text, new_folder
+from ..core.errors import CheckpointError, PlanError, SourceError, first_line, translated
+from ..core.files import file_digest, finite, json_text, new_folder, read_json
 from ..core.pictures import fitted, noise_pictures
 from ..core.settings import faults, parse
 from ..core.tensors import mismatches, relative_error, untied_state
 from ..core.versions import versions, versions_text
 from . import schema_1
 from .history import History
-from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, student_folder
+from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, is_text_file, student_folder
 from .layers import scheduled_layers, watching
 from .libraries import Preprocess, SavedText, Source, build
 from .libraries.weights import assign_weights, build_on_meta
 from .library_files import config_of, own_files
-from .limits import Header, check_inside, check_numbers, read_header, within
+from .limits import Header, bounded_run, check_inside, check_numbers, read_header, within
 from .methods import find_method
 from .output import KINDS, output_kind
 from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
 from .student import Student, output_of
 
-__all__ = ["load", "read_record", "save", "skeleton"]
+__all__ = ["load", "read_record", "save", "skeleton", "text_of", "written"]
 
 SCHEMA = 2
 READ = (schema_1.SCHEMA, SCHEMA)
@@ -69,6 +70,7 @@ RECORD_LIMIT = 2**26  # bytes; a record with the labels of 21,843 classes has 2*
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 # The probe was computed by the same code on the same weights: only another machine's kernels may differ.
 PROBE_TOLERANCE = 1e-3
+PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Strengths that folders may lack: they were written before these came.
 NEWER_STRENGTHS = {"carry", "window", "spread"}
 
@@ -80,25 +82,47 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
         CheckpointError: `out` exists (without `overwrite`), or the disk refuses.
     """
     out = Path(out)
-    with new_folder(out, overwrite) as folder:
+    with new_folder(out, overwrite, written) as folder:
         save_file(untied_state(student.model), folder / WEIGHTS, metadata={"format": "pt"})
         picture = noise_pictures(1, student.preprocess.size)
         with torch.no_grad(), _in_eval_mode(student.model):
             output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
-        written = {CONFIG: config_of(student)}
+        configs = {CONFIG: config_of(student)}
         record = finite(_record(student))
         if student.text is not None:
             (folder / TEXT).mkdir()
             student.text.save(folder / TEXT)
-            record["text"] = {path.name: file_digest(path) for path in sorted((folder / TEXT).iterdir())}
-        written |= own_files(folder, student)
-        for name, config in written.items():
+            record["text"] = {path.name: file_digest(path) for path in _text_files(folder / TEXT)}
+        configs |= own_files(folder, student)
+        for name, config in configs.items():
             (folder / name).write_text(json_text(config, indent=2))
-        record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, *written)}
+        record["files"] = {name: file_digest(folder / name) for name in (WEIGHTS, PROBE, *configs)}
         record["digest"] = _digest(record)
         (folder / RECORD).write_text(json.dumps(record, indent=2))
     return out
+
+
+def _text_files(folder: Path) -> list[Path]:
+    """The files of a text tower; what else its library wrote, such as code of a tokenizer, is removed."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif not is_text_file(path.name):
+            path.unlink()
+    return sorted(folder.iterdir())
+
+
+def written(folder: Path) -> set[str] | None:
+    """The names in `folder` that `save` wrote there, by its record; None where there is no record of a student."""
+    try:
+        record = read_record(folder)
+        _check_names(folder, record)
+    except CheckpointError:
+        return None
+    text, there = record.get("text"), folder / TEXT
+    whole = text is not None and there.is_dir() and {path.name for path in there.iterdir()} <= set(text)
+    return {RECORD, *record["files"], *([TEXT] if whole else [])}
 
 
 def load(reference: str | Path, *, check: bool = True, **hub: Any) -> Student:
@@ -132,6 +156,15 @@ def skeleton(reference: str | Path, **hub: Any) -> Student:
     return _skeleton(folder, record, check=True, random=True)
 
 
+def text_of(reference: str | Path, **hub: Any) -> SavedText | None:
+    """The text tower of the student of `load`, which is not opened for it; raises as `load` does."""
+    folder = student_folder(reference, **hub)
+    record = read_record(folder)
+    _check_record(folder, record)
+    _check_names(folder, record)
+    return None if record.get("text") is None else SavedText(folder / TEXT, record["text"])
+
+
 def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = False) -> Student:
     """The empty student of a record: no larger than the weights beside it, and nothing of it outside of the folder."""
     _check_names(folder, record)
@@ -146,7 +179,8 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
         model = build(source) if random or old else build_on_meta(lambda: build(source))
     try:
         if old:
-            plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
+            with bounded_run(str(folder)):
+                plan = schema_1.plan_of(record["plan"], model, method, config, preprocess.size, str(folder))
         else:
             check_numbers(record["swaps"], header, f"{folder / RECORD}: swaps")
             plan = Plan(method.name, read_swaps(record["swaps"], model))
@@ -160,7 +194,7 @@ def _skeleton(folder: Path, record: dict[str, Any], check: bool, random: bool = 
     labels = None if record["labels"] is None else tuple(record["labels"])
     # Folders written before text towers were kept have no such entry.
     files = record.get("text")
-    text = None if files is None else SavedText(folder / TEXT, files if check else None)
+    text = None if files is None else SavedText(folder / TEXT, files, check)
     output, named_by = record.get("output"), record.get("named_by", "")
     student = Student(model, source, preprocess, labels, method.name, config, plan, history, text, output, named_by)
     try:
@@ -178,8 +212,6 @@ def _described(folder: Path, record: dict[str, Any], header: Header) -> tuple[Me
         check_numbers(record["source"]["model_args"], header, f"{folder / RECORD}: source.model_args")
         config = _config_from_json(method.config_class, record["config"])
         preprocess, source = Preprocess.from_json(record["preprocess"]), Source(**record["source"])
-        if len(preprocess.size) != 2 or not all(isinstance(side, int) and side > 0 for side in preprocess.size):
-            raise ValueError(f"preprocess.size is {preprocess.size}")
         strings = (source.reference, source.library, source.architecture)
         if not all(isinstance(text, str) for text in strings) or not isinstance(source.model_args, dict):
             raise TypeError("source must have texts, and model_args an object")
@@ -214,6 +246,9 @@ def _check_names(folder: Path, record: dict[str, Any]) -> None:
     check_inside(folder, [*files, WEIGHTS, PROBE, CONFIG, OPEN_CLIP, TEXT])
     if unknown := sorted(set(files) - {WEIGHTS, PROBE, CONFIG, OPEN_CLIP}):
         raise CheckpointError(f"{folder / RECORD} names files that a student does not have: {', '.join(unknown)}.")
+    if unknown := sorted(name for name in text if not is_text_file(name)):
+        check_inside(folder, unknown, below=TEXT)
+        raise CheckpointError(f"{folder / RECORD} names files that a text tower does not have: {', '.join(unknown)}.")
     check_inside(folder, text, below=TEXT)
 
 
@@ -231,12 +266,7 @@ def read_record(folder: str | Path) -> dict[str, Any]:
         _refuse_pickles(Path(folder))
         raise CheckpointError(f"{folder} is not a converted model: {RECORD} is missing. `bcosify convert` makes one.")
     check_inside(Path(folder), [RECORD])
-    if path.stat().st_size > RECORD_LIMIT:
-        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; a record has at most {RECORD_LIMIT:,}.")
-    try:
-        record = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON any more: {error}") from error
+    record = read_json(path, most=RECORD_LIMIT)
     if not isinstance(record, dict) or record.get("schema") not in READ:
         found = record.get("schema") if isinstance(record, dict) else type(record).__name__
         raise CheckpointError(
@@ -292,6 +322,11 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
     state |= newer
+    if odd := [name for name, _ in model.named_parameters() if name in state and state[name].dtype not in PRECISIONS]:
+        raise CheckpointError(
+            f"{path} holds {odd[0]} as {state[odd[0]].dtype}; weights are float32, bfloat16, float16 or float64. "
+            "Nothing was loaded."
+        )
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
     model.to(state[next(name for name, _ in model.named_parameters())].dtype)
     assign_weights(model, state)
@@ -321,9 +356,15 @@ def _check_probe(folder: Path, record: dict[str, Any], model: nn.Module) -> None
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder / PROBE} cannot be read as safetensors: {error}") from error
     parameter = next(model.parameters())
-    with torch.no_grad(), watching(model):
+    if set(probe) != {"input", "output"} or not all(tensor.dtype in PRECISIONS for tensor in probe.values()):
+        raise CheckpointError(f"{folder / PROBE} does not hold an input and an output.")
+
+    def not_run(error: Exception) -> str:
+        return f"{folder}: its model cannot be run on {PROBE}: {first_line(error)}"
+
+    with torch.no_grad(), watching(model), translated(Exception, CheckpointError, not_run), bounded_run(str(folder)):
         output = output_of(model, fitted(probe["input"], model)).float()
-    if set(probe) != {"input", "output"} or probe["output"].shape != output.shape:
+    if probe["output"].shape != output.shape:
         raise CheckpointError(f"{folder / PROBE} does not hold the {tuple(output.shape)} outputs of this model.")
     error = relative_error(output, probe["output"])
     if not error <= PROBE_TOLERANCE * (1 if parameter.dtype == torch.float32 else 100):

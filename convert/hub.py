@@ -8,7 +8,18 @@ from typing import Any
 
 from ..core.errors import CheckpointError, first_line
 
-__all__ = ["ARCHITECTURE", "CONFIG", "OPEN_CLIP", "PROBE", "RECORD", "TEXT", "WEIGHTS", "is_student", "student_folder"]
+__all__ = [
+    "ARCHITECTURE",
+    "CONFIG",
+    "OPEN_CLIP",
+    "PROBE",
+    "RECORD",
+    "TEXT",
+    "WEIGHTS",
+    "is_student",
+    "is_text_file",
+    "student_folder",
+]
 
 # As what other libraries know a student.
 ARCHITECTURE = "bcosify"
@@ -18,6 +29,11 @@ CONFIG, OPEN_CLIP, TEXT = "config.json", "open_clip_config.json", "text"
 KINDS = ("json", "safetensors", "txt", "model", "jinja")
 FETCHED = (RECORD, CONFIG, OPEN_CLIP, WEIGHTS, PROBE, *(f"{TEXT}/*.{kind}" for kind in KINDS))
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
+
+
+def is_text_file(name: str) -> bool:
+    """Whether a text tower may have a file of that name: weights, settings and vocabularies, never code."""
+    return name.rpartition(".")[2] in KINDS and not name.startswith(".")
 
 
 def student_folder(reference: str | Path, *, revision: str | None = None, **options: Any) -> Path:

@@ -17,9 +17,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..core.errors import CheckpointError, first_line, translated
+from ..core.files import check_file
 from ..core.torch_internals import TorchDispatchMode, on_registration
 
-__all__ = ["Header", "check_inside", "check_numbers", "read_header", "within"]
+__all__ = ["Header", "bounded_run", "check_inside", "check_numbers", "read_header", "within"]
 
 # What a skeleton may have beyond its file: parts that are built and thrown away, masks and tables that are not saved.
 TIMES, MORE_ELEMENTS, MORE_TENSORS = 4, 2**24, 10_000
@@ -45,11 +46,10 @@ def read_header(path: Path) -> Header:
         CheckpointError: no such file, or no safetensors: among others a header that is longer than the file, or
             shapes that need more bytes than are there.
     """
+    check_file(path)
     try:
         with safe_open(path, "pt") as file:
             return Header(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing.") from error
     except (OSError, SafetensorError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
@@ -62,7 +62,7 @@ def check_inside(folder: Path, names: Iterable[str], below: str = "") -> None:
     root = folder.resolve()
     allowed = [root, *([root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [])]
     for name in names:
-        if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
+        if not name or name in (".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointError(f"{folder}: {name!r} is no file name. Nothing outside of a model's folder is opened.")
         target = (folder / below / name).resolve()
         if not any(target.is_relative_to(place) for place in allowed):
@@ -128,6 +128,45 @@ class _Sizes(TorchDispatchMode):
             sizes += [math.prod(filter(_is_count, args))] if name in BY_COUNT else []
             _check_size(self.header, max(sizes, default=0), 1)
         return func(*args, **(kwargs or {}))
+
+
+MOST_AT_ONCE = 2**31  # numbers in one result, or pairs that one attention compares
+
+
+@contextlib.contextmanager
+def bounded_run(where: str) -> Iterator[None]:
+    """Inside, no operation may make or compare more numbers than any model in use does.
+
+    A record can ask for few numbers that take no end: 60,000 register tokens are compared each with each.
+
+    Raises:
+        CheckpointError: so, before that operation.
+    """
+    with _Work(where):
+        yield
+
+
+class _Work(TorchDispatchMode):
+    """Looks at the sizes of what goes into attention and products, before they are computed."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, tensors = func.overloadpacket.__name__, [one for one in args if isinstance(one, Tensor)]
+        if len(tensors) > 1 and tensors[0].dim() > 1 and tensors[1].dim() > 1:
+            rows, other = tensors[0].shape[:-1], tensors[1].shape
+            columns = other[-2] if "scaled_dot_product" in name else other[-1]
+            if ("scaled_dot_product" in name or name in PRODUCTS) and math.prod(rows) * columns > MOST_AT_ONCE:
+                raise CheckpointError(
+                    f"{self.where} describes a model that compares {math.prod(rows):,} with {columns:,} numbers at "
+                    "once, which is more than any in use. Nothing was run."
+                )
+        return func(*args, **(kwargs or {}))
+
+
+PRODUCTS = ("mm", "bmm", "matmul", "baddbmm")
 
 
 # Factories that are told how many numbers to make, and not a shape.

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from ..core.errors import DataError, SourceError
+from ..core.errors import CheckpointError, DataError, SourceError, translated
+from ..core.files import read_text
 from .libraries import CLASSES, FEATURES, LABELS, REGRESSION, Teacher, find_library
 from .student import Student
 
@@ -104,11 +105,9 @@ def with_labels(opened: Opened, labels: str | Path | Sequence[str]) -> Opened:
 
 def _names(labels: str | Path | Sequence[str]) -> tuple[str, ...]:
     if isinstance(labels, str | Path):
-        try:
-            lines = Path(labels).read_text(encoding="utf-8-sig").rstrip().splitlines()
-        except (OSError, ValueError) as error:
-            raise DataError(f"--labels {labels}: cannot be read as text: {error}.") from error
         where = f"--labels {labels}"
+        with translated(CheckpointError, DataError, lambda error: f"{where}: cannot be read: {error}", ours=DataError):
+            lines = read_text(Path(labels)).removeprefix("\ufeff").rstrip().splitlines()
     else:
         lines, where = list(labels), "--labels"
     names = tuple(line.strip() for line in lines)

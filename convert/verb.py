@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ..core.errors import PlanError
-from ..core.files import check_free
+from ..core.files import check_free, paths_in
 from ..core.pictures import noise_pictures
 from ..core.ranges import COUNT, EXPONENT, SIDE, ranged
 from ..core.settings import from_assignments
-from .checkpoint import save
+from .checkpoint import save, written
 from .history import Calibration
 from .layers import ReferenceSized, set_strength
 from .libraries import Teacher, load_teacher
@@ -82,7 +82,7 @@ def convert(
     if calibrate is not None and calibration_pictures < 1:
         raise PlanError(f"--calibration-pictures {calibration_pictures}: at least one is needed; 64 are enough.")
     if out is not None:
-        check_free(Path(out), overwrite)
+        check_free(Path(out), overwrite, written, paths_in(reference, weights, calibrate))
     teacher = _teacher(reference, pretrained=pretrained, weights=weights, image_size=image_size, head=head)
     if labels is not None:
         teacher = with_labels(teacher, labels)

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+
+from .words import printable
 
 __all__ = [
     "BcosifyError",
@@ -30,8 +33,14 @@ __all__ = [
 ]
 
 
+LONGEST, MOST = 200, 20_000  # of near misses
+
+
 class BcosifyError(Exception):
-    """Base of every error that bcosify raises on purpose."""
+    """Base of every error that bcosify raises on purpose. What files of others put into its message is printable."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SourceError(BcosifyError):
@@ -95,8 +104,13 @@ class NotApplicable(BcosifyError):
 
 
 def near_miss(word: str, known: Iterable[str], count: int = 3) -> str:
-    """` Did you mean 'a', 'b'?` with the known words closest to `word`; empty where none is close."""
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.6)
+    """` Did you mean 'a', 'b'?` with the known words closest to `word`; empty where none is close.
+
+    Words of more than `LONGEST` letters and known words beyond `MOST` are not compared: that takes no end.
+    """
+    if len(word) > LONGEST:
+        return ""
+    close = difflib.get_close_matches(word, list(itertools.islice(known, MOST)), n=count, cutoff=0.6)
     return f" Did you mean {', '.join(repr(item) for item in close)}?" if close else ""
 
 

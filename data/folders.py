@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import DataError
 
-__all__ = ["PICTURES", "LeftOut", "PictureFolder", "Skipped", "check_regular", "is_hidden", "pictures_in", "unique"]
+__all__ = ["PICTURES", "LeftOut", "PictureFolder", "Skipped", "is_hidden", "pictures_in", "unique"]
 
 # The endings of pictures. Where a sample of a shard has several pictures, the first of these is the one.
 PICTURES = ("jpg", "jpeg", "png", "webp", "ppm", "pgm", "bmp", "tif", "tiff", "gif", "jp2", "avif")
@@ -117,12 +116,3 @@ def unique(names: Iterable[str], alike: Callable[[str], str] = str) -> Iterator[
             key = f"{name}-{number}"
         taken.add(alike(key))
         yield key
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raises DataError for what is no file to read from: reading a FIFO or a device may never end."""
-    if "\0" in os.fspath(path):
-        raise DataError(f"{os.fspath(path)!r} is no name of a file: it holds a zero byte.")
-    if not stat.S_ISREG(mode := os.stat(path).st_mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO" if stat.S_ISFIFO(mode) else "a device or socket"
-        raise DataError(f"{path} is {kind}, no regular file.")

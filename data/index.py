@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, TransferSpeedColumn
 
 from ..core.errors import BcosifyError, DataError
-from ..core.files import cache_root, new_file
+from ..core.files import cache_root, check_file, new_file
 from . import tar
-from .folders import PICTURES, LeftOut, check_regular
+from .folders import PICTURES, LeftOut
 from .progress import say, tracked, watched
 from .remote import fetch, is_remote
 
@@ -344,7 +344,7 @@ def _each(
 
 def _indexed(path: Path) -> Shard:
     try:
-        check_regular(path)
+        check_file(path, raises=DataError)
         stat = path.stat()
         file = ShardFile(str(path), stat.st_size, stat.st_mtime_ns)
         return _cached(file, stat.st_ctime_ns) or _remember(_scan(file), stat.st_ctime_ns)

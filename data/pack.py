@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import os
 import re
+import tarfile
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +18,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 from webdataset.writer import ShardWriter
 
-from ..core.errors import DataError
-from ..core.files import check_free, new_folder
+from ..core.errors import BcosifyError, DataError
+from ..core.files import check_file, check_free, new_folder
 from ..core.ranges import COUNT, Range, ranged
 from .folders import Skipped, pictures_in, unique
 from .pictures import decode, is_plain_jpeg, pixel_limit, reason
@@ -62,16 +64,16 @@ def write_shards(
     skipped, and listed in the result and in `out`/skipped.jsonl. Raises DataError where nothing can be packed.
     """
     folder, out = Path(folder), Path(out).absolute()
-    check_free(out, overwrite)
+    check_free(out, overwrite, _written, [folder])
     names, left_out = pictures_in(folder)
     if left_out:
         say(f"Left out of {folder}: {left_out}.")
     keys = list(unique(map(_key, names)))
     jpeg = functools.partial(_as_jpeg, size=size, quality=quality, max_pixels=pixel_limit(max_pixels))
     skipped: list[Skipped] = []
-    with new_folder(out, overwrite) as scratch:
+    with new_folder(out, overwrite, _written) as scratch:
         pattern = str(scratch).replace("%", "%%") + "/%05d.tar"
-        fixed = {"mtime": 0, "user": "bcosify", "group": "bcosify", "format": "PAX_FORMAT"}
+        fixed = {"mtime": 0, "user": OWNER, "group": OWNER, "format": "PAX_FORMAT"}
         with ShardWriter(pattern, maxcount=per_shard, maxsize=float("inf"), verbose=0, **fixed) as writer:
             paths = [folder / name for name in names]
             packed = tracked(_mapped(jpeg, paths), len(names), "packing pictures", progress)
@@ -98,6 +100,22 @@ def _key(name: str) -> str:
     parts = unicodedata.normalize("NFC", name).rpartition(".")[0].split("/")
     # Letters of any script, digits, - and _; webdataset drops names that begin with two underscores.
     return "/".join(re.sub(r"[^\w-]+", "_", part).lstrip("_") or "x" for part in parts)
+
+
+# The owner of every member of a shard, by which shards written here are known again.
+OWNER = "bcosify"
+
+
+def _written(folder: Path) -> set[str] | None:
+    """The names of the shards in `folder` that were packed here, and of their list of skipped files."""
+    names: set[str] = set()
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(BcosifyError, OSError, tarfile.TarError):
+            with tarfile.open(check_file(path)) as tar:
+                first = tar.next()
+            if first is not None and first.uname == OWNER:
+                names.add(path.name)
+    return names | {"skipped.jsonl"} if names else None
 
 
 def _as_jpeg(path: Path, size: int | None, quality: int, max_pixels: int) -> bytes | Exception:

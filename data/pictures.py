@@ -30,7 +30,8 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ..core.errors import DataError, DataWarning
-from .folders import check_regular
+from ..core.files import check_file
+from ..core.words import printable
 
 __all__ = [
     "MAX_PIXELS",
@@ -107,7 +108,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        check_regular(path)
+        check_file(Path(path), raises=DataError)
         if (size := os.stat(path).st_size) > MAX_BYTES:
             raise ValueError(f"it has {size} bytes; pictures have at most {MAX_BYTES}")
         yield
@@ -262,4 +263,4 @@ def _white(values: np.ndarray, kind: str, name: str) -> int:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, PictureWarning, stacklevel=2)
+    warnings.warn(printable(text), PictureWarning, stacklevel=2)

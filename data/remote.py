@@ -37,9 +37,8 @@ from urllib.parse import unquote, urlsplit
 from huggingface_hub.utils import WeakFileLock
 
 from ..core.errors import CheckpointError, DataError, near_miss
-from ..core.files import cache_root, file_digest, new_folder
+from ..core.files import all_of_it, cache_root, check_file, file_digest, new_folder
 from . import tar
-from .folders import check_regular
 
 __all__ = ["Patience", "chunks", "fetch", "is_remote", "reader", "refuse_scheme", "shown"]
 
@@ -121,7 +120,7 @@ def chunks(source: str | os.PathLike[str], patience: Patience = PATIENCE) -> Ite
 
 def _file_chunks(path: Path) -> Iterator[bytes]:
     try:
-        check_regular(path)
+        check_file(path, raises=DataError)
         with path.open("rb") as stream:
             while data := stream.read(PIECE):
                 yield data
@@ -322,7 +321,7 @@ def _is_good(entry: Path) -> bool:
 
 def _download(source: str, entry: Path, came: Callable[[int], object], patience: Patience) -> None:
     try:
-        with new_folder(entry, overwrite=True) as scratch:
+        with new_folder(entry, overwrite=True, own=all_of_it) as scratch:
             digest, size = hashlib.sha256(), 0
             with (scratch / TAR).open("w+b") as file:
                 for data in chunks(source, patience):

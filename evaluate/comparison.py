@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError
-from ..core.files import check_free, new_file
+from ..core.files import check_free, new_file, paths_in
 from .record import read_evaluation
 from .report import render_page
 from .report.tables import Table, comparison
@@ -40,6 +40,15 @@ class Comparison:
         ]
 
 
+def _written(page: Path) -> set[str] | None:
+    """Nothing further of a page that `compare` wrote, by its title and heading; None of other files."""
+    if not page.is_file():
+        return None
+    with page.open("rb") as file:
+        head = file.read(2**16)
+    return set() if b"<title>bcosify: " in head and b", side by side</h1>" in head else None
+
+
 def compare(evaluations: Sequence[str | Path], out: str | Path | None = None, *, overwrite: bool = False) -> Comparison:
     """Puts several evaluations side by side, and says where they were not made on the same pictures.
 
@@ -54,7 +63,7 @@ def compare(evaluations: Sequence[str | Path], out: str | Path | None = None, *,
     if isinstance(evaluations, str | Path) or len(evaluations) < 2:
         raise DataError("There is nothing to compare one evaluation with. Pass two or more.")
     if out is not None:
-        check_free(Path(out), overwrite)
+        check_free(Path(out), overwrite, _written, paths_in(*evaluations))
     paths = [Path(path) for path in evaluations]
     read = [read_evaluation(path) for path in paths]
     # A file in a folder is named by its folder; of equal names the whole path tells them apart.

@@ -6,20 +6,24 @@ not apply is a row with `value` null and a `reason`: never a zero, never left ou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import DataError
-from ..core.files import new_file
+from ..core.files import new_file, read_json
+from ..core.settings import faults, parse
 from . import registry
 from .estimates import Estimate
 
-__all__ = ["FILE", "SCHEMA", "Curve", "Evaluation", "Measurement", "Seconds", "read_evaluation"]
+__all__ = ["FILE", "REPORT", "SCHEMA", "Curve", "Evaluation", "Measurement", "Seconds", "read_evaluation", "written"]
 
 SCHEMA = 1
 FILE = "evaluation.json"
+REPORT = "report.html"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,27 +120,20 @@ class Evaluation:
 def read_evaluation(path: Path) -> Evaluation:
     """Opens evaluation.json, or the one in a folder; raises DataError where it is none, or of another schema."""
     path = Path(path) / FILE if Path(path).is_dir() else Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"{path}: there is no such evaluation. `bcosify evaluate DIR --data SHARDS` makes one.")
-    try:
-        found = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not JSON: {error}.") from error
+    found = read_json(path, DataError)
     schema = found.get("schema") if isinstance(found, dict) else type(found).__name__
     if schema != SCHEMA:
         raise DataError(f"{path} has schema {schema}; this version reads {SCHEMA}. Evaluate again, or update bcosify.")
-    try:
-        return Evaluation(
-            **{
-                **found,
-                "measurements": tuple(Measurement(**row) for row in found["measurements"]),
-                "curves": tuple(Curve(**_tuples(row)) for row in found["curves"]),
-                "seconds": tuple(Seconds(**row) for row in found["seconds"]),
-            }
-        )
-    except (TypeError, KeyError) as error:
-        raise DataError(f"{path} is no evaluation of schema {SCHEMA}: {error}. Evaluate again.") from error
+    if wrong := list(itertools.islice(faults(Evaluation, found, FILE), 3)):
+        raise DataError(f"{path} is no evaluation of schema {SCHEMA}: {'; '.join(wrong)}. Evaluate again.")
+    return parse(Evaluation, found)
 
 
-def _tuples(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+def written(folder: Path) -> set[str] | None:
+    """The names in `folder` that `bcosify evaluate` wrote there, by evaluation.json; None where there is none."""
+    with contextlib.suppress(DataError):
+        read_evaluation(folder / FILE)
+        return {FILE, REPORT}
+    return None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -14,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..core.errors import DataError, NotApplicable
+from ..core.errors import CheckpointError, DataError, NotApplicable
 from ..core.files import new_file
 from .estimates import Estimate, bootstrap
-from .record import Curve, Evaluation, Measurement, Seconds, read_evaluation
+from .record import FILE, Curve, Evaluation, Measurement, Seconds, read_evaluation
 
-__all__ = ["Notes"]
+__all__ = ["Notes", "check_work", "clear"]
 
 
 class Notes:
@@ -97,6 +99,31 @@ class Notes:
 
     def bar(self, items: Iterable[Any], title: str) -> Iterator[Any]:
         return tqdm(items, desc=title, disable=not self.progress, leave=False)  # type: ignore[return-value]
+
+
+def check_work(folder: Path | None) -> None:
+    """Raises CheckpointError where `folder`, for what is kept meanwhile, holds what no evaluation kept there."""
+    if folder is not None and os.path.lexists(folder):
+        others = sorted(path.name for path in folder.iterdir() if not _kept(path)) if folder.is_dir() else [folder.name]
+        if others:
+            raise CheckpointError(
+                f"{folder} is where an evaluation keeps what it has done so far, but it holds {', '.join(others[:3])}. "
+                "Nothing was written; move that away, or pass another --out."
+            )
+
+
+def clear(folder: Path) -> None:
+    """Removes what an evaluation kept in `folder`, and the folder."""
+    if folder.is_dir():
+        for path in filter(_kept, folder.iterdir()):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _kept(path: Path) -> bool:
+    left = path.name.startswith(".") and path.suffix == ".tmp"  # of a step that was killed as it was written
+    return left or path.name == FILE or (path.name.startswith("maps-") and path.suffix == ".safetensors")
 
 
 def _before(folder: Path | None, facts: dict[str, Any]) -> Evaluation:

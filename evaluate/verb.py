@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,14 @@ from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_
 from ..convert.memory import laid_out
 from ..convert.output import output_kind
 from ..core.errors import TargetError
-from ..core.files import check_free, new_folder
+from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import ANY_COUNT, COUNT, SEED, SIDE, ranged
 from ..core.versions import versions
 from ..data.labelled import class_indices, find_pictures, read_pictures
 from .baselines import METHODS, find_method
-from .record import Evaluation
+from .record import REPORT, Evaluation, written
 from .report import gallery_of, report_page
+from .store import check_work, clear
 from .subject import Subject, weights_digest
 from .suite import Explained, Settings, evaluate_subjects
 
@@ -95,7 +95,7 @@ def evaluate(
     """
     out = None if out is None else Path(out)
     if out is not None:
-        check_free(out, overwrite)
+        check_free(out, overwrite, written, paths_in(model, data, masks, weights))
     settings = Settings(
         _methods([against] if isinstance(against, str) else against or CHEAP),
         removals=_removals([removals] if isinstance(removals, str) else removals or REMOVALS),
@@ -124,6 +124,7 @@ def evaluate(
         texts = embed_texts(student.text, fidelity_on.label_names)
     # What a stopped evaluation found is beside its report, and is gone when the report is there.
     work = None if out is None else out.with_name(f"{out.name}.run")
+    check_work(work)
     with _report_folder(out, overwrite) as folder:
         evaluation, explained = evaluate_subjects(
             teacher,
@@ -152,7 +153,7 @@ def evaluate(
         if folder is not None:
             _write(folder, evaluation, explained, student, preprocess, len(fidelity_on), len(skipped))
     if work is not None:
-        shutil.rmtree(work, ignore_errors=True)
+        clear(work)
     return evaluation
 
 
@@ -182,7 +183,7 @@ def _report_folder(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
     if out is None:
         yield None
     else:
-        with new_folder(out, overwrite) as folder:
+        with new_folder(out, overwrite, written) as folder:
             yield folder
 
 
@@ -202,7 +203,7 @@ def _write(
     title = f"{student.source.reference}, {student.method} student"
     about = f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained, at {preprocess.size[0]} px."
     about += f" {skipped:,} could not be read." if skipped else ""
-    (folder / "report.html").write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
+    (folder / REPORT).write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
 
 
 def _methods(words: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..convert import Student, Teacher, Text, embed_texts, probabilities, token_grid
 from ..convert.libraries import CLASSES, FEATURES
 from ..convert.output import OutputKind, output_kind
-from ..core.errors import DataError, TargetError
+from ..core.errors import CheckpointError, DataError, TargetError, translated
+from ..core.files import check_file, read_text
 from ..data.pictures import read_picture
 from .attribution import main_output
 from .targets import (
@@ -34,6 +35,8 @@ from .targets import (
 )
 
 __all__ = ["Facts", "Question", "ask"]
+
+LINES = 2**24  # bytes of a file of labels or templates
 
 Facts = dict[str, Any]
 Classes = Target | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
@@ -289,10 +292,8 @@ def _templates(given: Templates) -> Sequence[str]:
 def _lines(given: str | Path | Sequence[str], option: str) -> list[str]:
     """The lines of a text file, or those given, that hold something."""
     where = f"{option} {given}" if isinstance(given, str | Path) else option
-    try:
-        found = Path(given).read_text(encoding="utf-8").splitlines() if isinstance(given, str | Path) else given
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{where}: cannot be read as text: {error}.") from error
+    with translated(CheckpointError, DataError, lambda error: f"{where}: cannot be read: {error}", ours=DataError):
+        found = read_text(Path(given), most=LINES).splitlines() if isinstance(given, str | Path) else given
     lines = [line.strip() for line in found if line.strip()]
     if not lines:
         raise DataError(f"{where} is empty. Write one line for each.")
@@ -304,7 +305,8 @@ def _lines(given: str | Path | Sequence[str], option: str) -> list[str]:
 
 def _read_directions(given: str | Path) -> Tensor:
     """(D,) or (K, D) from a .npy array or the one tensor of a .safetensors file."""
-    file = Path(given)
+    with translated(CheckpointError, DataError, lambda error: f"--direction {error}", ours=DataError):
+        file = check_file(Path(given))
     try:
         if file.suffix == ".npy":
             return torch.from_numpy(np.load(file, allow_pickle=False))

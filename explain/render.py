@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..core.words import one_line
 from .attribution import Explanation
 
 __all__ = ["overlay", "panel", "rgba", "signed_map"]
@@ -127,9 +128,9 @@ def panel(
     _scale_bar(canvas, draw, (margin + size + gap, line, size, round(9 * unit)), limit, small, unit)
     row = explanation.row(picture, score)
     draw.text((margin + 2 * (size + gap), line), colours, FAINT, small, anchor="lt")
-    draw.text((margin, line), _cut(draw, caption or f"score {score}", large, size), INK, large, anchor="lt")
+    draw.text((margin, line), _cut(draw, one_line(caption) or f"score {score}", large, size), INK, large, anchor="lt")
     draw.text((margin, line + 27 * unit), _sums(row), INK, small, anchor="lt")
-    draw.text((margin, line + 47 * unit), _largest(row["constants"]), FAINT, small, anchor="lt")
+    draw.text((margin, line + 47 * unit), one_line(_largest(row["constants"])), FAINT, small, anchor="lt")
     return canvas
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,13 +12,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..core.files import json_text
+from ..core.errors import DataError
+from ..core.files import json_text, read_json
 from .attribution import Explanation
 from .render import panel
 
-__all__ = ["ScoreLedger", "write_picture"]
+__all__ = ["ScoreLedger", "write_picture", "written"]
 
 # What NAME.npz holds, where the explanation has it.
+RECORDED = {"image", "target", "label", "score", "input", "constants", "residual"}  # of every ledger in NAME.json
 STORED = ("contributions", "direct", "encoded_inputs", "encoded_gradients")
 
 
@@ -80,6 +83,17 @@ def write_picture(
     arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}
     np.savez_compressed(folder / f"{name}.npz", **arrays)
     (folder / f"{name}.json").write_text(json_text([one.row() for one in ledgers], indent=2))
+
+
+def written(folder: Path) -> set[str] | None:
+    """The names in `folder` that `write_picture` wrote: three files of one name each, with ledgers in one of them."""
+    names: set[str] = set()
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(DataError):
+            rows = read_json(path, DataError)
+            if isinstance(rows, list) and rows and all(isinstance(row, dict) and set(row) >= RECORDED for row in rows):
+                names |= {path.name, f"{path.stem}.png", f"{path.stem}.npz"}
+    return names or None
 
 
 def _stacked(panels: Sequence[Image.Image]) -> Image.Image:

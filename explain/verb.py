@@ -23,14 +23,14 @@ from ..convert.memory import laid_out
 from ..convert.output import with_labels
 from ..convert.trace import trace_forward
 from ..core.errors import DataError, SourceError, TargetError
-from ..core.files import check_free, new_folder
+from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
 from ..data.folders import Skipped, pictures_in, unique
 from ..data.pictures import read_picture
 from ..data.progress import say
 from .attribution import Explanation, explain_scores
 from .questions import Facts, Question, ask
-from .results import ScoreLedger, write_picture
+from .results import ScoreLedger, write_picture, written
 from .targets import Target
 
 __all__ = ["Ledgers", "explain"]
@@ -159,7 +159,8 @@ def explain(
     if isinstance(pictures, Tensor) and (out is not None or overwrite):
         raise TargetError("out is for picture files; of a tensor the explanation is returned.")
     if out is not None:
-        check_free(Path(out), overwrite)
+        lists = [one for one in (templates, zero_shot, labels) if isinstance(one, str | Path)]
+        check_free(Path(out), overwrite, written, paths_in(model, pictures, like, direction, lists))
     options = {
         "text": text,
         "templates": templates,
@@ -193,7 +194,7 @@ def explain(
     size = BATCH if batch_size is None else batch_size
     ledgers = Ledgers()
     with contextlib.ExitStack() as stack:
-        folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite))
+        folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite, written))
         for start in range(0, len(files), size):
             part = slice(start, start + size)
             inputs, skipped = _read(files[part], opened.preprocess, max_pixels)

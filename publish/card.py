@@ -7,17 +7,19 @@ measured is not there, and the card says so.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from markupsafe import Markup
 
 from ..convert import Student
 from ..convert.layers import STRENGTHS, strength_spans
 from ..convert.libraries import CLASSES, FEATURES, LIBRARIES, REGRESSION
 from ..convert.methods import find_method
 from ..convert.output import output_kind
+from ..core import words
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
 from .licences import Base, Licence
@@ -64,7 +66,7 @@ def task_of(student: Student) -> str:
 def load_lines(student: Student, repo: str) -> dict[str, str]:
     """Library -> the lines that open `repo` with it, of those that can: most open students of their own models only."""
     output = output_kind(student)
-    words = {
+    names = {
         "repo": repo,
         "auto": "AutoModelForImageClassification" if output.count else "AutoModel",
         **dict(zip(("target", "call"), TARGETS.get(output.kind, TARGETS[CLASSES]), strict=True)),
@@ -75,7 +77,7 @@ def load_lines(student: Student, repo: str) -> dict[str, str]:
         for name, door in doors.items()
         if (door.everyone or name == student.source.library) and (student.text is not None or not door.pairs)
     }
-    return {name: code.format(**words) for name, code in {"bcosify": BCOSIFY, **fits}.items()}
+    return {name: code.format(**names) for name, code in {"bcosify": BCOSIFY, **fits}.items()}
 
 
 def card_of(
@@ -100,11 +102,8 @@ def card_of(
     template = resources.files("bcosify.model_cards").joinpath("template.md").read_text("utf-8")
     method = find_method(student.method)
     tables = {} if evaluation is None else method_tables(evaluation)
-    return ModelCard.from_template(
-        _metadata(student, repo, base, licence, evaluation),
-        template_str=template,
+    facts: dict[str, Any] = dict(
         title=f"{student.source.architecture}, {method.title}",
-        method=method,
         repo=repo,
         base=base,
         terms=licence,
@@ -117,24 +116,75 @@ def card_of(
         phases=[_phase(phase) for phase in (recipe or {}).get("phases", ())],
         end_to_end=any(_objective(phase) == "end-to-end" for phase in (recipe or {}).get("phases", ())),
         data_words=data,
-        doors=load_lines(student, repo),
+        doors=[(name, Markup(code)) for name, code in load_lines(student, repo).items()],
         shown=shown,
         evaluation=evaluation,
-        fidelity="" if evaluation is None else markdown(fidelity_table(evaluation)),
-        localisation=markdown(turned(tables["localisation"])) if tables and tables["localisation"].rows else "",
-        faithfulness=markdown(turned(tables["faithfulness"])) if tables and tables["faithfulness"].rows else "",
+        fidelity="" if evaluation is None else Markup(markdown(fidelity_table(evaluation))),
+        localisation=Markup(markdown(turned(tables["localisation"]))) if _has(tables, "localisation") else "",
+        faithfulness=Markup(markdown(turned(tables["faithfulness"]))) if _has(tables, "faithfulness") else "",
         absent=[] if evaluation is None else absences(evaluation),
         mask_area=None if evaluation is None else evaluation.find("mask_area", "both"),
         limits=_limits(student, evaluation, recipe),
+    )
+    return ModelCard.from_template(
+        _metadata(student, repo, base, licence, evaluation),
+        template_str=template,
+        **{name: _as_words(fact) for name, fact in facts.items()},
+        method=method,
         number=number,
+        code=lambda text: words.markdown_code(getattr(text, "raw", text)),
+        link=lambda address, text: words.markdown_link(getattr(address, "raw", address), text),
     )
 
 
+class _Word(str):
+    """A text of others as words of Markdown; `raw` is what they wrote."""
+
+    raw: str
+
+
+class _Words:
+    """What the template sees of an object: its texts, at any depth, are words, whatever they look like."""
+
+    def __init__(self, of: Any) -> None:
+        self._of = of
+
+    def __getattr__(self, name: str) -> Any:
+        return _as_words(getattr(self._of, name))
+
+    def __getitem__(self, key: Any) -> Any:
+        return _as_words(self._of[getattr(key, "raw", key)])
+
+    def __iter__(self) -> Iterator[Any]:
+        return map(_as_words, self._of)
+
+    def __len__(self) -> int:
+        return len(self._of)
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+
+def _as_words(value: Any) -> Any:
+    """`value` for the template: numbers, methods and what is Markdown already as they are."""
+    if value is None or isinstance(value, Markup | _Words | bool | int | float) or callable(value):
+        return value
+    if not isinstance(value, str):
+        return _Words(value)
+    word = _Word(words.markdown(value))
+    word.raw = value
+    return word
+
+
+def _has(tables: Mapping[str, Table], section: str) -> bool:
+    return section in tables and bool(tables[section].rows)
+
+
 def _strengths(student: Student) -> str:
-    words = {"b": "B", "beta": "share of the biases", "carry": "share of the biases that is carried"}
+    known = {"b": "B", "beta": "share of the biases", "carry": "share of the biases that is carried"}
     spans = strength_spans(student.model).items()
     return ", ".join(
-        f"{words.get(name, name)} {least:g}" + (f" to {most:g}" if most > least else "")
+        f"{known.get(name, name)} {least:g}" + (f" to {most:g}" if most > least else "")
         for name, (least, most) in spans
     )
 
@@ -200,17 +250,18 @@ def markdown(table: Table) -> str:
     """A table with each value's interval behind it; the best of its column in bold, as `table` says."""
 
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        return f"| {' | '.join(cells)} |"
 
-    heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]
+    heads = [words.markdown(f"{name} ({hint})" if hint else name) for name, hint in table.columns]
     return "\n".join(
         [line(heads), line(["---"] * len(heads)), *(line([_format_cell(c) for c in row]) for row in table.rows)]
     )
 
 
 def _format_cell(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.best and cell.text else cell.text
-    return f"{text} ({cell.interval})" if cell.interval else text
+    text = words.markdown(cell.text)
+    text = f"**{text}**" if cell.best and text else text
+    return f"{text} ({words.markdown(cell.interval)})" if cell.interval else text
 
 
 # ----------------------------------------------------------------------------------------------------------- the limits

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..convert import Student, fold, load
 from ..convert.libraries import FEATURES, REGRESSION
 from ..convert.output import output_kind
 from ..core.errors import CheckpointError, first_line, near_miss, translated
-from ..core.files import check_free, new_file
+from ..core.files import check_free, new_file, paths_in
 from ..core.pictures import fitted, noise_pictures
 from ..core.quiet import quiet
 from ..core.tensors import relative_error
@@ -102,9 +103,18 @@ def export(
             raise CheckpointError("out is missing: a Student has no name that the file could have. Pass out=FILE.")
         out = f"{Path(str(model).partition('@')[0]).name}{FORMATS[format].suffix}"
     out = Path(out)
-    check_free(out, overwrite)
+    check_free(out, overwrite, _written, paths_in(model))
     student = model if isinstance(model, Student) else load(model)
     return _export(student, out, format, explain)
+
+
+def _written(file: Path) -> set[str] | None:
+    """Nothing further of a file that `export` wrote, by the facts in it; None of other files."""
+    if not file.is_file() or not file.stat().st_size:
+        return None
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        known = data[:2] == b"PK" or data[:1] == b"\x08"  # torch writes a zip; ONNX begins with its version
+        return set() if known and data.find(b"bcosify") >= 0 else None
 
 
 def _export(student: Student, out: Path, format: str, explain: bool) -> Exported:

@@ -14,6 +14,7 @@ from typing import Any
 from ..convert import Source
 from ..convert.libraries import origin_of
 from ..core.errors import PublishError
+from ..core.words import ADDRESS
 
 __all__ = ["PERMISSIVE", "Base", "Licence", "base_of", "choose_licence"]
 
@@ -73,6 +74,8 @@ class Licence:
 
 def choose_licence(base: Base, given: str | None, link: str | None) -> Licence:
     """The licence to publish under; raises PublishError where it must be said, or contradicts the base's."""
+    if link is not None and not ADDRESS.fullmatch(link):
+        raise PublishError(f"--license-link {link}: the address of a page is wanted: https://...")
     known = base.licence not in UNSAID
     if base.permissive and given is None:
         return Licence(str(base.licence), link or base.link)
@@ -150,7 +153,9 @@ def _read(card: Path, name: str, repo: str | None) -> Base:
     licence = facts.get("license")
     licence = facts.get("license_name", licence) if licence == "other" else licence
     link = facts.get("license_link")
+    link = link if isinstance(link, str) else None
     if link and repo and "://" not in link:
         link = f"https://huggingface.co/{repo}/blob/main/{link}"
     gated = any(key.startswith("extra_gated") for key in facts)
+    link = link if link and ADDRESS.fullmatch(link) else None
     return Base(name, repo, None if licence in UNSAID else str(licence), link, gated, "its card")

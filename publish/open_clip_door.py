@@ -4,7 +4,8 @@ The text tower is opened from the student's folder and gets the student's image 
 open_clip's own class: `encode_image`, `encode_text`, `logit_scale`, and the transforms of its factory.
 
 open_clip has no registry for towers. `create_model`, which all its factories call, is therefore wrapped: a place whose
-open_clip_config.json names the image tower `bcosify` is opened here, all others by open_clip itself.
+open_clip_config.json names the image tower `bcosify` is opened here, all others by open_clip itself. `get_tokenizer` is
+wrapped too: open_clip's own passes all that a folder asks for on to transformers, also to run its code.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
 from ..convert import Student, load
+from ..convert.checkpoint import text_of
 from ..convert.hub import OPEN_CLIP, is_student
 from ..convert.libraries import SavedText
 from ..convert.libraries.open_clip.preprocess import settings_of
 from ..convert.library_files import ARCHITECTURE
 from ..core.errors import CheckpointError
+from ..core.files import read_json
 
 __all__ = ["register"]
 
@@ -30,7 +32,7 @@ TAKEN = ("model_name", "pretrained", "device", "cache_dir", "output_dict", "forc
 
 
 def register() -> None:
-    """Wraps `open_clip.create_model`, once."""
+    """Wraps `open_clip.create_model` and `open_clip.get_tokenizer`, once."""
     import open_clip
     from open_clip import factory
 
@@ -47,6 +49,16 @@ def register() -> None:
 
     create_model.opens_students = True  # type: ignore[attr-defined]
     factory.create_model = open_clip.create_model = create_model
+    original_tokenizer = factory.get_tokenizer
+
+    @functools.wraps(original_tokenizer)
+    def get_tokenizer(model_name: str = "", *args: Any, **options: Any) -> Any:
+        if not _is_student(model_name, options.get("cache_dir")):
+            return original_tokenizer(model_name, *args, **options)
+        bound = inspect.signature(original_tokenizer).bind(model_name, *args, **options)
+        return _tokenizer(model_name, bound)
+
+    factory.get_tokenizer = open_clip.get_tokenizer = get_tokenizer
 
 
 def _is_student(name: str, cache_dir: Any) -> bool:
@@ -63,10 +75,10 @@ def _is_student(name: str, cache_dir: Any) -> bool:
     repository, _, revision = place.partition("@")
     try:
         file = hf_hub_download(repository, OPEN_CLIP, revision=revision or None, cache_dir=cache_dir)
-        return json.loads(Path(file).read_text())["model_cfg"]["vision_cfg"].get("timm_model_name") == ARCHITECTURE
+        return read_json(Path(file))["model_cfg"]["vision_cfg"].get("timm_model_name") == ARCHITECTURE
     except RemoteEntryNotFoundError:
         return is_student(name)  # of another library: it then says where to go
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (CheckpointError, OSError, ValueError, LookupError, TypeError, AttributeError):
         return False  # open_clip tries the same again, and says what is wrong in its own words
 
 
@@ -108,6 +120,18 @@ def _pair(name: str, student: Student) -> Any:
     if not hasattr(tower.model, "encode_image") or hasattr(tower.model, "text_decoder"):
         raise CheckpointError(f"{name}: {type(tower.model).__name__} cannot be put together again. {other}")
     return tower
+
+
+def _tokenizer(name: str, call: inspect.BoundArguments) -> Any:
+    """The tokenizer in the student's folder, by the checked settings of its text tower."""
+    cache = {"cache_dir": call.arguments["cache_dir"]} if call.arguments.get("cache_dir") else {}
+    wrong = sorted({*call.arguments, *call.arguments.get("kwargs", {})} - {"model_name", "cache_dir", "kwargs"})
+    if wrong:
+        raise CheckpointError(f"{name}: the tokenizer of a converted model is not opened with {', '.join(wrong)}.")
+    text = text_of(name, **cache)
+    if text is None:
+        raise CheckpointError(f"{name} has no text tower, so it has no tokenizer.")
+    return text.tower.tokenizer()
 
 
 def _set_preprocessing(model: Any, student: Student, changes: dict[str, Any]) -> None:

@@ -13,30 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, get_token
 from torchvision.transforms.functional import to_pil_image
 
+from ..align.recipe import known_values
 from ..convert import Student, load, save
-from ..convert.checkpoint import PICKLES, read_record
+from ..convert.checkpoint import PICKLES, read_record, written
 from ..convert.hub import CONFIG, RECORD, TEXT
 from ..convert.library_files import config_of
 from ..convert.output import output_kind
-from ..core.errors import PublishError
+from ..core.errors import PublishError, RecipeError
 from ..core.pictures import fitted, noise_pictures
-from ..core.ranges import SIDE
-from ..core.settings import read_yaml
 from ..data.pictures import read_picture
-from ..evaluate.record import Evaluation, read_evaluation
+from ..evaluate.record import FILE, Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
 from ..explain import explain_scores, panel
 from ..explain.questions import ask
 from .card import Shown, card_of, load_lines
 from .licences import Licence, base_of, choose_licence
 
-__all__ = ["CARD", "Release", "Request", "stage"]
+__all__ = ["CARD", "Release", "Request", "stage", "written_release"]
 
 CARD, PICTURE, RECIPE = "README.md", "explanation.png", "recipe.yaml"
-TEXTS = (".json", ".yaml", ".md", ".txt")
+TEXTS = (".json", ".yaml", ".md", ".txt", ".jinja")
+LARGER, LARGE = 4, 1024  # times a model's own side, and pixels, that it may be shown at
 REQUIRED = ("license", "library_name", "pipeline_tag", "tags")
 REPO = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -108,7 +108,7 @@ def stage(request: Request, out: Path) -> Release:
     evaluation = None if request.evaluation is None else _evaluation(request.evaluation, student)
     recipe = _recipe(request.folder)
     size = evaluation.model["size"] if evaluation else (recipe or {}).get("image_size")
-    shown = _explained(student, request.picture, size, out / PICTURE)
+    shown = _explained(_shown_at(student, size), request.picture, out / PICTURE)
     anew = not _as_saved_now(request.folder, student)
     with tempfile.TemporaryDirectory(prefix="bcosify-save-") as scratch:
         _copy_model(save(student, Path(scratch) / "model") if anew else request.folder, out)
@@ -117,13 +117,14 @@ def stage(request: Request, out: Path) -> Release:
     if evaluation is not None:
         evaluation.write(out)
     if recipe is not None:
-        shutil.copyfile(_recipe_of(request.folder), out / RECIPE)
+        (out / RECIPE).write_text(yaml.safe_dump(recipe, sort_keys=False, width=120), "utf-8")
     card = card_of(
         student, request.repo, base, licence, evaluation=evaluation, recipe=recipe, data=request.data, shown=shown
     )
     card.save(out / CARD)
     _check_card(out / CARD)
     _check_paths(out)
+    _check_tokens(out)
     files = {path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
     beside = (path.relative_to(request.folder).as_posix() for path in request.folder.rglob("*") if path.is_file())
     return Release(
@@ -136,6 +137,12 @@ def stage(request: Request, out: Path) -> Release:
         load_lines(student, request.repo),
         {} if evaluation is None else evaluation.headline(),
     )
+
+
+def written_release(folder: Path) -> set[str] | None:
+    """The names in `folder` that `publish` put together there, by the model's record; None where there is none."""
+    model = written(folder)
+    return None if model is None or CARD not in os.listdir(folder) else {*model, CARD, PICTURE, RECIPE, FILE}
 
 
 def _own_files(folder: Path) -> list[str]:
@@ -176,23 +183,27 @@ def _recipe_of(folder: Path) -> Path:
 
 def _recipe(folder: Path) -> dict[str, Any] | None:
     path = _recipe_of(folder)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
-    try:
-        found = read_yaml(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    run = path.parent.resolve()
+    if path.parent.is_symlink() or not path.resolve().is_relative_to(run):
         raise PublishError(
-            f"{path} is not YAML: {error}. Move it away, and the card says that it is missing."
-        ) from error
-    if not isinstance(found, dict):
-        return None
-    if (size := found.get("image_size")) is not None and (fault := SIDE.fault(size)):
-        raise PublishError(f"{path}: image_size {fault}. Move it away, and the card says that it is missing.")
-    return found
+            f"{path} is a link out of its folder. It is not followed; put the recipe itself there, or move the link "
+            "away, and the card says that the recipe is missing."
+        )
+    try:
+        return known_values(path)
+    except RecipeError as error:
+        raise PublishError(f"{error}\nMove {path} away, and the card says that it is missing.") from error
 
 
 def _evaluation(path: Path, student: Student) -> Evaluation:
     evaluation = read_evaluation(path)
+    kinds = {"size": list, "student_weights": str}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(evaluation.model.get(key), kind)]:
+        raise PublishError(f"{path} does not say of what it is an evaluation: model has no {', '.join(wrong)}.")
+    if not all(isinstance(evaluation.data.get(key), int) for key in ("pictures", "explained")):
+        raise PublishError(f"{path} does not say on how many pictures it was made.")
     measured, here = evaluation.model.get("student_weights"), weights_digest(student.model)
     if measured != here:
         raise PublishError(
@@ -205,9 +216,21 @@ def _evaluation(path: Path, student: Student) -> Evaluation:
 # --------------------------------------------------------------------------------------------------------- explanation
 
 
-def _explained(student: Student, picture: Path | None, size: Any, out: Path) -> Shown | None:
+def _shown_at(student: Student, size: Any) -> Student:
+    """`student` at the size that an evaluation or a recipe names; raises PublishError for a size that it is not of."""
+    largest = max(LARGER * max(student.preprocess.size), LARGE)
+    sides = size if isinstance(size, list | tuple) else [size, size]
+    if size is not None and not (len(sides) == 2 and all(type(side) is int and 1 <= side <= largest for side in sides)):
+        raise PublishError(
+            f"the evaluation or the recipe is of pictures of {size!r} pixels; this model is shown pictures of at most "
+            f"{largest:,}. Nothing was uploaded."
+        )
+    return student if size is None else dataclasses.replace(student, preprocess=student.preprocess.at(tuple(sides)))
+
+
+def _explained(student: Student, picture: Path | None, out: Path) -> Shown | None:
     """Proves the ledger on `picture`, or on noise, which is not drawn; raises LedgerError where it does not add up."""
-    preprocess = student.preprocess.at(tuple(size) if isinstance(size, list) else size)
+    preprocess = student.preprocess
     opened = None if picture is None else preprocess.transform()(read_picture(picture))
     inputs = noise_pictures(1, preprocess.size) if opened is None else opened[None]
     question = ask(student)  # what `bcosify explain` asks where nothing else is said
@@ -242,6 +265,31 @@ def _check_paths(folder: Path) -> None:
                     f"{path.relative_to(folder)} would publish {place!r}, a path of this machine. Convert again from a "
                     "name on the hub or a relative path, or leave out what names it. Nothing was uploaded."
                 )
+
+
+# What tokens and keys look like: the hub's, those of code hosts, clouds and model providers, and private keys.
+TOKENS = re.compile(
+    rb"\b(?:hf_[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
+    rb"|glpat-[\w-]{20,}|AKIA[A-Z0-9]{16}|ASIA[A-Z0-9]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{20,}|sk-[\w-]{32,})"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
+
+
+def _check_tokens(folder: Path) -> None:
+    """Raises PublishError where a file of `folder` holds what looks like a token, or is the token of this machine.
+
+    Of weights their header is searched, where words may stand.
+    """
+    own = (get_token() or "").encode()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else -1
+            text = file.read(length) if length >= 0 else path.read_bytes()
+        if TOKENS.search(text) or (len(own) >= 8 and own in text):
+            raise PublishError(
+                f"{path.relative_to(folder)} would publish what looks like a token or a private key. It is not shown "
+                "here; take it out, and have it replaced where it may have been seen. Nothing was uploaded."
+            )
 
 
 # What a path may follow: a beginning, a space, a quote, a bracket, or the colon of `local-dir:`.

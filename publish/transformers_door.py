@@ -38,6 +38,12 @@ __all__ = [
     "register",
 ]
 
+# What config.json may say to transformers: what `library_files.config_of` writes, and what transformers itself adds.
+CONFIG_KEYS = {
+    *("architecture", "num_classes", "num_features", "model_args", "pretrained_cfg", "model_type", "architectures"),
+    *("image_processor_type", "id2label", "label2id", "num_labels", "bcosify", "transformers_version", "dtype"),
+    *("problem_type", "torch_dtype", "_name_or_path"),
+}
 # Options of `from_pretrained` that say where the files are; `load` hands them to huggingface_hub.
 HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download")
 # Options that transformers adds itself, or that ask for what is always so here.
@@ -57,6 +63,11 @@ class BcosifyConfig(PreTrainedConfig):
     """What config.json says to transformers: classes and their names. What builds the network is bcosify.json's."""
 
     model_type = ARCHITECTURE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> Any:
+        """As transformers does, of what is known here alone: other keys name kernels or code that it would fetch."""
+        return super().from_dict({key: value for key, value in config_dict.items() if key in CONFIG_KEYS}, **options)
 
 
 @dataclasses.dataclass
@@ -186,8 +197,6 @@ class BcosifyImageProcessor(BaseImageProcessor):
         self.bcosify = bcosify
         try:
             record = Preprocess.from_json((bcosify or {})["preprocess"])
-            if not all(isinstance(side, int) and 0 < side <= LARGEST for side in record.size):
-                raise ValueError(f"pictures of {record.size} pixels")
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"config.json does not say how pictures are prepared ({error!r}): no converted model, or one saved by "
@@ -212,10 +221,6 @@ class BcosifyImageProcessor(BaseImageProcessor):
         flat: Any = make_flat_list_of_images(images)
         tensors = torch.stack([self._transform(to_pil_image(picture)) for picture in flat])
         return BatchFeature({"pixel_values": tensors}, tensor_type=return_tensors)
-
-
-# Sides in pixels beyond which a record is not believed.
-LARGEST = 2**14
 
 
 def _dtype(*given: Any) -> torch.dtype | None:

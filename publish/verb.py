@@ -8,10 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from ..core.files import check_free, new_folder
+from ..core.files import check_free, new_folder, paths_in
 from .hub import Published, Target, upload
 from .licences import Licence
-from .staging import Release, Request, stage
+from .staging import Release, Request, stage, written_release
 
 __all__ = ["Publication", "publish"]
 
@@ -92,14 +92,14 @@ def publish(
     request = Request(Path(folder), repo, license, license_link, report, photograph, data)
     target = Target(repo, private, create_pr, revision, tag)
     if out is not None:
-        check_free(Path(out), overwrite)
+        check_free(Path(out), overwrite, written_release, paths_in(folder, evaluation, picture))
     with tempfile.TemporaryDirectory(prefix="bcosify-publish-") as scratch:
         release = stage(request, Path(scratch))
         if staged is not None:
             staged(release)
         published = None if dry_run else upload(release, target, endpoint)
         if out is not None:
-            with new_folder(Path(out), overwrite) as kept:
+            with new_folder(Path(out), overwrite, written_release) as kept:
                 shutil.copytree(scratch, kept, dirs_exist_ok=True)
     return Publication(
         repo,

@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "explain": {"data", "convert", "linearise"},
     "evaluate": {"data", "convert", "explain"},
     "align": {"data", "linearise", "convert", "explain", "evaluate.metrics.fidelity", "evaluate.report"},
-    "publish": {"data", "convert", "explain", "evaluate"},
+    "publish": {"data", "convert", "explain", "evaluate", "align.recipe"},
     "cli": {"data", "convert", "explain", "align", "evaluate", "publish", "recipes"},
 }
 HEAVY = ("transformers", "open_clip", "captum")

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor, nn
 
-from ...core.errors import SourceError, near_miss
+from ...core.errors import SourceError, first_line, near_miss
 from ...core.pictures import THIN, denormalise, normalise, without_ends
+from ...core.settings import faults
 from ...data.pictures import as_rgb
 from .text import Text, TextTower
 
@@ -69,6 +70,12 @@ class Source:
     weights: str | None = None
 
 
+# Sides in pixels, and shares of the resized picture, beyond which a record is not believed.
+LARGEST, LEAST_CROP, MOST_CROP = 2**14, 0.05, 20.0
+# What libraries raise on an interpolation or a crop mode that they do not know.
+UNKNOWN = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """How the source library turns a picture into the model's input; stored with the model.
@@ -94,9 +101,34 @@ class Preprocess:
     fill: int = 0
 
     @classmethod
-    def from_json(cls, record: dict[str, Any]) -> Preprocess:
+    def from_json(cls, record: Any) -> Preprocess:
+        """What a record of strangers says; raises ValueError for what is of another kind, or out of its range."""
+        if wrong := list(faults(cls, record, "preprocess")):
+            raise ValueError("; ".join(wrong[:5]))
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
-        return cls(**values)
+        return cls(**values).checked()
+
+    def checked(self) -> Preprocess:
+        """This record; raises ValueError where a value is out of its range, so that a picture would take no end.
+
+        The one place where that is asked, of records and of what libraries say.
+        """
+        wrong = []
+        if len(self.size) != 2 or not all(isinstance(side, int) and 1 <= side <= LARGEST for side in self.size):
+            wrong.append(f"size {self.size}: two sides from 1 to {LARGEST} pixels")
+        elif not LEAST_CROP <= self.crop_pct <= MOST_CROP or max(self.size) / self.crop_pct > LARGEST:
+            wrong.append(f"crop_pct {self.crop_pct}: from {LEAST_CROP:g} to {MOST_CROP:g}, and of no larger picture")
+        if len(self.mean) != 3 or not all(abs(value) <= LARGEST for value in self.mean):
+            wrong.append(f"mean {self.mean}: three numbers")
+        if len(self.std) != 3 or not all(1 / LARGEST <= value <= LARGEST for value in self.std):
+            wrong.append(f"std {self.std}: three numbers above 0")
+        if not wrong:
+            try:
+                self.transform()
+            except UNKNOWN as error:
+                raise ValueError(f"no pictures can be prepared with {self}: {first_line(error)}") from error
+            return self
+        raise ValueError(f"no pictures can be prepared with {'; '.join(wrong)}")
 
     def at(self, size: int | tuple[int, int] | None) -> Preprocess:
         """The same record at another size; None keeps it."""

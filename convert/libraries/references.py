@@ -7,15 +7,14 @@ them. `dir:PATH` is a local folder of any library: the files in it decide which.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.errors import SourceError, near_miss
-from ...core.files import file_digest
+from ...core.errors import SourceError, near_miss, translated
+from ...core.files import file_digest, read_json
 from .base import DIR, LIBRARIES, SCHEMES, Origin, Scheme, Source, Teacher, find_library
 from .weights import check_plain
 
@@ -55,7 +54,9 @@ def load_teacher(
     check_plain(teacher.model, reference)
     provenance = file_digest(file) if file else None if pretrained else RANDOM
     source = dataclasses.replace(teacher.source, reference=_from_anywhere(reference), weights=provenance)
-    return dataclasses.replace(teacher, source=source, preprocess=teacher.preprocess.at(image_size))
+    with translated(ValueError, SourceError, lambda error: f"{reference}: {error}"):
+        preprocess = teacher.preprocess.at(image_size).checked()
+    return dataclasses.replace(teacher, source=source, preprocess=preprocess)
 
 
 def _from_anywhere(reference: str) -> str:
@@ -145,10 +146,9 @@ def _scheme_of_folder(name: str) -> tuple[Scheme, str]:
     if (folder / "bcosify.json").is_file():
         raise SourceError(f"dir:{name} is a converted model already. Use align, explain or inspect on it.")
     config = folder / "config.json"
-    try:
-        values = json.loads(config.read_text()) if config.is_file() else {}
-    except json.JSONDecodeError as error:
-        raise SourceError(f"{config} is not JSON: {error}") from error
+    values = read_json(config, SourceError) if config.exists() else {}
+    if not isinstance(values, dict):
+        raise SourceError(f"{config} holds no settings.")
     marked = [(library, library.folder) for library in LIBRARIES.values() if library.folder is not None]
     found = [library.schemes[0] for library, mark in marked if mark.fits(folder, values)]
     if len(found) > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ...core.errors import CheckpointError
-from ...core.files import file_digest
-from ..limits import read_header, within
+from ...core.files import check_file, file_digest, read_json
+from ..limits import check_inside, read_header, within
 from .base import LIBRARIES
 from .text import RECORD, WEIGHTS, TextTower
 
@@ -28,11 +27,13 @@ class SavedText:
 
     Attributes:
         folder: where it lies.
-        files: name -> sha256 of every file, as recorded; checked when it is opened. None skips the check.
+        files: name -> sha256 of every file, as recorded. Nothing else may lie there.
+        check: compare the digests when it is opened.
     """
 
     folder: Path
-    files: Mapping[str, str] | None
+    files: Mapping[str, str]
+    check: bool = True
 
     @property
     def logit_scale(self) -> float:
@@ -47,14 +48,17 @@ class SavedText:
 
     def save(self, folder: Path) -> None:
         self._check()
-        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        for name in self.files:
+            shutil.copyfile(self.folder / name, folder / name)
 
     @functools.cached_property
     def _facts(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.folder / RECORD).read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.folder / RECORD} cannot be read: {error}") from error
+        self._check_listed()
+        facts = read_json(self.folder / RECORD)
+        kinds = {"library": str, "logit_scale": float | int, "logit_bias": float | int | None, "record": dict}
+        if not isinstance(facts, dict) or not all(isinstance(facts.get(key), kind) for key, kind in kinds.items()):
+            raise CheckpointError(f"{self.folder / RECORD} does not say what text tower this is.")
+        return facts
 
     @functools.cached_property
     def tower(self) -> TextTower:
@@ -74,11 +78,22 @@ class SavedText:
         tower.model.load_state_dict({**{name: wanted[name] for name in tied}, **state})
         return tower
 
+    def _check_listed(self) -> None:
+        """Libraries open whatever they find in the folder, so only what is recorded may be found."""
+        check_inside(self.folder.parent, [self.folder.name])
+        check_inside(self.folder.parent, self.files, below=self.folder.name)
+        others = sorted(path.name for path in self.folder.iterdir() if path.name not in self.files)
+        if others := [name for name in others if not name.startswith(".")]:
+            raise CheckpointError(
+                f"{self.folder} holds {', '.join(others[:5])}, which the student's record does not list. Nothing of it "
+                "is opened; move what is not listed away."
+            )
+
     def _check(self) -> None:
-        for name, digest in (self.files or {}).items():
-            if not (self.folder / name).is_file():
-                raise CheckpointError(f"{self.folder / name} is missing.")
-            if file_digest(self.folder / name) != digest:
+        self._check_listed()
+        for name, digest in self.files.items():
+            check_file(self.folder / name)
+            if self.check and file_digest(self.folder / name) != digest:
                 raise CheckpointError(f"{self.folder / name} was changed after it was written: its sha256 differs.")
 
 

@@ -161,9 +161,16 @@ def test_what_exists_is_refused_untouched(tiny, tmp_path, kind):
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and not (out.is_dir() and list(out.iterdir()))
 
 
-def test_overwriting_replaces_all_of_it(tiny, folder):
-    (folder / "stale.txt").write_text("old")
+def test_overwriting_replaces_all_of_it_and_nothing_of_others(tiny, folder):
     student = convert(tiny())
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "mine.txt").write_text("old")
+    with pytest.raises(
+        CheckpointError, match=r"holds what this command did not write \(mine.txt\).*Nothing was written"
+    ):
+        save(student, folder, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {**before, "mine.txt": b"old"}
+    (folder / "mine.txt").unlink()
     save(student, folder, overwrite=True)
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     assert [path.name for path in folder.parent.iterdir()] == ["student"]
@@ -260,8 +267,8 @@ def test_records_of_other_versions_are_refused(folder, kind):
     [
         ("[1]", "has schema list"),
         ('{"a": 1}', "has schema None"),
-        ("{", "not JSON any more"),
-        ("\xff", "not JSON any more"),
+        ("{", "is not JSON"),
+        ("\xff", "is not JSON"),
     ],
 )
 def test_a_record_that_is_none_is_refused(folder, text, said):

@@ -131,6 +131,11 @@ def test_an_existing_folder_is_kept_unless_told(photos, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         write_shards(photos, out)
     assert os.listdir(out) == ["mine"]
+    with pytest.raises(CheckpointError, match="was not written by this command.*Nothing was written"):
+        write_shards(photos, out, overwrite=True)
+    assert os.listdir(out) == ["mine"]
+    (out / "mine").unlink()
+    write_shards(photos, out, size=32, overwrite=True)
     write_shards(photos, out, size=32, overwrite=True)
     assert sorted(os.listdir(out)) == ["00000.tar", "skipped.jsonl"]
 

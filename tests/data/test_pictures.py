@@ -266,7 +266,7 @@ def test_formats_that_start_programs_are_not_opened(tmp_path):
 @pytest.mark.parametrize("look", [read_picture, check_picture])
 def test_what_is_no_regular_file_is_no_picture(tmp_path, look):
     os.mkfifo(tmp_path / "a.png")
-    for path, says in (("a.png", "a FIFO"), (".", "a folder"), ("a\0b", "zero byte")):
+    for path, says in (("a.png", "a pipe"), (".", "a folder"), ("a\0b", "null byte")):
         with pytest.raises(DataError, match=f"no picture that can be read: .*{says}"):
             look(f"{tmp_path}/{path}")
     with (tmp_path / "b.png").open("wb") as file:

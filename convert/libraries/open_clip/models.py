@@ -5,8 +5,11 @@ The text tower is kept beside it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,11 @@ from ....core.errors import SourceError
 from ....core.quiet import quiet
 from ....core.tensors import mismatches
 from ..base import Source, Teacher
-from ..timm.models import check_buildable
 from ..weights import mismatch_error, read_weights
 from .errors import translate_errors
-from .files import locate
+from .files import CONFIG, Place, fetched_encoder, locate
 from .preprocess import preprocess_of
+from .settings import checked_settings, encoder_folder
 from .text import TINY_TEXT, text_tower
 from .towers import OpenClipVision
 
@@ -44,7 +47,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
     published = pretrained and weights is None
     with translate_errors(name), quiet():
         place = locate(name, published)
-        config: Any = copy.deepcopy(open_clip.get_model_config(place.model))
+        config: Any = copy.deepcopy(place.settings)
         check_size(name, config["vision_cfg"], image_size)
         # A trunk of timm's is resized once its weights are in it.
         forced = None if "timm_model_name" in config["vision_cfg"] else image_size
@@ -53,14 +56,15 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
         if place.quick_gelu is not None:
             config["quick_gelu"] = place.quick_gelu
         options: dict[str, Any] = {} if place.quick_gelu is None else {"quick_gelu": place.quick_gelu}
-        model: Any = open_clip.create_model(
-            place.model,
-            load_weights=False,
-            pretrained_text=False,
-            force_image_size=forced,
-            force_preprocess_cfg=place.preprocess,
-            **options,
-        )
+        with _settings_folder(config, place) as folder:
+            model: Any = open_clip.create_model(
+                f"local-dir:{folder}",
+                load_weights=False,
+                pretrained_text=False,
+                force_image_size=forced,
+                force_preprocess_cfg=place.preprocess,
+                **options,
+            )
         has_text = True
         if weights is not None:
             has_text = _load_own(model, weights)
@@ -70,17 +74,28 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
         preprocess = preprocess_of(model.visual.preprocess_cfg, model.visual.image_size)
         args = {"config": _vision_config(config), "image_size": image_size}
         source = Source(f"open_clip:{name}", "open_clip", place.architecture, args, place.revision)
-        text = text_tower(model, config, place.tokenizer or place.model) if has_text else None
+        text = text_tower(model, config, place.folder) if has_text else None
     return Teacher(vision.eval(), source, preprocess, None, text)
+
+
+@contextlib.contextmanager
+def _settings_folder(settings: Mapping[str, Any], place: Place) -> Iterator[str]:
+    """A folder with checked settings and nothing else, so that open_clip reads these and no others."""
+    settings, text = dict(settings), dict(settings["text_cfg"])
+    if name := text.get("hf_model_name"):
+        text["hf_model_name"] = encoder_folder(fetched_encoder(name), name)
+    with tempfile.TemporaryDirectory(prefix="bcosify-open-clip-") as folder:
+        values = {"model_cfg": {**settings, "text_cfg": text}, "preprocess_cfg": place.own_preprocess}
+        (Path(folder) / CONFIG).write_text(json.dumps(values))
+        yield folder
 
 
 def build(source: Source) -> nn.Module:
     """The empty skeleton of the image tower of `source`: random weights, no network."""
     import open_clip
 
-    config, text = source.model_args["config"], open_clip.CLIPTextCfg(**TINY_TEXT)
-    if trunk := config["vision_cfg"].get("timm_model_name"):
-        check_buildable(trunk, {"pretrained": config["vision_cfg"].get("timm_model_pretrained")})
+    config = checked_settings({**source.model_args["config"], "text_cfg": TINY_TEXT}, source.reference)
+    text = open_clip.CLIPTextCfg(**TINY_TEXT)
     with translate_errors(source.architecture), quiet():
         # CoCa's image tower is built as CLIP's; its class would build a text decoder too.
         model = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, config["quick_gelu"])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from ....core.files import read_json
 from ....core.quiet import quiet
 from ...hub import ARCHITECTURE, TEXT
 from ..base import Preprocess
@@ -17,6 +18,7 @@ from ..text import TextTower
 from .errors import FAILURES, translate_errors
 from .files import CONFIG
 from .preprocess import settings_of
+from .settings import checked_settings, encoder_folder, open_tokenizer
 
 __all__ = ["TINY_TEXT", "open_text", "student_files", "text_tower"]
 
@@ -25,18 +27,20 @@ TINY_TEXT: dict[str, Any] = {"context_length": 4, "vocab_size": 4, "width": 8, "
 TINY_VISION: dict[str, Any] = {"image_size": 8, "patch_size": 8, "width": 8, "head_width": 8, "layers": 1}
 
 
-def text_tower(model: Any, config: dict[str, Any], name: str) -> TextTower:
-    """The text half of `model`, which loses its image half (and CoCa's caption decoder)."""
+def text_tower(model: Any, config: dict[str, Any], folder: Path | None) -> TextTower:
+    """The text half of `model`, which loses its image half (and CoCa's caption decoder).
+
+    Args:
+        config: checked settings. folder: where its tokenizer's files lie; None for the hub.
+    """
     for part in ("visual", "text_decoder"):
         if hasattr(model, part):
             delattr(model, part)
     bias = getattr(model, "logit_bias", None)
 
     def tokenizer() -> Callable[[Sequence[str]], Any]:
-        import open_clip
-
         with quiet():
-            return open_clip.get_tokenizer(name)  # type: ignore[return-value]
+            return open_tokenizer(config["text_cfg"], folder)
 
     def write(out: Path) -> None:
         _write_text(model, config, tokenizer, out)
@@ -71,12 +75,12 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
     import open_clip
 
     with translate_errors(str(folder)), quiet():
-        config = json.loads((folder / CONFIG).read_text())["model_cfg"]
+        config = checked_settings(read_json(folder / CONFIG)["model_cfg"], str(folder / CONFIG))
         # As dictionaries, which all three classes take: what they make of them is theirs.
         text_cfg: Any = {**config["text_cfg"], "hf_model_pretrained": False}
         vision_cfg: Any = TINY_VISION
         if text_cfg.get("hf_model_name"):
-            text_cfg["hf_model_name"] = str(folder)
+            text_cfg["hf_model_name"] = encoder_folder(folder, str(folder))
         options = {key: value for key, value in config.items() if key in ("quick_gelu", "init_logit_bias")}
         custom = facts["record"]["class"] != "CLIP"
         if facts["record"]["class"] == "CoCa":
@@ -84,7 +88,7 @@ def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
         else:
             model_class = open_clip.CustomTextCLIP if custom else open_clip.CLIP
             model = model_class(config["embed_dim"], vision_cfg, text_cfg, **options)
-        tower = text_tower(model, config, f"local-dir:{folder}")
+        tower = text_tower(model, config, folder)
     return dataclasses.replace(tower, logit_scale=facts["logit_scale"], logit_bias=facts["logit_bias"])
 
 
@@ -93,7 +97,7 @@ def student_files(folder: Path, preprocess: Preprocess) -> dict[str, Any]:
     path = folder / TEXT / CONFIG
     if not path.is_file():
         return {}
-    config = json.loads(path.read_text())["model_cfg"]
+    config = read_json(path)["model_cfg"]
     pair = {
         "embed_dim": config["embed_dim"],
         # The image tower is no architecture of open_clip's any more; the text tower still is.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
     if place != name and not (Path(place) / "config.json").is_file():
         raise SourceError(f"local-dir:{place}: there is no config.json in this folder; it is not a timm model folder.")
     architecture, config, saved_args = _resolve(name)
+    check_buildable(architecture, saved_args)
     args = _accepted(architecture, {**saved_args, **model_args})
     if weights is not None:
         args |= _class_count(architecture, args, weights)
@@ -74,19 +76,26 @@ def build(source: Source) -> nn.Module:
         return timm.create_model(source.architecture, pretrained=False, **source.model_args).eval()
 
 
-# Arguments of timm's factory that open files or wrap the model; the rest are the constructor's.
-FACTORY = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only")
+def _factory_arguments() -> set[str]:
+    """Arguments that timm's factories keep for themselves: they open files or wrap the model.
+
+    All others reach the constructor of the model's class alone.
+    """
+    import timm
+    from timm.models._builder import build_model_with_cfg
+
+    named = {*inspect.signature(timm.create_model).parameters, *inspect.signature(build_model_with_cfg).parameters}
+    return {*named, "features_only", "out_indices"}
 
 
 def check_buildable(architecture: str, args: Mapping[str, Any]) -> None:
     """Raises SourceError where `create_model` would do more with recorded arguments than build an empty network."""
     import timm
 
-    if not timm.is_model(architecture):
-        raise SourceError(
-            f"timm has no architecture {architecture!r} in itself.{near_miss(architecture, timm.list_models())}"
-        )
-    if found := [name for name in FACTORY if args.get(name)]:
+    if not isinstance(architecture, str) or not timm.is_model(architecture):
+        hint = near_miss(str(architecture)[:100], timm.list_models())
+        raise SourceError(f"timm has no architecture {architecture!r} in itself.{hint}")
+    if found := sorted(name for name in _factory_arguments() & set(args) if args[name]):
         raise SourceError(f"timm's {architecture} with {', '.join(found)}: a recorded model is only ever built empty.")
 
 

@@ -18,7 +18,7 @@ from ..base import CLASSES, FEATURES, LABELS, REGRESSION, Source, Teacher
 from ..text import TextTower
 from ..weights import mismatch_error, read_weights
 from .errors import quiet, translate_errors
-from .files import FETCHING, config_class_of, find_folder, is_dual, keys_in, read_config
+from .files import checked_config, find_folder, is_dual, read_config
 from .preprocess import preprocess_of
 from .text import text_tower
 from .towers import HEADS, ImageTower, TransformersVision, class_named
@@ -63,17 +63,21 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
 def build(source: Source) -> nn.Module:
     """The empty skeleton of `source`: random weights, no network."""
     with translate_errors(source.reference), quiet():
-        if found := sorted(FETCHING & set(keys_in(source.model_args["config"]))):
-            raise SourceError(
-                f"{source.reference}: {', '.join(found)} in a recorded configuration could run other code."
-            )
-        config = config_class_of(source.model_args["config"], source.reference).from_dict(source.model_args["config"])
+        config = checked_config(source.model_args["config"], source.reference)
         head = source.model_args["head"]
+        if head not in HEADS:
+            raise SourceError(f"{source.reference}: no head {head!r}. There are: {', '.join(HEADS)}.")
         if source.model_args["dual"]:
-            tower = ImageTower(class_named(source.model_args["vision"])(config), source.model_args["projection"])
+            tower_class = class_named(source.model_args["vision"], config)
+            tower = ImageTower(tower_class(config), source.model_args["projection"])
             return TransformersVision(tower, head, config).eval()
-        model = class_named(source.architecture)(config, **source.model_args["options"])
+        options = {name: bool(value) for name, value in source.model_args["options"].items() if name in OPTIONS}
+        model = class_named(source.architecture, config)(config, **options)
         return TransformersVision(model, head, config).eval()
+
+
+# Arguments of a model class beside its configuration, that a record may have.
+OPTIONS = ("add_pooling_layer",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +98,7 @@ def _open(
     state: dict[str, Tensor] | None,
     weights: Path | None,
 ) -> _Opened:
-    config_class = config_class_of(values, reference)
-    config = config_class.from_dict(dict(values))
+    config = checked_config(values, reference)
     if state is not None and head == "classifier":
         count = _class_count(state)
         if count is not None and count != config.num_labels:
@@ -113,6 +116,7 @@ def _open(
             place,
             config=config,
             dtype=torch.float32,
+            trust_remote_code=False,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported with all else that does not fit
             **extra,
@@ -176,7 +180,7 @@ def _model_class(values: dict[str, Any], config: Any, head: str, reference: str)
         "embedding": architecture.endswith("VisionModelWithProjection"),
     }
     if fits.get(head):
-        model_class = class_named(architecture)
+        model_class = class_named(architecture, config)
     else:
         mapping = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING if head == "classifier" else MODEL_MAPPING
         if type(config) not in mapping or (head == "embedding" and not is_dual(values)):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ....core.files import read_json
 from ..text import TextTower
 from .errors import FAILURES, quiet, translate_errors
-from .files import config_class_of
+from .files import checked_config
 from .towers import class_named
 
 __all__ = ["open_text", "text_tower"]
@@ -46,11 +46,11 @@ def text_tower(folder: Path, model: Any, config: Any) -> TextTower:
 def open_text(folder: Path, facts: Mapping[str, Any]) -> TextTower:
     """The text tower in `folder`, with random weights, as `save` described it."""
     with translate_errors(str(folder)), quiet():
-        values = json.loads((folder / "config.json").read_text())
+        values = read_json(folder / "config.json")
         # The image half is built only to be thrown away.
         values["vision_config"] = {**values["vision_config"], "num_hidden_layers": 0}
-        config = config_class_of(values, str(folder)).from_dict(values)
-        model = class_named(facts["record"]["class"])(config)
+        config = checked_config(values, str(folder))
+        model = class_named(facts["record"]["class"], config)(config)
         tower = text_tower(folder, model, config)
     return dataclasses.replace(tower, logit_scale=facts["logit_scale"], logit_bias=facts["logit_bias"])
 

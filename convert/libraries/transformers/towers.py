@@ -188,12 +188,15 @@ def _backbone(vision: TransformersVision) -> Any:
     return model.vision_model if hasattr(model, "vision_model") else model.base_model
 
 
-def class_named(name: str) -> Any:
+def class_named(name: Any, config: Any) -> Any:
+    """The model class of transformers of that name, which is one for `config`; raises SourceError for any other."""
     import transformers
 
-    found = getattr(transformers, name, None)
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         raise SourceError(f"this transformers has no model class {name!r}. Update transformers.")
+    if found.config_class is not type(config):
+        raise SourceError(f"{name} is no class of transformers for models of type {config.model_type!r}.")
     return found
 
 
