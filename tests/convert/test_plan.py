@@ -6,6 +6,7 @@ import copy
 import dataclasses
 
 import pytest
+import timm
 import torch
 from bcosify.convert import BcosConfig, convert, plan_for
 from bcosify.convert.methods import find_method
@@ -99,6 +100,52 @@ def test_query_key_and_value_stay_linear(teach, part):
     model.middle.add_module(part, nn.Linear(1, 1))
     model.middle.append(nn.Unflatten(2, (1, 1)))
     assert becomes(plan_for(teach(model), CONFIG))[f"middle.{part}"] == "BiasScheduled"
+
+
+class Adapted(nn.Module):
+    """y = base(x) + up(down(x)), as low-rank adapters are put around a layer."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer, self.dropout = base, nn.Dropout(0.1)
+        self.down = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.up = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up["default"](self.down["default"](self.dropout(x)))
+
+
+@pytest.mark.parametrize("wrap", [Adapted, nn.Sequential], ids=["adapter", "sequential"])
+def test_what_is_in_the_place_of_query_key_and_value_stays_linear(teach, wrap):
+    """Whatever the layers in it are called."""
+    model = timm.create_model("test_vit", img_size=32)
+    model.blocks[0].attn.qkv = wrap(model.blocks[0].attn.qkv)
+    plan = becomes(plan_for(teach(model, size=32), CONFIG))
+    inside = {name: found for name, found in plan.items() if name.startswith("blocks.0.attn.qkv.") and found}
+    assert len(inside) == (3 if wrap is Adapted else 1) and set(inside.values()) == {"BiasScheduled"}
+    assert plan["blocks.0.attn.proj"] == "BcosLinear"
+
+
+def test_adapters_of_layers_that_respond_are_to_be_merged_first(teach):
+    model = timm.create_model("test_vit", img_size=32)
+    model.blocks[1].mlp.fc1 = Adapted(model.blocks[1].mlp.fc1)
+    with pytest.raises(PlanError, match=r"blocks\.1\.mlp\.fc1 \(Adapted\), a low-rank adapter\. Merge the adapters"):
+        plan_for(teach(model, size=32), CONFIG)
+    plan = becomes(plan_for(teach(model, size=32), BcosConfig(keep=("blocks.1.mlp.fc1",))))
+    assert plan["blocks.1.mlp.fc1.base_layer"] is None and plan["blocks.1.mlp.fc2"] == "BcosLinear"
+
+
+def test_a_bottleneck_with_a_shortcut_is_no_adapter(teach):
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short, self.down, self.up = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.short(x) + self.up(self.act(self.down(x)))
+
+    assert becomes(plan_for(teach(Net(Bottleneck())), CONFIG))["middle.down"] == "BcosConv2d"
 
 
 def test_layers_inside_a_gate_stay(tiny):
