@@ -238,11 +238,16 @@ def main_output(output: object) -> Tensor:
     raise TargetError(f"The model returned {type(output).__name__}, which holds no tensor to explain.")
 
 
+def _vectors(output: Tensor, images: Tensor) -> Tensor:
+    """(B, D): one value a picture, (B,), is a vector of one."""
+    return output[:, None] if output.shape == images.shape[:1] else output
+
+
 def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
     """The explanation, checked or not, and why it cannot add up, where that is known."""
     with torch.enable_grad():
         with Linearised(model) as mode:
-            output = main_output(model(mode.follow(images)))
+            output = _vectors(main_output(model(mode.follow(images))), images)
             scores = target.scores(output)
         leaves = [leaf.detach() for leaf in mode.inputs]
         if any(leaf.shape != leaves[0].shape for leaf in leaves):
@@ -311,7 +316,7 @@ class _Own:
         if self.inside is self.whole:
             return inner
         with _standing_in(self.inside, lambda *_, **__: inner):
-            return main_output(self.whole(images))
+            return _vectors(main_output(self.whole(images)), images)
 
 
 def _self_explaining(model: nn.Module, images: Tensor) -> _Own | None:

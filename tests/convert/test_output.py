@@ -15,7 +15,7 @@ from bcosify.convert import Source, Student, Teacher, convert, load, load_teache
 from bcosify.convert.libraries.timm.classes import names_of, output
 from bcosify.convert.library_files import config_of
 from bcosify.convert.output import OutputKind, output_kind, with_labels
-from bcosify.core.errors import CheckpointError, DataError, SourceError
+from bcosify.core.errors import CheckpointError, DataError, SourceError, TargetError
 from bcosify.explain.questions import ask
 from bcosify.publish.card import load_lines, task_of
 from safetensors.torch import save_file
@@ -260,8 +260,6 @@ def test_a_head_that_was_replaced_by_hand_is_not_named_by_the_old_one(five):
     other = dataclasses.replace(five, model=timm.create_model("test_vit", num_classes=5, img_size=32).eval())
     other.model.head = nn.Linear(other.model.head.in_features, 7)
     question = ask(other)
-    from bcosify.core.errors import TargetError
-
     with torch.no_grad(), pytest.raises(TargetError, match="said to have 5 outputs, but it gives 7"):
         question.names(other.model(torch.zeros(1, 3, 32, 32)))
 
