@@ -19,7 +19,7 @@ from ..convert.history import History
 from ..convert.hub import is_student
 from ..convert.memory import laid_out
 from ..convert.output import with_labels
-from ..convert.trace import trace_forward
+from ..convert.trace import reads_colours, trace_forward
 from ..core.errors import DataError, SourceError, TargetError
 from ..core.files import check_free, new_folder
 from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
@@ -165,6 +165,8 @@ def explain(
         )
     if question.target.rows(slice(0, 1)) is not question.target:
         raise TargetError("target: what differs from picture to picture goes with a tensor. Pass one for all files.")
+    if not reads_colours(opened.model):
+        trace_forward(opened.model, opened.preprocess.size)  # says what it reads
     files = list(_files(pictures))
     names = _unique([file.stem for file in files])
     for file in files:

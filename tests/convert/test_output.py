@@ -5,19 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import timm
 import torch
+from bcosify.align.checks import check_objectives
 from bcosify.convert import Source, Student, Teacher, convert, load, load_teacher, save
 from bcosify.convert.libraries.timm.classes import names_of, output
 from bcosify.convert.library_files import config_of
 from bcosify.convert.output import OutputKind, output_kind, with_labels
-from bcosify.core.errors import CheckpointError, DataError, SourceError, TargetError
+from bcosify.core.errors import CheckpointError, DataError, RecipeError, SourceError, TargetError
 from bcosify.explain.questions import ask
 from bcosify.publish.card import load_lines, task_of
+from bcosify.publish.transformers_door import LOSSES
 from safetensors.torch import save_file
 from torch import nn
 
@@ -269,3 +273,29 @@ def test_what_an_output_is_in_words():
     assert str(OutputKind("regression", 1)) == "1 value (regression), without names"
     assert str(OutputKind("multi-label", 2)) == "2 labels (multi-label), without names"
     assert str(OutputKind("features")) == "features, no classes"
+
+
+def test_own_weights_do_not_take_the_names_of_transformers_configuration(hf_folder, tmp_path):
+    vit = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    names = {0: "tabby", 1: "dog", 2: "bus"}
+    folder = hf_folder("ViTForImageClassification", "ViTConfig", image_size=32, patch_size=8, **vit, id2label=names)
+    assert output_kind(load_teacher(f"hf:{folder}")).named_by == "its configuration (id2label)"
+    own = load_teacher(f"hf:{folder}", weights=folder / "model.safetensors")
+    assert output_kind(own) == OutputKind("classes", 3)
+
+
+@pytest.mark.parametrize(("kind", "refused"), [("classes", False), ("multi-label", False), ("regression", True)])
+def test_an_objective_of_classes_is_refused_where_there_are_none(student, kind, refused):
+    phases: Any = SimpleNamespace(phases=[SimpleNamespace(objective="decisions")])
+    asked = dataclasses.replace(student, output=kind)
+    with (
+        pytest.raises(RecipeError, match=r"objective decisions: .* decides on no classes") if refused else nullcontext()
+    ):
+        check_objectives(asked, phases)
+
+
+def test_losses_of_transformers_door_are_those_of_the_kind():
+    values = torch.tensor([[0.5], [2.0]])
+    assert float(LOSSES["regression"](values, torch.tensor([0, 1]))) == pytest.approx((0.25 + 1) / 2)
+    logits, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([[1, 0]])
+    assert float(LOSSES["multi-label"](logits, labels)) == pytest.approx(0.6931, abs=1e-4)

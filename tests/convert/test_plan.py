@@ -11,7 +11,7 @@ import torch
 from bcosify.convert import BcosConfig, convert, plan_for
 from bcosify.convert.methods import find_method
 from bcosify.convert.trace import trace_forward
-from bcosify.core.errors import PlanError
+from bcosify.core.errors import PlanError, SourceError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
 from torch import nn
@@ -320,3 +320,34 @@ def test_settings_and_methods_are_checked():
         find_method("bcoss")
     with pytest.raises(PlanError, match="no scale 'cosin'. Did you mean 'cosine'"):
         BcosConfig(scale="cosin")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels_is_told_so_and_not_to_change_the_size(teach, channels):
+    model = Net()
+    model.stem = nn.Conv2d(channels, 4, 3, padding=1)
+    with pytest.raises(
+        PlanError, match=rf"Net reads pictures of {channels} channels? \(stem\).*have three here"
+    ) as caught:
+        plan_for(teach(model), CONFIG)
+    assert "image-size" not in str(caught.value)
+    explanation = explain(model, torch.randn(2, channels, 16, 16), 0)
+    assert explanation.balanced(1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("after", "found", "way"),
+    [
+        (lambda y: {"logits": y}, "a dict", "its logits or its pooled feature alone"),
+        (lambda y: (y, y), "a tuple", "its logits or its pooled feature alone"),
+        (lambda y: y[:, 0], r"a tensor \(2,\)", r"y\[:, None\]"),
+    ],
+    ids=["dict", "tuple", "one value"],
+)
+def test_a_model_that_returns_no_vector_is_told_what_to_return(teach, after, found, way):
+    class Other(Net):
+        def forward(self, x):
+            return after(super().forward(x))
+
+    with pytest.raises(SourceError, match=rf"Other returns {found}; .*Let its forward return {way}"):
+        convert(teach(Other()), CONFIG)

@@ -253,9 +253,7 @@ def test_classes_of_every_common_type_mean_one_thing(given, wanted):
     ids=repr,
 )
 def test_what_is_no_class_is_refused_with_what_is_taken(given):
-    with pytest.raises(
-        TargetError, match="Pass a class number, a list of them for every picture, an array"
-    ):
+    with pytest.raises(TargetError, match="Pass a class number, a list of them for every picture, an array"):
         target_of(given)
 
 
