@@ -153,8 +153,19 @@ def _settings(config: Any) -> Any:
 
 
 def output_of(model: nn.Module, pictures: Tensor) -> Tensor:
-    """(B, D) what a model says of pictures: logits, or the pooled feature of a headless one."""
-    return model(pictures)
+    """(B, D) what a model says of pictures: logits, or the pooled feature of a headless one.
+
+    Raises SourceError where it returns anything else, such as several tensors.
+    """
+    output = model(pictures)
+    if isinstance(output, Tensor) and output.dim() == 2 and len(output) == len(pictures):
+        return output
+    found = f"a tensor {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    way = "y[:, None]" if isinstance(output, Tensor) and output.dim() == 1 else "its logits or its pooled feature alone"
+    raise SourceError(
+        f"{type(model).__name__} returns {found}; what is converted returns one vector a picture, (B, D). Let its "
+        f"forward return {way}."
+    )
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from ..core.hooks import hooked
 from ..core.pictures import fitted, noise_pictures
 from ..linearise import Linearised
 
-__all__ = ["Trace", "trace_forward"]
+__all__ = ["Trace", "reads_colours", "trace_forward"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,25 @@ class Trace:
     readers: frozenset[str]
     elsewhere: bool
     size: tuple[int, int]
+
+
+def reads_colours(model: nn.Module) -> bool:
+    """Whether the first convolution of `model`, if it has one, is made for three channels."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    return first is None or first.in_channels == 3
+
+
+def _check_channels(model: nn.Module, called: Mapping[str, None], readers: set[str]) -> None:
+    """Raises PlanError where the layer that was called last cannot read a picture of three channels."""
+    last = next(reversed(called), "")
+    layer = model.get_submodule(last)
+    if last in readers and isinstance(layer, nn.Conv2d) and layer.in_channels != 3:
+        count = layer.in_channels
+        raise PlanError(
+            f"{type(model).__name__} reads pictures of {count} channel{'s' if count > 1 else ''} ({last}); pictures "
+            f"have three here: red, green and blue. In Python, explain(MODULE, pictures (B, {count}, H, W), TARGET) "
+            "explains it as it is."
+        )
 
 
 def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
@@ -70,6 +89,7 @@ def trace_forward(model: nn.Module, size: tuple[int, int]) -> Trace:
             leaves = _leaves(model(mode.follow(picture)))
         moves = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves)
     except Exception as error:
+        _check_channels(model, called, readers)
         raise PlanError(
             f"{type(model).__name__} does not run on a picture of {size[0]}x{size[1]}: {error}. "
             f"Pass --image-size with a size "

@@ -15,6 +15,7 @@ to each output, and then no backward pass goes through it. Only the target is li
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from ..core.errors import LedgerError, TargetError
+from ..core.hooks import hooked
 from ..linearise import Linearised
 from .targets import Target, target_of
 
@@ -153,16 +155,15 @@ def explain_scores(
 ) -> Explanation:
     """Explains scores of `model` on normalised `images` (B, 3, H, W), and proves that the explanation adds up.
 
-    Any model will do, converted or not; a `SelfExplaining` one is asked itself. It is left as it is, in its train or
-    eval state; in eval mode, pictures of a batch do not depend on each other. Class numbers stand for a `ClassTarget`
-    (see `target_of`). Where `batch_size` is given, that many pictures are explained at a time.
+    Any model will do, converted or not; a `SelfExplaining` one is asked itself, also inside of wrappers. It is left as
+    it is, in its train or eval state; in eval mode, pictures of a batch do not depend on each other. Class numbers
+    stand for a `ClassTarget` (see `target_of`). Where `batch_size` is given, that many pictures are explained at once.
 
     Raises LedgerError where input and constants do not add up to a score within `tolerance` · max(1, |score|), and
     names the operations that have no rule; `check=False` returns such an explanation with its residual.
     """
     target = target_of(target)
-    # What torch.compile made of a module hides the calls inside.
-    model = getattr(model, "_orig_mod", model)
+    model = _unwrapped(model)
     _check_pictures(model, images)
     if batch_size is not None and batch_size < len(images):
         return _joined(
@@ -172,8 +173,8 @@ def explain_scores(
             ]
         )
     with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
-        found = _read_off if isinstance(model, SelfExplaining) else _explained
-        explanation, cause = found(model, images, target)
+        own = _self_explaining(model, images)
+        explanation, cause = _explained(model, images, target) if own is None else _read_off(own, images, target)
     if explanation.balanced(tolerance).all():
         return explanation
     if len(images) > 1 and not cause:
@@ -237,11 +238,16 @@ def main_output(output: object) -> Tensor:
     raise TargetError(f"The model returned {type(output).__name__}, which holds no tensor to explain.")
 
 
+def _vectors(output: Tensor, images: Tensor) -> Tensor:
+    """(B, D): one value a picture, (B,), is a vector of one."""
+    return output[:, None] if output.shape == images.shape[:1] else output
+
+
 def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
     """The explanation, checked or not, and why it cannot add up, where that is known."""
     with torch.enable_grad():
         with Linearised(model) as mode:
-            output = main_output(model(mode.follow(images)))
+            output = _vectors(main_output(model(mode.follow(images))), images)
             scores = target.scores(output)
         leaves = [leaf.detach() for leaf in mode.inputs]
         if any(leaf.shape != leaves[0].shape for leaf in leaves):
@@ -285,29 +291,133 @@ def _in_parts(
     return dataclasses.replace(explanation, direct=direct, carried=carried, direct_residual=residual)
 
 
-def _read_off(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
-    """As `_explained`, from what a model says of itself; of the scores only the target is linearised."""
-    assert isinstance(model, SelfExplaining)
-    mode, scores, own = Linearised(), torch.empty(0), []
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what torch.compile, which hides the calls inside, and data parallelism make of it."""
+    inside = getattr(model, "_orig_mod", None)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        inside = model.module
+    return model if inside is None else _unwrapped(inside)
+
+
+@dataclass(frozen=True, eq=False)
+class _Own:
+    """A `SelfExplaining` model that is `inside` the `whole`, or is the whole.
+
+    Attributes:
+        given: (B, C, H, W) what it is given of the pictures.
+    """
+
+    whole: nn.Module
+    inside: Any
+    given: Tensor
+
+    def output(self, images: Tensor, inner: Tensor) -> Tensor:
+        """What the whole returns of `images` where the model inside returns `inner`."""
+        if self.inside is self.whole:
+            return inner
+        with _standing_in(self.inside, lambda *_, **__: inner):
+            return _vectors(main_output(self.whole(images)), images)
+
+
+def _self_explaining(model: nn.Module, images: Tensor) -> _Own | None:
+    """The model that explains itself, whatever wraps it; None where there is none, or its forward is not called.
+
+    Raises LedgerError where what it says of its places says nothing of the pictures' pixels, or not all.
+    """
+    if isinstance(model, SelfExplaining):
+        return _Own(model, model, images)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, SelfExplaining) and not any(name.startswith(f"{outer}.") for outer in found):
+            found.append(name)
+    # Pixels in another order: what acts on each pixel alone makes the same of them, in that order.
+    order = torch.randperm(images[0, 0].numel(), generator=torch.Generator().manual_seed(0)).to(images.device)
+    moved = images.flatten(2)[:, :, order].view_as(images)
+    for name in found:
+        inside = model.get_submodule(name)
+        with torch.no_grad(), Linearised(model):
+            given, of_moved = (_given(model, inside, pictures) for pictures in (images, moved))
+            if given is None or of_moved is None:
+                continue
+            own = _Own(model, inside, given)
+            alone = given.shape[-2:] == images.shape[-2:] and torch.allclose(
+                given.flatten(2)[:, :, order], of_moved.flatten(2), 1e-4, 1e-5
+            )
+            inner = main_output(inside(given))
+            once = _calls(model, inside, images) == 1
+            if alone and once and torch.equal(own.output(images, inner), own.output(moved, inner)):
+                return own
+        raise LedgerError(
+            f"{type(model).__name__} holds {name} ({type(inside).__name__}), which explains itself, but it feeds it "
+            "other pictures than its own (moved, cropped, resized), or more than once, or reads them beside it: its "
+            f"map of places is not the whole's. Explain model.get_submodule({name!r}) on what it is given."
+        )
+    return None
+
+
+class _Reached(Exception):
+    """Carries what a module was given."""
+
+
+def _given(model: nn.Module, inside: nn.Module, images: Tensor) -> Tensor | None:
+    """What `inside` is given when `model` runs on `images`; None where it is not called, or not with one tensor."""
+
+    def reached(*args: Any, **options: Any) -> Tensor:
+        raise _Reached(*args, *options.values())
+
+    try:
+        with _standing_in(inside, reached):
+            model(images)
+    except _Reached as call:
+        (given,) = call.args if len(call.args) == 1 else (None,)
+        return given if isinstance(given, Tensor) and given.dim() == 4 else None
+    return None
+
+
+def _calls(model: nn.Module, inside: nn.Module, images: Tensor) -> int:
+    """How often `inside` runs when `model` runs on `images`."""
+    calls: list[None] = []
+    with hooked(before=[(inside, lambda *_: calls.append(None))]):
+        model(images)
+    return len(calls)
+
+
+@contextlib.contextmanager
+def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `forward` runs in place of the module's own."""
+    before = vars(module).get("forward")
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before  # type: ignore[method-assign]
+
+
+def _read_off(model: _Own, images: Tensor, target: Target) -> tuple[Explanation, str]:
+    """As `_explained`, from what a model says of itself; what makes scores of its output is linearised."""
+    mode, scores, own, whole = Linearised(), torch.empty(0), [], torch.empty(0)
 
     def weights(output: Tensor) -> Tensor:
-        nonlocal scores
+        nonlocal scores, whole
         with torch.enable_grad():
             with mode:
-                scores = target.scores(mode.follow(output))
+                whole = model.output(images, mode.follow(output))
+                scores = target.scores(whole)
             with torch._C.DisableTorchFunction():  # modes that the model is in must not see how this one is pulled
-                pulled = list(_pulled(model, mode, scores))
+                pulled = list(_pulled(model.whole, mode, scores))
         own.extend(constants for _, constants in pulled)
         return torch.stack([gradient for (gradient,), _ in pulled], 1)
 
-    with Linearised(model):  # without anything to follow: keeps gradients out, and the model as it was
-        output, maps, constants = model.output_maps(images, weights)
+    with Linearised(model.whole):  # without anything to follow: keeps gradients out, and the model as it was
+        _, maps, constants = model.inside.output_maps(model.given, weights)
     contributions = _spread(maps.detach(), images.shape[-2:])
     shares = [
         {**of_target, **{name: share.detach().expand(len(images), -1)[:, k] for name, share in constants.items()}}
         for k, of_target in enumerate(own)
     ]
-    return _explanation(output, scores, contributions, shares), _cause(mode, scores)
+    return _explanation(whole, scores, contributions, shares), _cause(mode, scores)
 
 
 def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:

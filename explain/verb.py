@@ -21,7 +21,7 @@ from ..convert.history import History
 from ..convert.hub import is_student
 from ..convert.memory import laid_out
 from ..convert.output import with_labels
-from ..convert.trace import trace_forward
+from ..convert.trace import reads_colours, trace_forward
 from ..core.errors import DataError, SourceError, TargetError
 from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
@@ -189,6 +189,8 @@ def explain(
         )
     if question.target.rows(slice(0, 1)) is not question.target:
         raise TargetError("target: what differs from picture to picture goes with a tensor. Pass one for all files.")
+    if not reads_colours(opened.model):
+        trace_forward(opened.model, opened.preprocess.size)  # says what it reads
     files = _files(pictures)
     names = list(unique(map(_stem, files), _as_disks_see_it))
     size = BATCH if batch_size is None else batch_size

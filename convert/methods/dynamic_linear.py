@@ -135,6 +135,8 @@ def six_channel_input(module: nn.Module, preprocess: Preprocess, given: NoArgume
 
 # Classes that carry weights which must not be converted by guess.
 WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.modules.batchnorm._NormBase, nn.MultiheadAttention)
+# What computes nothing, in an adapter: containers without anything in them, too.
+SILENT = (nn.Identity, nn.Dropout, nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -179,15 +181,72 @@ def _can_encode(module: nn.Module) -> bool:
 
 
 def _linear(place: _Place) -> Decision:
-    if place.name.rpartition(".")[2] in kinds.PLAIN_PROJECTIONS:
+    if _is_projection(place):
         return Decision(
             fading_bias, "query, key and value stay linear: the softmax over them is a gate", FadingArguments()
         )
+    _check_merged(place)
     return Decision(place.layers.linear, "linear layer", place.arguments)
+
+
+def _is_projection(place: _Place) -> bool:
+    """Whether it makes query, key or value, by its own name or that of a module put in the place of such a layer."""
+    last, *outer = reversed(place.name.split("."))
+    if last in kinds.PLAIN_PROJECTIONS:
+        return True
+    owners = [".".join(reversed(outer[n:])) for n in range(len(outer))]
+    return any(
+        name in kinds.PLAIN_PROJECTIONS and not class_path(place.model.get_submodule(owner)).startswith(kinds.LIBRARIES)
+        for name, owner in zip(outer, owners, strict=True)
+    )
+
+
+def _check_merged(place: _Place) -> None:
+    """Raises PlanError inside of a low-rank adapter, y = base(x) + up(down(x)).
+
+    Its parts are one layer, and two layers that respond each in its own way would be another.
+    """
+    parts = place.name.split(".")
+    for n in range(len(parts) - 1, 0, -1):
+        owner = place.model.get_submodule(".".join(parts[:n]))
+        if class_path(owner).startswith((*kinds.LIBRARIES, "torch.")):
+            continue
+        if _is_low_rank(owner):
+            raise PlanError(
+                f"inside {'.'.join(parts[:n])} ({type(owner).__name__}), a low-rank adapter. Merge the adapters first, "
+                "in peft with model.merge_and_unload(), and convert the merged model"
+            )
+
+
+def _is_low_rank(owner: nn.Module) -> bool:
+    """Whether it holds one layer with pairs of narrow ones around it, and nothing else."""
+    leaves = [module for module in owner.modules() if not [*module.children()]]
+    layers = [module for module in leaves if any(True for _ in module.parameters())]
+    if not all(isinstance(module, nn.Linear | nn.Conv2d) for module in layers):
+        return False
+    if not all(isinstance(module, SILENT) for module in leaves if module not in layers):
+        return False
+    widths = [_widths(module) for module in layers]
+    for i, base in enumerate(widths):
+        rest = widths[:i] + widths[i + 1 :]
+        downs = sorted(out for into, out in rest if into == base[0] and out < min(base))
+        ups = sorted(into for into, out in rest if out == base[1] and into < min(base))
+        if downs and downs == ups and 2 * len(downs) == len(rest):
+            return True
+    return False
+
+
+def _widths(module: Any) -> tuple[int, int]:
+    """The channels of a linear layer or a convolution, in and out."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return module.in_channels, module.out_channels
 
 
 def _conv2d(place: _Place, same: bool = False) -> Decision:
     layers = place.layers
+    if not place.reads_picture:
+        _check_merged(place)
     if place.reads_picture:
         stem = layers.stem_same if same else layers.stem
         return Decision(stem, "reads the picture: [r, 1-r] with the normalisation folded in", place.arguments)

@@ -12,6 +12,7 @@ __all__ = [
     "CONVOLUTIONS",
     "FADING_CONSTANTS",
     "GATES",
+    "LIBRARIES",
     "LINEARS",
     "NORMS",
     "OTHER_CONVOLUTIONS",
@@ -83,6 +84,8 @@ PLAIN_PROJECTIONS = frozenset(
     "qkv q k v kv qk q_proj k_proj v_proj query key value to_q to_k to_v to_qkv to_kv q_lin k_lin v_lin "
     "routing_fn".split()
 )
+# Whose own classes are known by their layers' names; other classes were put in by somebody else.
+LIBRARIES = ("timm.", "transformers.", "open_clip.")
 # Modules whose output multiplies the features as a gate; their inside never reaches the score in an explanation.
 GATES = frozenset(
     "SEModule SqueezeExcite EffectiveSEModule EffectiveSqueezeExcite SqueezeExciteCl EcaModule CecaModule GatherExcite "

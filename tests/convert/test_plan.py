@@ -6,11 +6,12 @@ import copy
 import dataclasses
 
 import pytest
+import timm
 import torch
 from bcosify.convert import BcosConfig, convert, plan_for
 from bcosify.convert.methods import find_method
 from bcosify.convert.trace import trace_forward
-from bcosify.core.errors import PlanError
+from bcosify.core.errors import PlanError, SourceError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
 from torch import nn
@@ -99,6 +100,52 @@ def test_query_key_and_value_stay_linear(teach, part):
     model.middle.add_module(part, nn.Linear(1, 1))
     model.middle.append(nn.Unflatten(2, (1, 1)))
     assert becomes(plan_for(teach(model), CONFIG))[f"middle.{part}"] == "BiasScheduled"
+
+
+class Adapted(nn.Module):
+    """y = base(x) + up(down(x)), as low-rank adapters are put around a layer."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base_layer, self.dropout = base, nn.Dropout(0.1)
+        self.down = nn.ModuleDict({"default": nn.Linear(base.in_features, rank, bias=False)})
+        self.up = nn.ModuleDict({"default": nn.Linear(rank, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.up["default"](self.down["default"](self.dropout(x)))
+
+
+@pytest.mark.parametrize("wrap", [Adapted, nn.Sequential], ids=["adapter", "sequential"])
+def test_what_is_in_the_place_of_query_key_and_value_stays_linear(teach, wrap):
+    """Whatever the layers in it are called."""
+    model = timm.create_model("test_vit", img_size=32)
+    model.blocks[0].attn.qkv = wrap(model.blocks[0].attn.qkv)
+    plan = becomes(plan_for(teach(model, size=32), CONFIG))
+    inside = {name: found for name, found in plan.items() if name.startswith("blocks.0.attn.qkv.") and found}
+    assert len(inside) == (3 if wrap is Adapted else 1) and set(inside.values()) == {"BiasScheduled"}
+    assert plan["blocks.0.attn.proj"] == "BcosLinear"
+
+
+def test_adapters_of_layers_that_respond_are_to_be_merged_first(teach):
+    model = timm.create_model("test_vit", img_size=32)
+    model.blocks[1].mlp.fc1 = Adapted(model.blocks[1].mlp.fc1)
+    with pytest.raises(PlanError, match=r"blocks\.1\.mlp\.fc1 \(Adapted\), a low-rank adapter\. Merge the adapters"):
+        plan_for(teach(model, size=32), CONFIG)
+    plan = becomes(plan_for(teach(model, size=32), BcosConfig(keep=("blocks.1.mlp.fc1",))))
+    assert plan["blocks.1.mlp.fc1.base_layer"] is None and plan["blocks.1.mlp.fc2"] == "BcosLinear"
+
+
+def test_a_bottleneck_with_a_shortcut_is_no_adapter(teach):
+    class Bottleneck(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.short, self.down, self.up = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1), nn.Conv2d(2, 4, 1)
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.short(x) + self.up(self.act(self.down(x)))
+
+    assert becomes(plan_for(teach(Net(Bottleneck())), CONFIG))["middle.down"] == "BcosConv2d"
 
 
 def test_layers_inside_a_gate_stay(tiny):
@@ -273,3 +320,34 @@ def test_settings_and_methods_are_checked():
         find_method("bcoss")
     with pytest.raises(PlanError, match="no scale 'cosin'. Did you mean 'cosine'"):
         BcosConfig(scale="cosin")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_model_of_other_channels_is_told_so_and_not_to_change_the_size(teach, channels):
+    model = Net()
+    model.stem = nn.Conv2d(channels, 4, 3, padding=1)
+    with pytest.raises(
+        PlanError, match=rf"Net reads pictures of {channels} channels? \(stem\).*have three here"
+    ) as caught:
+        plan_for(teach(model), CONFIG)
+    assert "image-size" not in str(caught.value)
+    explanation = explain(model, torch.randn(2, channels, 16, 16), 0)
+    assert explanation.balanced(1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("after", "found", "way"),
+    [
+        (lambda y: {"logits": y}, "a dict", "its logits or its pooled feature alone"),
+        (lambda y: (y, y), "a tuple", "its logits or its pooled feature alone"),
+        (lambda y: y[:, 0], r"a tensor \(2,\)", r"y\[:, None\]"),
+    ],
+    ids=["dict", "tuple", "one value"],
+)
+def test_a_model_that_returns_no_vector_is_told_what_to_return(teach, after, found, way):
+    class Other(Net):
+        def forward(self, x):
+            return after(super().forward(x))
+
+    with pytest.raises(SourceError, match=rf"Other returns {found}; .*Let its forward return {way}"):
+        convert(teach(Other()), CONFIG)

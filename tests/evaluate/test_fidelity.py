@@ -10,6 +10,7 @@ from bcosify.core.errors import DataError, NotApplicable
 from bcosify.evaluate.estimates import bootstrap, jackknife
 from bcosify.evaluate.features import DENSE, OUTPUT, cache_key, features_of
 from bcosify.evaluate.metrics.fidelity import (
+    _fidelity,
     agreement,
     confident_agreement,
     cosines,
@@ -17,8 +18,11 @@ from bcosify.evaluate.metrics.fidelity import (
     fidelity,
     linear_cka,
     neighbour_agreement,
+    sameness,
 )
+from bcosify.evaluate.store import Notes
 from bcosify.evaluate.subject import weights_digest
+from bcosify.evaluate.task import Compared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -156,3 +160,35 @@ def test_the_digest_of_weights_sees_buffers_too():
     assert weights_digest(torch.nn.BatchNorm2d(3)) == before
     norm.running_mean.add_(1)
     assert weights_digest(norm) != before
+
+
+SAME = torch.ones(6, 4) * torch.tensor([0.0, 3.0, 1.0, 2.0])
+
+
+def test_agreement_with_a_teacher_that_says_the_same_of_all_pictures_says_nothing():
+    one_class = SAME + 0.1 * draw(6, 4)
+    assert "all 6 pictures the same output" in sameness(SAME, classifier=False)
+    assert "the same class for all 6 pictures" in sameness(one_class, classifier=True)
+    assert not sameness(one_class, classifier=False) and not sameness(draw(6, 4), classifier=True)
+    assert not sameness(SAME[:1], classifier=True)
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "one class"])
+def test_such_agreement_is_left_out_with_the_reason(subject_of, constant):
+    subjects = {name: subject_of(torch.nn.Identity(), name=name) for name in ("teacher", "student")}
+    outputs = SAME if constant else SAME + 0.1 * draw(6, 4)
+    features = {name: {OUTPUT: outputs} for name in subjects}
+    notes = Notes({"model": {}, "data": {}, "settings": {}}, None, 0, False)
+    _fidelity(notes, Compared(None, subjects, features, None, 0))
+    found = {(row.metric, row.variant): row for row in notes.evaluation().measurements}
+    assert "same" in found["top1_agreement", ""].reason and found["top1_agreement", ""].value is None
+    assert (found["neighbour_agreement", ""].value is None) == constant
+    assert (found["centred_cosine", OUTPUT].value is None) == constant
+
+
+def test_labels_that_do_not_exclude_each_other_are_no_distribution(subject_of):
+    subjects = {n: subject_of(torch.nn.Identity(), name=n, output="multi-label") for n in ("teacher", "student")}
+    notes = Notes({"model": {}, "data": {}, "settings": {}}, None, 0, False)
+    _fidelity(notes, Compared(None, subjects, {name: {OUTPUT: draw(6, 4)} for name in subjects}, None, 0))
+    found = {row.metric: row for row in notes.evaluation().measurements}
+    assert found["top1_agreement"].value == 1 and "do not exclude each other" in found["kl"].reason

@@ -240,6 +240,29 @@ def test_a_model_without_classes_has_no_top_1(tiny_subject):
         suite.evaluate_subjects(*subjects, pictures(), pictures(1), QUICK, progress=False)
 
 
+def test_a_regression_is_measured_by_its_value(subject_of):
+    """Everything that needs classes is left out with the reason, and nothing fails."""
+    torch.manual_seed(0)
+    layers = torch.nn.Conv2d(3, 6, 4, stride=4), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()
+    subjects = [
+        subject_of(torch.nn.Sequential(*layers, torch.nn.Linear(24, 1)), name, classifier=False, output="regression")
+        for name in ("teacher", "student")
+    ]
+    settings = dataclasses.replace(QUICK, methods=())
+    evaluation, explained = suite.evaluate_subjects(*subjects, pictures(), pictures(), settings, progress=False)
+    agreement, grids = (
+        evaluation.find(name, who, how, variant)
+        for name, who, how, variant in (
+            ("top1_agreement", "both", "", ""),
+            ("gridpg", "teacher", "explanation", "native 2x2"),
+        )
+    )
+    assert agreement.reason == "the model has no classes" and agreement.value is None and grids.value is None
+    (shown, *_) = gallery_of(explained, OutputKind("regression", 1))
+    assert shown["decision"] == "output"
+    assert shown["ledgers"][0]["score"] == pytest.approx(float(explained.outputs["teacher"][0, 0]), abs=1e-5)
+
+
 def test_models_that_do_not_belong_together_are_refused(pair, subject_of):
     teacher, _ = pair()
     stranger = subject_of(torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()), name="student")

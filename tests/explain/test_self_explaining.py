@@ -186,3 +186,68 @@ def test_its_panel_shows_the_map_over_the_picture(net, images):
     assert drawn.ndim == 3 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
     with pytest.raises(ValueError, match="pass the image"):
         panel(None, explanation)
+
+
+# ------------------------------------------------------------------------------------------------------------- wrappers
+
+
+class Wrapped(nn.Module):
+    """A model in another, `before` its pictures and `after` its outputs."""
+
+    def __init__(self, inside: nn.Module, before=lambda x: x, after=lambda y, x: y) -> None:
+        super().__init__()
+        self.inside, self.before, self.after = inside, before, after
+
+    def forward(self, x: Tensor) -> object:
+        return self.after(self.inside(self.before(x)), x)
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "Sequential": nn.Sequential,
+    "deeper": lambda net: nn.Sequential(nn.Identity(), Wrapped(net)),
+    "averaged": lambda net: torch.optim.swa_utils.AveragedModel(net).eval(),
+    "a dict": lambda net: Wrapped(net, after=lambda y, x: {"loss": None, "logits": y}),
+    "several outputs": lambda net: Wrapped(net, after=lambda y, x: (y, x)),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_explains_as_the_model_inside(net, images, wrap):
+    wanted = explain(net, images, TopTarget(2))
+    found = explain(wrap(net), images, TopTarget(2))
+    torch.testing.assert_close(found.contributions, wanted.contributions)
+    torch.testing.assert_close(found.outputs, wanted.outputs)
+    torch.testing.assert_close(found.constant_part, wanted.constant_part)
+    assert found.encoded_gradients is None and "forward" not in vars(net)
+
+
+def test_what_a_wrapper_makes_of_the_output_is_linearised(net, images):
+    """A choice among outputs with a scale: the map is the model's own, through both."""
+    wrapped = Wrapped(net, after=lambda y, x: 2 * y[:, [3, 1]])
+    found, wanted = explain(wrapped, images, [0, 1]), explain(net, images, [3, 1])
+    torch.testing.assert_close(found.contributions, 2 * wanted.contributions)
+    torch.testing.assert_close(found.scores, 2 * wanted.scores)
+    assert found.outputs.shape == (3, 2) and found.balanced(1e-5).all()
+
+
+def test_a_wrapper_may_normalise_what_it_is_given(net, images):
+    wrapped = Wrapped(net, before=lambda x: (x - 0.5) / 0.25)
+    found, wanted = explain(wrapped, images, 2), explain(net, (images - 0.5) / 0.25, 2)
+    torch.testing.assert_close(found.contributions, wanted.contributions)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda net: Wrapped(net, before=lambda x: x.flip(-1)),
+        lambda net: Wrapped(net, before=lambda x: F.interpolate(x, scale_factor=2)),
+        lambda net: Wrapped(net, after=lambda y, x: y + x.mean((1, 2, 3))[:, None]),
+        lambda net: Wrapped(net, after=lambda y, x: y + net(x.flip(-1))),
+    ],
+    ids=["mirrored", "enlarged", "a way around it", "called twice"],
+)
+def test_a_map_of_other_pictures_is_refused_by_name(net, images, wrap):
+    with pytest.raises(LedgerError, match=r"holds inside \(Mapped\), which explains itself.*get_submodule\('inside'\)"):
+        explain(wrap(net), images, 2)
+    assert "forward" not in vars(net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from bcosify.core.errors import TargetError
@@ -17,8 +18,10 @@ from bcosify.explain import (
     explain,
     find_class,
 )
+from bcosify.explain.targets import target_of
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import Tensor
 
 OUTPUT = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
@@ -191,3 +194,133 @@ def test_a_patch_outside_of_the_grid_is_refused_with_its_size(row, column):
     patch = PatchFeature(torch.nn.Conv2d(3, 5, 2, stride=2), lambda model, images: model(images), row, column)
     with pytest.raises(TargetError, match=f"no patch {row},{column}: a picture of 6x8 has 3 rows and 4 columns"):
         patch(torch.zeros(1, 3, 6, 8))
+
+
+# ---------------------------------------------------------------------------------------------- what a target may be
+
+BEST = OUTPUT.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (2, [[2], [2], [2]]),
+        (np.int64(2), [[2], [2], [2]]),
+        (np.uint8(2), [[2], [2], [2]]),
+        (np.array(2), [[2], [2], [2]]),
+        (torch.tensor(2), [[2], [2], [2]]),
+        ([2, 0], [[2, 0]] * 3),
+        ((np.int32(2), torch.tensor(0)), [[2, 0]] * 3),
+        (range(2), [[0, 1]] * 3),
+        (BEST, BEST[:, None].tolist()),
+        (BEST.numpy(), BEST[:, None].tolist()),
+        (BEST.numpy().astype("uint16"), BEST[:, None].tolist()),
+        (BEST[:, None].expand(3, 2).numpy(), [[k, k] for k in BEST.tolist()]),
+        ([[0], [1], [4]], [[0], [1], [4]]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_classes_of_every_common_type_mean_one_thing(given, wanted):
+    """A list is for every picture; an array and a tensor have a class, or a row, for each."""
+    expected = OUTPUT.gather(1, torch.tensor(wanted))
+    assert torch.equal(target_of(given).scores(OUTPUT), expected)
+    explanation = explain(torch.nn.Flatten(), OUTPUT[:, :, None, None], given)
+    torch.testing.assert_close(explanation.scores, expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        True,
+        np.bool_(True),
+        [True, False],
+        [True, 2],
+        np.array([True, False, True]),
+        torch.tensor([True, False, True]),
+        1.0,
+        np.float32(1),
+        [0.5],
+        torch.tensor([1.0, 2.0, 0.0]),
+        "tabby",
+        ["tabby"],
+        np.array(["a", "b", "c"]),
+        b"1",
+        {"class": 1},
+        None,
+        [[1], [1, 2]],
+        object,
+    ],
+    ids=repr,
+)
+def test_what_is_no_class_is_refused_with_what_is_taken(given):
+    with pytest.raises(TargetError, match="Pass a class number, a list of them for every picture, an array"):
+        target_of(given)
+
+
+def test_an_array_of_another_length_than_the_batch_is_refused():
+    with pytest.raises(TargetError, match="2 rows of classes for 3 pictures.*for every picture are a list"):
+        target_of(np.array([1, 2])).scores(OUTPUT)
+
+
+@pytest.mark.parametrize(
+    ("text", "index"), [("class 1", 1), ("2020", 1), ("2", 2), ("class 0", 0), ("Class 2", 2), ("0", 0)]
+)
+def test_a_number_is_a_class_and_a_name_that_is_a_number_a_name(text, index):
+    assert find_class(["2019", "2020", "later"], text) == index
+
+
+def test_a_number_that_is_another_classs_name_is_ambiguous():
+    digits = ["1", "0", "2"]
+    with pytest.raises(TargetError, match=r"'0' may be 0 \(1\), 1 \(0\)\. Pass 'class 0' or 'class 1'"):
+        find_class(digits, "0")
+    assert [find_class(digits, text) for text in ("class 0", "class 1", "2")] == [0, 1, 2]
+
+
+# --------------------------------------------------------------------------------------------- what pictures may be
+
+PICTURES = torch.rand(2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "said"),
+    [
+        (PICTURES.double(), r"are torch\.float64, and the model torch\.float32. Pass pictures\.to\(torch\.float32"),
+        ((PICTURES * 255).byte(), r"Pictures are torch\.uint8, as files hold them; models take them normalised"),
+        (PICTURES.to("meta"), r"Pictures are on meta, and the model on cpu. Pass pictures\.to\('cpu'\)"),
+        (PICTURES[0], r"\(B, C, H, W\) with B > 0, not \(3, 4, 4\)"),
+        (PICTURES[:0], r"with B > 0, not \(0, 3, 4, 4\)"),
+        (PICTURES.numpy(), r"not ndarray\. Pass torch\.from_numpy"),
+        ([PICTURES[0], PICTURES[1]], r"not Tensor\. Pass torch\.stack"),
+        (Image.new("RGB", (4, 4)), r"not Image\. Pass student\.preprocess\.transform\(\)"),
+    ],
+    ids=["double", "bytes", "device", "single", "none", "numpy", "list", "PIL"],
+)
+def test_pictures_of_another_type_or_place_are_refused_with_what_to_pass(pictures, said):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
+    with pytest.raises(TargetError, match=said):
+        explain(model, pictures, 0)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 12])
+def test_a_model_may_read_other_than_three_channels(channels):
+    layers = torch.nn.Conv2d(channels, 5, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(20, 2)
+    explanation = explain(torch.nn.Sequential(*layers), torch.randn(2, channels, 4, 4), [0, 1])
+    assert explanation.contributions.shape == (2, 2, 4, 4) and explanation.balanced(1e-5).all()
+
+
+@pytest.mark.parametrize("form", ["(B,)", "tuple", "dict", "nested"])
+def test_a_value_for_each_picture_or_several_outputs_are_understood(form):
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(48, 1 if form == "(B,)" else 3)
+
+        def forward(self, x):
+            y = self.linear(x.flatten(1))
+            forms = {"(B,)": y.squeeze(-1), "tuple": (y, x), "dict": {"features": x, "logits": y}, "nested": [{"a": y}]}
+            return forms[form]
+
+    model = Model()
+    explanation = explain(model, PICTURES, 0)
+    torch.testing.assert_close(explanation.scores, model.linear(PICTURES.flatten(1)).detach()[:, :1])
+    assert explanation.balanced(1e-5).all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -76,7 +77,9 @@ def _embeds(architecture: str, tag: str, count: int) -> bool:
     name = f"{architecture}.{tag}"
     if "clip" not in name or IMAGENET.search(tag):
         return False
-    known = get_pretrained_cfg(name if tag else architecture)
+    known = None
+    with contextlib.suppress(RuntimeError):  # a tag that timm does not know: somebody's own weights
+        known = get_pretrained_cfg(name if tag else architecture)
     return known is not None and known.num_classes == count
 
 
