@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bcosify {verb}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print(f"bcosify {verb}: {error or 'interrupted'}", file=sys.stderr)
+        print(f"bcosify {verb}: {str(error) or 'interrupted'}", file=sys.stderr)
         return 130
 
 

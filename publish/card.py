@@ -108,7 +108,7 @@ def card_of(
         base=base,
         terms=licence,
         student=student,
-        output=output_kind(student),
+        output=str(output_kind(student)),
         layers=", ".join(f"{count} {name}" for name, count in student.plan.counts().items()),
         strengths=_strengths(student),
         alignment=student.history.alignment,

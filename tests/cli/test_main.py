@@ -253,8 +253,11 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
         patch.setattr("bcosify.convert.verb.load_teacher", lambda *_, **__: pytest.fail("loaded a teacher first"))
         code, _, err = run("convert", *TINY, "--out", out)
     assert code == 1 and "exists already. Nothing was written" in err and "--overwrite" in err
-    assert run("convert", *TINY, "--out", out, "--overwrite")[0] == 0
-    assert (out / "bcosify.json").is_file()
+    code, _, err = run("convert", *TINY, "--out", out, "--overwrite")
+    if kind == "folder":  # an empty one
+        assert code == 0 and (out / "bcosify.json").is_file()
+    else:
+        assert code == 1 and "was not written by this command" in err and out.read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -280,10 +283,8 @@ def test_convert_refuses_an_existing_folder_before_any_work(run, tmp_path, monke
         ((*TINY, "--out", "{tmp}", "--method", "coda", "--set", "rank=0"), "rank: must be at least 1; got 0"),
         ((*TINY, "--out", "{tmp}", "--keep", "fcc"), "--keep fcc names no module of the model. Did you mean 'fc'"),
         ((*TINY, "--out", "{tmp}", "--weights", "none.safetensors"), "there is no such file"),
-        ((*TINY, "--out", "{tmp}", "--b", "0.5"), "--b 0.5"),
         ((*TINY, "--out", "{tmp}", "--calibrate", "nowhere.tar"), "nowhere.tar"),
         (("timm:test_vit", "--no-pretrained", "--image-size", "33", "--out", "{tmp}"), "--image-size"),
-        (("timm:test_vit", "--no-pretrained", "--image-size", "0", "--out", "{tmp}"), "--image-size"),
     ],
     ids=str,
 )
@@ -292,6 +293,12 @@ def test_convert_fails_with_a_message_and_writes_nothing(run, tmp_path, monkeypa
     code, out, err = run("convert", *(str(word).format(tmp=tmp_path / "student") for word in words))
     assert (code, out) == (1, "") and said in err and err.startswith("bcosify convert: ")
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize("option", [("--b", "0.5"), ("--image-size", "0")], ids=str)
+def test_numbers_out_of_range_are_wrong_usage(run, tmp_path, option):
+    code, out, err = run("convert", *TINY, "--out", tmp_path / "student", *option)
+    assert (code, out) == (2, "") and option[0] in err and not (tmp_path / "student").exists()
 
 
 def test_convert_takes_own_weights_and_a_folder(run, tmp_path):
@@ -326,7 +333,7 @@ def test_convert_calibrates_on_pictures_from_shards(run, tmp_path, shards, count
 def test_calibration_needs_a_picture(run, tmp_path, shards, count):
     words = ("--calibrate", shards, "--calibration-pictures", count)
     code, out, err = run("convert", *TINY, *words, "--out", tmp_path / "student")
-    assert (code, out) == (1, "") and "--calibration-pictures" in err and not (tmp_path / "student").exists()
+    assert (code, out) == (2, "") and "--calibration-pictures" in err and not (tmp_path / "student").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- inspect

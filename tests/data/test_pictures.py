@@ -221,7 +221,8 @@ def test_a_small_file_with_very_many_pixels_is_refused_before_they_are_made():
 def test_the_limit_is_an_option(monkeypatch, tmp_path):
     assert pixel_limit() == MAX_PIXELS and pixel_limit(7) == 7
     Image.fromarray(CAT).save(tmp_path / "a.png")
-    with pytest.raises(DataError, match=r"a\.png is .* 57 x 38 pixels, and the limit is 2165\..*BCOSIFY_MAX_PIXELS=2166"):
+    said = r"a\.png is .* 57 x 38 pixels, and the limit is 2165\..*BCOSIFY_MAX_PIXELS=2166"
+    with pytest.raises(DataError, match=said):
         read_picture(tmp_path / "a.png", 57 * 38 - 1)
     assert read_picture(tmp_path / "a.png", 57 * 38).size == (57, 38)
     monkeypatch.setenv("BCOSIFY_MAX_PIXELS", "2000")
