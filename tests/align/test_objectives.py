@@ -8,6 +8,7 @@ import inspect
 import math
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -16,7 +17,7 @@ from bcosify.align.losses import cosine_distance, magnitude_error, pairwise_erro
 from bcosify.align.maps import check_maps
 from bcosify.align.objectives import OBJECTIVES, base, deviations, observe
 from bcosify.align.objectives.end_to_end import EndToEndConfig, WeightNorms
-from bcosify.align.optimizers import OPTIMIZERS, make_optimizer
+from bcosify.align.optimizers import OPTIMIZERS, hidden, make_optimizer
 from bcosify.align.recipe import Phase, Recipe, dump, from_values
 from bcosify.align.schedule import learning_rate
 from bcosify.convert import convert, load, load_teacher, set_strength
@@ -24,6 +25,7 @@ from bcosify.convert.layers import scheduled_layers
 from bcosify.convert.taps import channels_last, depth_taps, find_blocks
 from bcosify.core.errors import RecipeError
 from bcosify.evaluate.metrics.fidelity import fidelity, linear_cka
+from timm.optim import muon
 from torch import nn
 
 from runs import RECIPE as SMALL
@@ -200,6 +202,30 @@ def test_optimizers_come_back_from_a_checkpoint_bit_for_bit(name, tmp_path):
 
 @pytest.mark.parametrize("model", ["run", "cnn"])
 @pytest.mark.parametrize("objective", ["block-local", "layer-local", "block-own", "end-to-end"])
+def test_muon_takes_the_maps_between_channels_inside_of_blocks():
+    model = timm.create_model("test_efficientnet", num_classes=3)
+    taken = hidden(model)
+    for name, weight in model.named_parameters():
+        depthwise = name.startswith("blocks.") and weight.dim() == 4 and weight.shape[1] == 1
+        wanted = name.startswith("blocks.") and weight.dim() == 4 and not depthwise
+        assert (id(weight) in taken) == wanted, name
+    assert len(taken) > 3
+
+
+def test_muon_on_a_cpu_orthogonalises_in_float32(monkeypatch):
+    plain, seen = muon.zeropower_via_newtonschulz, []
+
+    def spy(matrix, *args, **options):
+        seen.append(options.get("dtype"))
+        return plain(matrix, *args, **options)
+
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz", spy)
+    model = nn.Sequential(nn.Linear(24, 16, bias=False))
+    model[0].weight.grad = torch.randn(16, 24)
+    make_optimizer(model, Phase("end-to-end", 8, 1.0, "muon"), RECIPE, (1.0,)).step()
+    assert seen == [torch.float32] and muon.zeropower_via_newtonschulz is spy
+
+
 def test_muon_teaches_in_every_phase(model, objective, shards, tmp_path, request):
     phase = Phase(objective, 40, 5e-3, "muon", calibrate=8, batch_statistics=model == "cnn")
     folder = request.getfixturevalue(model)
