@@ -24,8 +24,6 @@ from ..convert.library_files import config_of
 from ..convert.output import output_kind
 from ..core.errors import PublishError, RecipeError
 from ..core.pictures import fitted, noise_pictures
-from ..core.ranges import SIDE
-from ..core.settings import read_yaml
 from ..data.pictures import read_picture
 from ..evaluate.record import FILE, Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
