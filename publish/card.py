@@ -164,6 +164,9 @@ class _Words:
     def __bool__(self) -> bool:
         return bool(self._of)
 
+    def __str__(self) -> str:
+        return words.markdown(self._of)
+
 
 def _as_words(value: Any) -> Any:
     """`value` for the template: numbers, methods and what is Markdown already as they are."""
