@@ -415,7 +415,7 @@ def _override(values: Any, path: Sequence[str], value: Any, override: str) -> An
     place: Any = values
     try:
         for key, following in itertools.pairwise(path):
-            step = int(key) if isinstance(place, list) else key
+            step: Any = int(key) if isinstance(place, list) else key
             if key == "objective" and place[step] == following:
                 place[step] = {following: {}}
             place = place[step]

@@ -20,7 +20,7 @@ __all__ = ["KINDS", "OutputKind", "output_kind", "with_labels"]
 
 KINDS = (CLASSES, LABELS, REGRESSION, FEATURES)
 
-Opened = TypeVar("Opened", Teacher, Student)
+Opened = TypeVar("Opened", bound=Teacher | Student)
 
 
 @dataclasses.dataclass(frozen=True)

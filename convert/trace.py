@@ -40,7 +40,7 @@ def reads_colours(model: nn.Module) -> bool:
     return first is None or first.in_channels == 3
 
 
-def _check_channels(model: nn.Module, called: Mapping[str, None], readers: set[str]) -> None:
+def _check_channels(model: nn.Module, called: dict[str, None], readers: set[str]) -> None:
     """Raises PlanError where the layer that was called last cannot read a picture of three channels."""
     last = next(reversed(called), "")
     layer = model.get_submodule(last)

@@ -18,7 +18,7 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 from .errors import OptionError
 
@@ -43,7 +43,7 @@ __all__ = [
     "ranged",
 ]
 
-P, R = ParamSpec("P"), TypeVar("R")
+FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 MANY = 2**40  # more than anything that is counted here; arithmetic on it stays in 64 bits
 
 
@@ -90,6 +90,7 @@ class Range:
         return low and high and (self.infinite or value not in (math.inf, -math.inf)) and self.allows(value)
 
     def fault(self, value: Any) -> str:
+        kind: Any
         kind, name = (numbers.Integral, "a whole number, ") if self.whole else (numbers.Real, "a number, ")
         if isinstance(value, bool) or not isinstance(value, kind):
             return f"must be {name}{self}; got {repr(value)[:60]}"
@@ -141,17 +142,17 @@ WINDOW = Range(
 ASCENDING = Rising()
 
 
-def ranged(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def ranged(**ranges: Range) -> Callable[[FunctionT], FunctionT]:
     """Checks these parameters of a function, all at once, before it does anything. None, not given, is in every range.
 
     Raises OptionError (in the function that is made).
     """
 
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+    def decorate(function: FunctionT) -> FunctionT:
         signature = inspect.signature(function)
 
         @functools.wraps(function)
-        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        def checked(*args: Any, **kwargs: Any) -> Any:
             try:
                 given = signature.bind(*args, **kwargs).arguments
             except TypeError:  # the function says so itself
@@ -162,6 +163,6 @@ def ranged(**ranges: Range) -> Callable[[Callable[P, R]], Callable[P, R]]:
             return function(*args, **kwargs)
 
         checked.__dict__["ranges"] = ranges
-        return checked
+        return cast(FunctionT, checked)
 
     return decorate

@@ -154,7 +154,9 @@ class _Source(Protocol):
     """A tar's bytes, from front to end. `size`: how many they are, where that is known."""
 
     place: int
-    size: int | None
+
+    @property
+    def size(self) -> int | None: ...
 
     def take(self, count: int) -> bytes:
         """The next bytes; fewer only at the end."""

@@ -8,7 +8,7 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -178,7 +178,9 @@ def explain(
         if target is None:
             raise TargetError("target is missing. Pass a class, a Target such as TopTarget(), or SelfTarget().")
         _check_words(target)
-        return explain_scores(model, pictures, target, check=check, tolerance=tolerance, batch_size=batch_size)
+        return explain_scores(
+            model, pictures, cast(Any, target), check=check, tolerance=tolerance, batch_size=batch_size
+        )
     opened = _opened(model, head, image_size)
     if labels is not None:
         opened = with_labels(opened, labels)
@@ -227,7 +229,8 @@ def _check_kind(pictures: Any) -> None:
     if isinstance(pictures, Tensor):
         return
     single = isinstance(pictures, str | Path) or not isinstance(pictures, Sequence)
-    for one in [pictures] if single else pictures:
+    several: Any = [pictures] if single else pictures
+    for one in several:
         if not isinstance(one, str | Path):
             hint = "torch.from_numpy of it" if isinstance(one, np.ndarray) else "torch.stack of several"
             hint = "student.preprocess.transform()(picture)[None]" if isinstance(one, Image.Image) else hint

@@ -263,10 +263,11 @@ def moved_settings(values: Any, over: bool = False) -> tuple[Any, dict[str, list
     flat = {key: values[key] for key in MOVED if key in values} if isinstance(values, dict) else {}
     if not flat:
         return values, {}
-    known, phases = {**OBJECTIVES, **FITS}, values.get("phases")
+    known = {**OBJECTIVES, **FITS}
+    phases: Any = values.get("phases")
     moved: dict[str, list[int]] = {key: [] for key in flat}
     read = []
-    for number, phase in enumerate(phases if isinstance(phases, list) else ()):
+    for number, phase in enumerate(phases if isinstance(phases, list) else []):
         name, own = _parts(phase)
         if isinstance(name, str) and name in known and isinstance(own, dict):
             takes = {field.name for field in dataclasses.fields(known[name].config_class)}
