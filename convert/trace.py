@@ -47,8 +47,8 @@ def _check_channels(model: nn.Module, called: Mapping[str, None], readers: set[s
     if last in readers and isinstance(layer, nn.Conv2d) and layer.in_channels != 3:
         count = layer.in_channels
         raise PlanError(
-            f"{type(model).__name__} reads pictures of {count} channel{'s' if count > 1 else ''} ({last}); pictures "
-            f"have three here: red, green and blue. In Python, explain(MODULE, pictures (B, {count}, H, W), TARGET) "
+            f"{type(model).__name__} does not run on pictures of three channels, red, green and blue: its {last} reads "
+            f"{count}. In Python, explain(MODULE, pictures (B, {count}, H, W), TARGET) "
             "explains it as it is."
         )
 

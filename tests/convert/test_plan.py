@@ -327,7 +327,7 @@ def test_a_model_of_other_channels_is_told_so_and_not_to_change_the_size(teach, 
     model = Net()
     model.stem = nn.Conv2d(channels, 4, 3, padding=1)
     with pytest.raises(
-        PlanError, match=rf"Net reads pictures of {channels} channels? \(stem\).*have three here"
+        PlanError, match=rf"Net does not run on pictures of three channels, .*: its stem reads {channels}\. In Python"
     ) as caught:
         plan_for(teach(model), CONFIG)
     assert "image-size" not in str(caught.value)
