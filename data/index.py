@@ -344,8 +344,8 @@ def _each(
 
 def _indexed(path: Path) -> Shard:
     try:
+        stat = path.stat()  # says itself what is missing
         check_file(path, raises=DataError)
-        stat = path.stat()
         file = ShardFile(str(path), stat.st_size, stat.st_mtime_ns)
         return _cached(file, stat.st_ctime_ns) or _remember(_scan(file), stat.st_ctime_ns)
     except OSError as error:

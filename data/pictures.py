@@ -108,9 +108,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 @contextlib.contextmanager
 def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
-        check_file(Path(path), raises=DataError)
-        if (size := os.stat(path).st_size) > MAX_BYTES:
-            raise ValueError(f"it has {size} bytes; pictures have at most {MAX_BYTES}")
+        check_file(Path(path), MAX_BYTES, DataError)
         yield
     except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
         raise DataError(f"{path} is no picture that can be read: {reason(error)}.") from error

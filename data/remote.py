@@ -120,6 +120,7 @@ def chunks(source: str | os.PathLike[str], patience: Patience = PATIENCE) -> Ite
 
 def _file_chunks(path: Path) -> Iterator[bytes]:
     try:
+        path.stat()  # says itself what is missing
         check_file(path, raises=DataError)
         with path.open("rb") as stream:
             while data := stream.read(PIECE):

@@ -272,7 +272,7 @@ def test_what_is_no_regular_file_is_no_picture(tmp_path, look):
             look(f"{tmp_path}/{path}")
     with (tmp_path / "b.png").open("wb") as file:
         file.truncate(1 << 31)
-    with pytest.raises(DataError, match="it has 2147483648 bytes; pictures have at most"):
+    with pytest.raises(DataError, match="2,147,483,648 bytes; such a file has at most 1,073,741,824"):
         look(tmp_path / "b.png")
 
 
