@@ -5,6 +5,7 @@ Folders of students that lie about their weights are in `publish/test_malicious.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -24,8 +25,9 @@ from bcosify.cli.main import main
 from bcosify.convert import convert, load, load_teacher, save
 from bcosify.convert.libraries.open_clip.settings import checked_settings
 from bcosify.convert.libraries.transformers.files import checked_config
+from bcosify.convert.limits import bounded_run
 from bcosify.core import files
-from bcosify.core.errors import BcosifyError, CheckpointError, DataError, PublishError, SourceError
+from bcosify.core.errors import BcosifyError, CheckpointError, DataError, PublishError, SourceError, near_miss
 from bcosify.core.files import check_file, check_free, new_file, new_folder
 from bcosify.core.words import markdown, markdown_code, markdown_link, printable
 from bcosify.publish.card import card_of
@@ -440,6 +442,22 @@ def test_preprocessing_that_takes_no_end_or_makes_no_sense(folder_of, changes):
         load(resigned(folder))
     with pytest.raises(CheckpointError, match="does not say how pictures are prepared"):
         transformers.AutoImageProcessor.from_pretrained(folder)
+
+
+def test_attention_over_more_than_any_model_compares():
+    """60,000 register tokens are few numbers in a file."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    tokens, few = torch.empty(1, 1, 60_000, 8, device="meta"), torch.randn(1, 2, 5, 8)
+    with bounded_run("here"):
+        assert torch.equal(attend(few, few, few), attend(few, few, few))
+        with pytest.raises(CheckpointError, match="here describes a model that compares .* more than any in use"):
+            attend(tokens, tokens, tokens)
+
+
+def test_near_misses_are_not_looked_for_without_end():
+    assert near_miss("x" * 10**6, ["x" * 10**6]) == ""
+    assert near_miss("b", (str(number) for number in itertools.chain(range(10**9), ["b"]))) == ""
+    assert near_miss("tabbi", ["tabby"]) == " Did you mean 'tabby'?"
 
 
 # -------------------------------------------------------------------------------------------------------- tracebacks
