@@ -19,13 +19,14 @@ from ....core.errors import SourceError
 from ....core.quiet import quiet
 from ....core.tensors import mismatches
 from ..base import Source, Teacher
+from ..comparison import check_outputs
 from ..weights import mismatch_error, read_weights
 from .errors import translate_errors
 from .files import CONFIG, Place, fetched_encoder, locate
 from .preprocess import preprocess_of
 from .settings import checked_settings, encoder_folder
 from .text import TINY_TEXT, text_tower
-from .towers import OpenClipVision
+from .towers import OpenClipVision, library_output
 
 __all__ = ["build", "load", "load_options"]
 
@@ -70,12 +71,15 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
             has_text = _load_own(model, weights)
         elif place.weights is not None:
             open_clip.load_checkpoint(model, str(place.weights), strict=True)
-        vision = OpenClipVision(model.visual, image_size)
-        preprocess = preprocess_of(model.visual.preprocess_cfg, model.visual.image_size)
+        own = library_output(model.visual.eval()) if image_size is None else None
+        vision = OpenClipVision(model.visual, image_size).eval()
+        preprocess = preprocess_of(model.visual.preprocess_cfg, model.visual.image_size, f"open_clip:{name}")
+        if own is not None:
+            check_outputs(f"open_clip:{name}", vision, own[1], own[0], place.architecture)
         args = {"config": _vision_config(config), "image_size": image_size}
         source = Source(f"open_clip:{name}", "open_clip", place.architecture, args, place.revision)
         text = text_tower(model, config, place.folder) if has_text else None
-    return Teacher(vision.eval(), source, preprocess, None, text)
+    return Teacher(vision, source, preprocess, None, text)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ....core.errors import SourceError, near_miss
+from ....core.pictures import noise_pictures
 from ..base import FEATURES, Features, Source, Teacher
-from ..weights import with_weights
+from ..comparison import check_outputs
+from ..weights import build_on_meta, with_weights
 from .classes import embeds, names_of
 from .errors import translate_errors
 from .preprocess import preprocess_of
@@ -58,13 +60,18 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
             model = timm.create_model(name, pretrained=True, **args)
     else:
         model = bare() if weights is None else with_weights(bare, weights)
-    args |= _decided_by_weights(architecture, args, model)
+    args |= _decided_by_weights(architecture, args, model.eval())
+    with translate_errors(name):
+        own = _library_output(architecture, args, model)
+    if own is not None:
+        check_outputs(f"timm:{name}", model, own[1], own[0], architecture)
     source = Source(f"timm:{name}", "timm", architecture, args, revision=_revision(model) if published else None)
     # Weights of one's own are of other classes, even where there are as many.
     named = names_of(name, architecture, model) if weights is None else None
     names, named_by = named or (None, "")
     output = FEATURES if names is None and embeds(architecture, model) else None
-    return Teacher(model.eval(), source, preprocess_of(model), names, output=output, named_by=named_by)
+    preprocess = preprocess_of(model, f"timm:{name}")
+    return Teacher(model, source, preprocess, names, output=output, named_by=named_by)
 
 
 def build(source: Source) -> nn.Module:
@@ -149,6 +156,24 @@ def _accepted(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
     except Exception:  # noqa: BLE001 - any refusal only means "call it without"
         return args
     return {**OPTIONAL_ARGS, **args}
+
+
+@torch.no_grad()
+def _library_output(architecture: str, args: Mapping[str, Any], model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """(pictures (1, 3, H, W), outputs (1, D)) of the model as timm builds it without our arguments, at its own size.
+
+    It shares the weights of `model`. None where there are none of ours, so that `model` is timm's own.
+    """
+    import timm
+
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None or not OPTIONAL_ARGS.items() <= args.items() or getattr(model, "in_chans", 3) != 3:
+        return None
+    theirs = {key: value for key, value in args.items() if key not in OPTIONAL_ARGS}
+    plain = build_on_meta(lambda: timm.create_model(architecture, pretrained=False, **theirs))
+    plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    pictures = noise_pictures(1, size)
+    return pictures, plain.eval()(pictures)
 
 
 def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict[str, int]:

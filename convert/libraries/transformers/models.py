@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from ....core.errors import SourceError, near_miss
 from ..base import CLASSES, FEATURES, LABELS, REGRESSION, Source, Teacher
+from ..comparison import check_outputs
 from ..text import TextTower
 from ..weights import mismatch_error, read_weights
 from .errors import quiet, translate_errors
 from .files import checked_config, find_folder, is_dual, read_config
 from .preprocess import preprocess_of
 from .text import text_tower
-from .towers import HEADS, ImageTower, TransformersVision, class_named
+from .towers import HEADS, ImageTower, TransformersVision, class_named, library_output
 
 __all__ = ["build", "class_count", "load", "load_options", "output"]
 
@@ -49,10 +50,13 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
         state = None if weights is None else read_weights(weights)
         head = _head(values, state) if head == "auto" else head
         opened = _open(folder, values, head, reference, published, state, weights)
+        if opened.own is not None:
+            pictures, theirs = opened.own
+            check_outputs(reference, opened.vision.eval(), theirs, pictures, opened.architecture)
         teacher = Teacher(
             opened.vision.eval(),
             Source(reference, "transformers", opened.architecture, opened.args, revision if published else None),
-            preprocess_of(folder, opened.vision.config),
+            preprocess_of(folder, opened.vision.config, reference),
             # Weights of one's own are of other classes, even where there are as many.
             _labels(opened.config) if head == "classifier" and state is None else None,
             opened.text,
@@ -86,6 +90,7 @@ class _Opened:
     architecture: str
     args: dict[str, Any]
     config: Any
+    own: tuple[Tensor, Tensor] | None  # a picture, and what the library itself says of it
     text: TextTower | None = None
 
 
@@ -132,13 +137,14 @@ def _open(
         options = {"add_pooling_layer": False}
         model, info = make(**options)
     _check_complete(info, reference, type(model).__name__, weights, head)
+    own = library_output(model.eval(), head, config)
     if is_dual(values):
-        return _dual(folder, model, config, head)
+        return _dual(folder, model, config, head, own)
     args = {"config": _plain(config), "head": head, "dual": False, "options": options}
-    return _Opened(TransformersVision(model, head, config), model_class.__name__, args, config)
+    return _Opened(TransformersVision(model, head, config), model_class.__name__, args, config, own)
 
 
-def _dual(folder: Path, model: Any, config: Any, head: str) -> _Opened:
+def _dual(folder: Path, model: Any, config: Any, head: str, own: tuple[Tensor, Tensor] | None) -> _Opened:
     """Both halves of a dual encoder; the image half keeps its projection only where the embedding is wanted."""
     projection = model.visual_projection if hasattr(model, "visual_projection") and head == "embedding" else None
     tower = ImageTower(model.vision_model, projection)
@@ -153,7 +159,7 @@ def _dual(folder: Path, model: Any, config: Any, head: str) -> _Opened:
     }
     vision = TransformersVision(tower, head, config.vision_config)
     text = text_tower(folder, model, config) if comparable else None
-    return _Opened(vision, type(model).__name__, args, config, text)
+    return _Opened(vision, type(model).__name__, args, config, own, text)
 
 
 def _head(values: dict[str, Any], state: Mapping[str, Tensor] | None) -> str:

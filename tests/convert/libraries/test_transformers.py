@@ -73,6 +73,37 @@ FAMILIES = [
     ("ResNetModel", "ResNetConfig", {**STAGES, "embedding_size": 8}, "pooled", 16),
     ("ResNetForImageClassification", "ResNetConfig", {**STAGES, "embedding_size": 8, "num_labels": 5}, "classifier", 5),
 ]
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """The model with weights that let a wrong position table be seen."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0, 0.3)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [[32, 64], [16, 64], 32])
+def test_a_position_table_is_resampled_at_other_sizes_only(tmp_path, size):
+    config = transformers.ViTConfig(**{**VISION, "image_size": size})
+    model = drawn(transformers.ViTForImageClassification(config))
+    model.save_pretrained(tmp_path)
+    own = (size, size) if isinstance(size, int) else tuple(size)
+    transformers.ViTImageProcessor(size={"height": own[0], "width": own[1]}).save_pretrained(tmp_path)
+    teacher = load_teacher(f"hf:{tmp_path}")
+    pictures = torch.randn(2, 3, *own)
+    assert teacher.preprocess.size == own and torch.equal(teacher.model(pictures), model(pictures).logits)
+    assert convert(teacher).history.conversion.identity_error <= 1e-5
+    other = torch.randn(1, 3, 48, 48)
+    if size == 32:
+        wanted = model(other, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(teacher.model(other), wanted, rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(SourceError, match=f"for pictures of {own[0]} x {own[1]}, not 48 x 48.*square position"):
+            teacher.model(other)
+
+
 # Attention pools are another part's business: these tests hold with and without a rule for them.
 
 
