@@ -108,15 +108,16 @@ def is_whole(model: nn.Module) -> bool:
     return not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def assign_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def assign_weights(model: nn.Module, state: Mapping[str, Tensor], copy: bool = True) -> None:
     """Puts copies of the tensors in `state` in place of the model's, which must fit; what it ties stays tied.
 
-    Copies, because numbers that lie in memory as they do in a mapped file are summed in another order.
+    Copies, because numbers that lie in memory as they do in a mapped file are summed in another order. Without `copy`
+    the model shares their memory.
     """
     own = model.state_dict(keep_vars=True)
     names: dict[int, str] = {}
     first = {name: names.setdefault(id(tensor), name) for name, tensor in own.items()}
-    model.load_state_dict({name: state[first[name]].to(own[name].dtype, copy=True) for name in own}, assign=True)
+    model.load_state_dict({name: state[first[name]].to(own[name].dtype, copy=copy) for name in own}, assign=True)
     taken = model.state_dict(keep_vars=True)
     for name in own:
         owner, _, leaf = name.rpartition(".")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from .classes import embeds, names_of
 from .errors import translate_errors
 from .preprocess import preprocess_of
 
-__all__ = ["build", "check_buildable", "features", "load", "token_grid"]
+__all__ = ["build", "check_buildable", "features", "load", "own_head", "token_grid"]
 
 # Lets a transformer take any size that its patches divide; constructors that do not know it are called without.
 OPTIONAL_ARGS = {"dynamic_img_size": True}
@@ -104,6 +105,26 @@ def check_buildable(architecture: str, args: Mapping[str, Any]) -> None:
         raise SourceError(f"timm has no architecture {architecture!r} in itself.{hint}")
     if found := sorted(name for name in _factory_arguments() & set(args) if args[name]):
         raise SourceError(f"timm's {architecture} with {', '.join(found)}: a recorded model is only ever built empty.")
+
+
+def own_head(source: Source, model: nn.Module) -> tuple[Source, int] | None:
+    """`source` with the number of classes that the classifier of `model` has, where it was given another one."""
+    get = getattr(model, "get_classifier", None)
+    head = get() if callable(get) else None
+    head = head[0] if isinstance(head, tuple | list) else head
+    count = 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", getattr(head, "out_channels", None))
+    # A model without its classifier still says so by itself.
+    if not isinstance(count, int) or count == _built_classes(source):
+        return None
+    return dataclasses.replace(source, model_args={**source.model_args, "num_classes": count}), count
+
+
+def _built_classes(source: Source) -> int | None:
+    """How many classes the skeleton of `source` has."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(source.architecture)
+    return source.model_args.get("num_classes", config.num_classes if config else None)
 
 
 def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:

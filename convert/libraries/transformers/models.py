@@ -24,7 +24,7 @@ from .preprocess import preprocess_of
 from .text import text_tower
 from .towers import HEADS, ImageTower, TransformersVision, class_named, library_output
 
-__all__ = ["build", "class_count", "load", "load_options", "output"]
+__all__ = ["build", "class_count", "load", "load_options", "output", "own_head"]
 
 
 def load(name: str, *, pretrained: bool = True, weights: Path | None = None, head: str = "auto") -> Teacher:
@@ -259,6 +259,16 @@ def output(source: Source, count: int) -> str:
         return FEATURES
     problem = source.model_args["config"].get("problem_type")
     return PROBLEMS.get(problem, CLASSES if count > 1 else REGRESSION)
+
+
+def own_head(source: Source, model: nn.Module) -> tuple[Source, int] | None:
+    """`source` with the number of classes that the classifier of `model` has, where it was given another one."""
+    count = _class_count(dict(model.named_parameters())) if source.model_args["head"] == "classifier" else None
+    config = source.model_args["config"]
+    if count is None or count == config["num_labels"]:
+        return None
+    args = {**source.model_args, "config": {**config, "num_labels": count}}
+    return dataclasses.replace(source, model_args=args), count
 
 
 def load_options(source: Source) -> dict[str, Any]:
