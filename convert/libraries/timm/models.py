@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ....core.errors import SourceError, near_miss
 from ....core.pictures import noise_pictures
 from ..base import FEATURES, Features, Source, Teacher
 from ..comparison import check_outputs
-from ..weights import build_on_meta, with_weights
+from ..weights import build_on_meta, prefix_of, with_weights
 from .classes import embeds, names_of
 from .errors import translate_errors
 from .preprocess import preprocess_of
@@ -60,7 +61,7 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
         with translate_errors(name):
             model = timm.create_model(name, pretrained=True, **args)
     else:
-        model = bare() if weights is None else with_weights(bare, weights)
+        model = bare() if weights is None else with_weights(bare, weights, _resampled)
     args |= _decided_by_weights(architecture, args, model.eval())
     with translate_errors(name):
         own = _library_output(architecture, args, model)
@@ -197,8 +198,20 @@ def _library_output(architecture: str, args: Mapping[str, Any], model: nn.Module
     return pictures, plain.eval()(pictures)
 
 
+def _resampled(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with position tables of another size at that of `model`, by timm's own filter of its checkpoints."""
+    own = model.state_dict()
+    filtered = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if filtered is None or all(name not in own or own[name].shape == value.shape for name, value in state.items()):
+        return state
+    with contextlib.suppress(Exception):  # what it cannot read is said as it does not fit
+        return filtered(state, model)
+    return state
+
+
 def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict[str, int]:
     """`num_classes` as the classifier in `weights` has it, so that a fine-tuned model loads without being told."""
+    import timm
     from timm.models import get_pretrained_cfg
 
     if "num_classes" in args or not weights.is_file() or weights.suffix != ".safetensors":
@@ -208,6 +221,9 @@ def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict
     with contextlib.suppress(SafetensorError), safe_open(weights, "pt") as file:
         if isinstance(classifier, str):
             key = f"{classifier}.weight"
+            if key not in file.keys():
+                own = build_on_meta(lambda: timm.create_model(architecture, pretrained=False, **args))
+                key = prefix_of(file.keys(), own.state_dict()) + key
             return {"num_classes": file.get_slice(key).get_shape()[0] if key in file.keys() else 0}
     return {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,9 +18,9 @@ from ....core.errors import SourceError, near_miss
 from ..base import CLASSES, FEATURES, LABELS, REGRESSION, Source, Teacher
 from ..comparison import check_outputs
 from ..text import TextTower
-from ..weights import mismatch_error, read_weights
+from ..weights import mismatch_error, own_weights, prefix_of, read_weights, tell
 from .errors import quiet, translate_errors
-from .files import checked_config, find_folder, is_dual, read_config
+from .files import checked_config, find_folder, is_dual, model_size, read_config
 from .preprocess import preprocess_of
 from .text import text_tower
 from .towers import HEADS, ImageTower, TransformersVision, class_named, library_output
@@ -80,6 +81,43 @@ def build(source: Source) -> nn.Module:
         return TransformersVision(model, head, config).eval()
 
 
+def _own(weights: Path, model_class: Any, config: Any) -> tuple[dict[str, Tensor], str]:
+    """The state dict in `weights` in the names of `model_class`, which gets the size that its position table has.
+
+    At other sizes transformers resamples the table whenever the model runs.
+    """
+    wanted = _names(model_class, config)
+    base = f"{model_class.base_model_prefix}."
+    if prefix_of(read_weights(weights), wanted) == base:  # transformers' own, which it takes off by itself
+        return read_weights(weights), ""
+    state, said = own_weights(weights, wanted)
+    vision, table = getattr(config, "vision_config", config), _table(state)
+    before = _table(wanted)
+    size = model_size(config)
+    patch = getattr(vision, "patch_size", None)
+    if table and before and size and isinstance(patch, int) and size[0] == size[1]:
+        # Class and register tokens have places of their own, as many at every size.
+        places = table[1].shape[-2] - before[1].shape[-2] + (size[0] // patch) ** 2
+        found = math.isqrt(max(places, 0))
+        if found * found != places or found == size[0] // patch:
+            return state, said
+        vision.image_size = found * patch
+        more = f"{table[0]} is for pictures of {vision.image_size} pixels, not {size[0]}, and is resampled at others"
+        said = f"{said.removesuffix('.')}; {more}." if said else f"--weights {weights}: {more}."
+    return state, said
+
+
+def _names(model_class: Any, config: Any) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return model_class(config).state_dict()
+
+
+def _table(state: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
+    """(name, values (..., N, C)) of the position table of pictures, where there is one."""
+    found = [name for name in state if re.search(r"position_embeddings?(\.weight)?$", name) and "text" not in name]
+    return (found[0], state[found[0]]) if found else None
+
+
 # Arguments of a model class beside its configuration, that a record may have.
 OPTIONS = ("add_pooling_layer",)
 
@@ -109,6 +147,9 @@ def _open(
         if count is not None and count != config.num_labels:
             config.num_labels = count
     model_class = _model_class(values, config, head, reference)
+    if weights is not None:
+        state, said = _own(weights, model_class, config)
+        tell(said)
 
     def make(**options: Any) -> tuple[Any, dict[str, Any]]:
         if state is not None:
