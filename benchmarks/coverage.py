@@ -21,7 +21,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from bcosify.convert.student import carrying
 from bcosify.core.errors import BcosifyError, PlanError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
+from processors import Processor, processors, table
 from tqdm import tqdm
 from zoo import Entry, compare_entry, entries, first_of_families, load_entry
 
@@ -309,7 +310,9 @@ COMPARED = (
 )
 
 
-def markdown(rows: list[Row], machine: dict[str, Any], method: Method, subset: str = "") -> str:
+def markdown(
+    rows: list[Row], machine: dict[str, Any], method: Method, subset: str = "", processors: Sequence[Processor] = ()
+) -> str:
     config = method.config_class()
     start, half = described(method.start(config)), described(half_way(method, config))
     versions = ", ".join(f"{name} {version}" for name, version in machine.items())
@@ -341,6 +344,8 @@ def markdown(rows: list[Row], machine: dict[str, Any], method: Method, subset: s
         for row in rows:
             if row.library == library:
                 lines.append(f"| {' | '.join(cell(row).replace('|', ' ') for cell in COLUMNS.values())} |")
+    if processors:
+        lines += ["", *table(processors)]
     return "\n".join(lines) + "\n"
 
 
@@ -379,7 +384,8 @@ def main() -> None:
     if not options.only:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         subset = " One architecture of every family: the first that `benchmarks/zoo.py` names." if options.first else ""
-        options.out.write_text(markdown(rows, machine, find_method(options.method), subset))
+        prepared = processors() if options.method == "bcos" else []
+        options.out.write_text(markdown(rows, machine, find_method(options.method), subset, prepared))
     for row in rows:
         if not row.converts:
             why = row.refusal or row.failure or "not exact"
