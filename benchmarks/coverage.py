@@ -1,11 +1,12 @@
 """Which architectures convert exactly, explain exactly, and come back from disk: docs/coverage.md, one row each.
 
-    python benchmarks/coverage.py [--method coda] [--only swin vit] [--jobs 2] [--timeout 240]
+    python benchmarks/coverage.py [--method coda] [--only swin vit] [--first] [--jobs 2] [--timeout 240]
 
 Every architecture gets random weights, biases and statistics, is converted, and compared with itself: where a method
 starts (B = 1, beta = 1) the student must be its teacher. The ledger is checked on the original and on the student,
-also half way to where alignment takes it (B = 1.5, beta = 0.5); the end (B = 2 without biases) must be finite. Models
-are measured in worker processes, so that a crash or a hang costs one row.
+also half way to where alignment takes it (B = 1.5, beta = 0.5), and with none, half and all of the biases carried; the
+end (B = 2 without biases) must be finite. What goes into the original and comes out of it is compared with the
+library's own. Models are measured in worker processes, so that a crash or a hang costs one row.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from bcosify.convert.student import carrying
 from bcosify.core.errors import BcosifyError, PlanError
 from bcosify.core.pictures import noise_pictures
 from bcosify.explain import explain
+from processors import Processor, processors, table
 from tqdm import tqdm
-from zoo import Entry, entries, load_entry
+from zoo import Entry, compare_entry, entries, first_of_families, load_entry
 
 LIMIT = 1e-4
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +52,8 @@ class Row:
     architecture: str
     size: int | None = None
     parameters: int | None = None
+    processor: float | None = None
+    teacher: float | None = None
     swaps: dict[str, int] = dataclasses.field(default_factory=dict)
     identity: float | None = None
     ledger_teacher: float | None = None
@@ -82,6 +86,8 @@ def measure(entry: Entry, method: Method) -> Row:
     row = Row(entry.library, entry.family, entry.architecture, entry.size)
     config = method.config_class()
     try:
+        if method.name == "bcos":  # what goes in and comes out of the original is the same to all methods
+            row.processor, row.teacher = compare_entry(entry)
         teacher = load_entry(entry)
         row.size = teacher.preprocess.size[0]
         row.parameters = sum(parameter.numel() for parameter in teacher.model.parameters())
@@ -126,16 +132,22 @@ def ledger(model: torch.nn.Module, pictures: torch.Tensor) -> tuple[float, float
     return float(residual.nan_to_num(torch.inf).max()), float((inputs / (inputs + constants)).mean())
 
 
-def carried_ledgers(student: Student, pictures: torch.Tensor, start: dict[str, float]) -> float | None:
-    """The worst residual of both sums of three parts, with half of the biases carried and with all of them.
+# How many places of a map biases are carried from: few, and those of `convert`'s cost table.
+WINDOWS = (3.0, 7.0)
 
-    None where no layer carries any. (With none carried it is the student's own ledger.)
+
+def carried_ledgers(student: Student, pictures: torch.Tensor, start: dict[str, float]) -> float | None:
+    """The worst residual of both sums of three parts (direct, carried, constants) with none, half and all carried.
+
+    With each of the windows where the student has windows. None where no layer carries any.
     """
     if not (carried := carrying(student.model)):
         return None
+    windows: list[dict[str, float]] = [{"window": window} for window in WINDOWS] if "window" in carried else [{}]
+    moved = [{"beta": 1 - share, "carry": share, **window} for share in (0.5, 1.0) for window in windows]
     worst = 0.0
-    for share in (0.5, 1.0):
-        set_strength(student.model, **{**start, **carried, "beta": 1 - share, "carry": share})
+    for strengths in [{"beta": 1.0, "carry": 0.0}, *moved]:
+        set_strength(student.model, **{**start, **strengths})
         explanation = explain(student.model, pictures, [0, 1], check=False)
         for residual in filter(lambda found: found is not None, (explanation.residual, explanation.direct_residual)):
             relative = residual.abs() / explanation.scores.abs().clamp_min(1)
@@ -270,6 +282,8 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "architecture": lambda row: f"`{row.architecture}`",
     "size": lambda row: str(row.size or ""),
     "swapped layers": lambda row: ", ".join(f"{count} {name}" for name, count in sorted(row.swaps.items())),
+    "processor": lambda row: number(row.processor),
+    "teacher": lambda row: number(row.teacher),
     "identity error": lambda row: number(row.identity),
     "ledger, student": lambda row: number(row.ledger_student),
     "ledger, carried": lambda row: number(row.ledger_carried),
@@ -288,20 +302,33 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
-def markdown(rows: list[Row], machine: dict[str, Any], method: Method) -> str:
+COMPARED = (
+    "- processor: two odd-sized pictures, wide and upright, as they are prepared here and by the library's own "
+    "processor or transform: largest difference, over the largest number where that is above 1 (limit 1e-4)",
+    "- teacher: largest difference of the original as it is loaded here and the library's own forward pass, at the "
+    "model's own size, over the largest output (limit 1e-5)",
+)
+
+
+def markdown(
+    rows: list[Row], machine: dict[str, Any], method: Method, subset: str = "", processors: Sequence[Processor] = ()
+) -> str:
     config = method.config_class()
     start, half = described(method.start(config)), described(half_way(method, config))
+    versions = ", ".join(f"{name} {version}" for name, version in machine.items())
     lines = [
         "# Coverage",
         "",
         f"Written by `python benchmarks/coverage.py --method {method.name}`; do not edit. Random weights, biases and "
-        f"BatchNorm statistics; float32; {', '.join(f'{name} {version}' for name, version in machine.items())}.",
+        f"BatchNorm statistics; float32; {versions}.{subset}",
         "",
+        *(COMPARED if method.name == "bcos" else ()),
         f"- identity error: largest difference of student ({start}) and original, over the largest output",
         "- ledger: largest |score - input part - constants| over max(1, |score|); of the student the worse of "
         f"{start} and {half}; of the original as it is",
-        "- ledger, carried: the same of direct part + carried part + constants, and of the carried biases one by one, "
-        "with half and with all of the biases carried, in BatchNorms within 7 places",
+        "- ledger, carried: the worst of the same of direct part + carried part + constants, and of the carried biases "
+        "one by one, with none, half and all of the biases carried (`set_strength` moves `carry`); of BatchNorms from "
+        f"windows of {' and of '.join(f'{window:g}' for window in WINDOWS)} places. Empty where nothing is carried",
         f"- input's share: |input part| in |input part| + |constants|, at {start}",
         "- save/load: the folder loads strictly and computes the same",
         "- another size: the student equals its original at a size that the conversion did not see",
@@ -317,6 +344,8 @@ def markdown(rows: list[Row], machine: dict[str, Any], method: Method) -> str:
         for row in rows:
             if row.library == library:
                 lines.append(f"| {' | '.join(cell(row).replace('|', ' ') for cell in COLUMNS.values())} |")
+    if processors:
+        lines += ["", *table(processors)]
     return "\n".join(lines) + "\n"
 
 
@@ -324,6 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=METHODS, default="bcos", help="the target family")
     parser.add_argument("--only", nargs="+", default=[], help="entries whose library, family or name holds a word")
+    parser.add_argument("--first", action="store_true", help="one entry of every family: the first that zoo.py names")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--out", type=Path, help="default: docs/coverage.md, of another method docs/coverage-METHOD.md")
@@ -334,7 +364,7 @@ def main() -> None:
     options.json = options.json or ROOT / "runs" / f"{stem}.json"
     wanted = [
         entry
-        for entry in entries()
+        for entry in (first_of_families() if options.first else entries())
         if not options.only
         or any(word in f"{entry.library}/{entry.family}/{entry.architecture}" for word in options.only)
     ]
@@ -353,7 +383,9 @@ def main() -> None:
     options.json.write_text(json.dumps(result, indent=1))
     if not options.only:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(markdown(rows, machine, find_method(options.method)))
+        subset = " One architecture of every family: the first that `benchmarks/zoo.py` names." if options.first else ""
+        prepared = processors() if options.method == "bcos" else []
+        options.out.write_text(markdown(rows, machine, find_method(options.method), subset, prepared))
     for row in rows:
         if not row.converts:
             why = row.refusal or row.failure or "not exact"

@@ -15,11 +15,17 @@ from typing import Any
 import torch
 from bcosify.convert import Preprocess, Source, Teacher, load_teacher
 from bcosify.convert.libraries import build
+from bcosify.convert.libraries.comparison import odd_pictures, odd_square, picture_difference
+from bcosify.convert.libraries.open_clip.preprocess import preprocess_of as open_clip_record
+from bcosify.convert.libraries.open_clip.text import TINY_TEXT
 from bcosify.convert.libraries.timm.models import load as load_timm
+from bcosify.convert.libraries.transformers.preprocess import SIBLINGS, pixels_of
+from bcosify.convert.libraries.transformers.towers import library_output as library_output_of
 from bcosify.convert.randomise import randomise
 from bcosify.core.pictures import noise_pictures
+from bcosify.core.tensors import relative_error
 
-__all__ = ["Entry", "entries", "load_entry"]
+__all__ = ["Entry", "compare_entry", "entries", "first_of_families", "load_entry"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -268,6 +274,93 @@ def entries(*, every_test_model: bool = True) -> list[Entry]:
     return [*listed, *OPEN_CLIP, *TRANSFORMERS]
 
 
+def first_of_families() -> list[Entry]:
+    """One entry of every family: the first that the tables name, and the first that timm lists of the others."""
+    found: dict[tuple[str, str], Entry] = {}
+    for entry in [*TIMM, *entries(every_test_model=False)]:
+        found.setdefault((entry.library, entry.family), entry)
+    return sorted(found.values(), key=lambda entry: [*LOADERS].index(entry.library))
+
+
+def compare_entry(entry: Entry) -> tuple[float, float]:
+    """How far an entry's teacher is from the library's own: (of prepared odd pictures, of outputs at its own size).
+
+    The first over the largest number where that is above 1, the second relative. Both with random weights.
+    """
+    torch.manual_seed(0)
+    teacher, pictures, theirs, own = COMPARISONS[entry.library](entry)
+    with torch.no_grad():
+        # SigLIP2's own keeps the aspect of a picture, which a batch of one size cannot.
+        shown = odd_square() if "Siglip2" in entry.architecture else odd_pictures()
+        prepared = picture_difference(teacher.preprocess.transform(), own, shown)
+        return prepared, relative_error(teacher.model(pictures), theirs)
+
+
+Compared = tuple[Teacher, torch.Tensor, torch.Tensor, Callable[[Any], torch.Tensor]]
+
+
+@torch.no_grad()
+def _compare_timm(entry: Entry) -> Compared:
+    """timm's model of the same weights, without any argument of ours, and its transform."""
+    import timm
+
+    teacher = load_timm(entry.architecture, pretrained=False, **entry.args)
+    model: Any = timm.create_model(entry.architecture, pretrained=False, **entry.args).eval()
+    randomise(teacher.model, noise_pictures(2, _size(entry, teacher)))
+    model.load_state_dict(teacher.model.state_dict())
+    pictures = noise_pictures(1, _size(entry, teacher))
+    config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined]
+    transform: Any = timm.data.create_transform(**config, is_training=False)  # type: ignore[attr-defined]
+    return teacher, pictures, model(pictures), transform
+
+
+@torch.no_grad()
+def _compare_open_clip(entry: Entry) -> Compared:
+    """open_clip's image tower of the same weights, and its transform."""
+    import open_clip
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    teacher = _load_open_clip(entry)
+    config = teacher.source.model_args["config"]
+    text = open_clip.CLIPTextCfg(**TINY_TEXT)
+    visual: Any = open_clip.CustomTextCLIP(config["embed_dim"], config["vision_cfg"], text, config["quick_gelu"]).visual
+    randomise(teacher.model, noise_pictures(2, _size(entry, teacher)))
+    visual.eval().load_state_dict(teacher.model.get_submodule("visual").state_dict())
+    pictures = noise_pictures(1, _size(entry, teacher))
+    settings = PreprocessCfg(size=_size(entry, teacher))
+    own = visual(pictures)
+    record = open_clip_record(dataclasses.asdict(settings), settings.size)
+    own = own if isinstance(own, torch.Tensor) else own[0]
+    return dataclasses.replace(teacher, preprocess=record), pictures, own, image_transform_v2(settings, is_train=False)
+
+
+@torch.no_grad()
+def _compare_transformers(entry: Entry) -> Compared:
+    """transformers' own model, called as its users call it, and the image processor of its type."""
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    model_class: Any = getattr(transformers, entry.architecture)
+    model = model_class(model_class.config_class(**entry.args)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    kind = model.config.model_type.removesuffix("_vision_model")
+    config_class: Any = transformers.AutoConfig.for_model(SIBLINGS.get(kind, kind))
+    processor = IMAGE_PROCESSOR_MAPPING[type(config_class)]["torchvision"]()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        teacher = load_teacher(f"hf:{folder}")
+    own = library_output_of(model, teacher.source.model_args["head"], model.config)
+    assert own is not None
+    return teacher, *own, lambda picture: pixels_of(processor(images=picture, return_tensors="pt"))
+
+
+def _size(entry: Entry, teacher: Teacher) -> tuple[int, int]:
+    return teacher.preprocess.at(entry.size).size
+
+
 def load_entry(entry: Entry, dtype: torch.dtype = torch.float32) -> Teacher:
     """The teacher of an entry, with random weights that make a check mean something."""
     torch.manual_seed(0)
@@ -313,4 +406,9 @@ LOADERS: dict[str, Callable[[Entry], Teacher]] = {
     "timm": _load_timm,
     "open_clip": _load_open_clip,
     "transformers": _load_transformers,
+}
+COMPARISONS: dict[str, Callable[[Entry], Compared]] = {
+    "timm": _compare_timm,
+    "open_clip": _compare_open_clip,
+    "transformers": _compare_transformers,
 }

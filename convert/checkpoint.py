@@ -44,7 +44,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..core.errors import CheckpointError, PlanError, SourceError, first_line, translated
-from ..core.files import file_digest, finite, json_text, new_folder, read_json
+from ..core.files import check_free, file_digest, finite, json_text, new_folder, read_json
 from ..core.pictures import fitted, noise_pictures
 from ..core.settings import faults, parse
 from ..core.tensors import mismatches, relative_error, untied_state
@@ -60,6 +60,7 @@ from .limits import Header, bounded_run, check_inside, check_numbers, read_heade
 from .methods import find_method
 from .output import KINDS, output_kind
 from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
+from .rebuilt import check_loadable
 from .student import Student, output_of
 
 __all__ = ["load", "read_record", "save", "skeleton", "text_of", "written"]
@@ -79,9 +80,12 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
     """Writes the folder `out` whole, or nothing.
 
     Raises:
-        CheckpointError: `out` exists (without `overwrite`), or the disk refuses.
+        CheckpointError: `out` exists (without `overwrite`), the disk refuses, or `load` would not give the same model
+            again (see `rebuilt`).
     """
     out = Path(out)
+    check_free(out, overwrite, written)
+    check_loadable(student)
     with new_folder(out, overwrite, written) as folder:
         save_file(untied_state(student.model), folder / WEIGHTS, metadata={"format": "pt"})
         picture = noise_pictures(1, student.preprocess.size)

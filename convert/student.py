@@ -15,7 +15,7 @@ from ..core.pictures import fitted, noise_pictures
 from ..core.tensors import relative_error
 from .history import Conversion, History
 from .layers import STRENGTHS, described, estimate_gains, fold_gains, set_strength, strength_spans, watching
-from .libraries import Preprocess, Source, Teacher, Text, check_plain
+from .libraries import Preprocess, Source, Teacher, Text, check_plain, with_own_head
 from .methods import find_method, method_of
 from .plan import Plan, apply_plan, plan_conversion
 
@@ -85,6 +85,7 @@ def convert_teacher(teacher: Teacher, config: Any = "bcos", *, plan: Plan | None
     """
     config = _settings(config)
     check_plain(teacher.model, teacher.source.reference)
+    teacher = with_own_head(teacher)
     plan = plan or plan_teacher(teacher, config)
     original = _in_single_precision(teacher.model)
     model = copy.deepcopy(original)

@@ -32,7 +32,7 @@ from .base import (
     register,
     register_schemes,
 )
-from .references import build, load_teacher, origin_of, reference_forms, reload_teacher, token_grid
+from .references import build, load_teacher, origin_of, reference_forms, reload_teacher, token_grid, with_own_head
 from .saved_text import SavedText
 from .text import Text, TextTower, embed_texts, probabilities
 from .weights import check_plain
@@ -68,6 +68,7 @@ __all__ = [
     "register_schemes",
     "reload_teacher",
     "token_grid",
+    "with_own_head",
 ]
 
 register(timm.LIBRARY)

@@ -307,6 +307,10 @@ def _kind(source: Source, count: int) -> str:
     return CLASSES if count > 1 else REGRESSION if count else FEATURES
 
 
+def _as_recorded(source: Source, model: nn.Module) -> None:
+    return None
+
+
 def _features(network: nn.Module, pictures: Tensor, has_classes: bool) -> Features:
     output = network(pictures)
     return Features(None, None if has_classes else output)
@@ -325,6 +329,8 @@ class Library:
             of pooling; raises SourceError where they cannot be had.
         class_count: (source, model) -> how many outputs its head has; 0 for features and embeddings.
         output: (source, that count) -> what they are; see `output.output_kind`, which is where to ask.
+        own_head: (source, model) -> (the source that builds a head of as many outputs as that of `model` has, how
+            many), where it was given another one than `source` builds; else None.
         features: (network, pictures, whether its outputs are logits) -> `Features`.
         open_text: (folder, facts) -> the text tower that was saved there, with random weights; None without such.
         load_options: source -> the options of its scheme that make its teacher again.
@@ -345,6 +351,7 @@ class Library:
     token_grid: Callable[[nn.Module, Tensor], Tensor] = _no_grid
     class_count: Callable[[Source, nn.Module], int] = _num_classes
     output: Callable[[Source, int], str] = _kind
+    own_head: Callable[[Source, nn.Module], tuple[Source, int] | None] = _as_recorded
     features: Callable[[Any, Tensor, bool], Features] = _features
     open_text: Callable[[Path, Mapping[str, Any]], TextTower] | None = None
     load_options: Callable[[Source], dict[str, Any]] = _no_options

@@ -7,6 +7,7 @@ them. `dir:PATH` is a local folder of any library: the files in it decide which.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ...core.files import file_digest, read_json
 from .base import DIR, LIBRARIES, SCHEMES, Origin, Scheme, Source, Teacher, find_library
 from .weights import check_plain
 
-__all__ = ["build", "load_teacher", "origin_of", "reference_forms", "reload_teacher", "token_grid"]
+__all__ = ["build", "load_teacher", "origin_of", "reference_forms", "reload_teacher", "token_grid", "with_own_head"]
 
 RANDOM = "random"
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -96,6 +97,25 @@ def reload_teacher(source: Source, weights: str | Path | None = None) -> Teacher
 def build(source: Source) -> nn.Module:
     """The empty skeleton of `source`, in eval mode; raises SourceError where no library of that name is known."""
     return find_library(source.library, "cannot build models of").build(source)
+
+
+def with_own_head(teacher: Teacher) -> Teacher:
+    """`teacher` with a source that builds a classifier of as many classes as its model has, where it was given another.
+
+    Names of classes that do not fit it are left out, with a warning.
+    """
+    found = find_library(teacher.source.library).own_head(teacher.source, teacher.model)
+    if found is None:
+        return teacher
+    (source, count), labels = found, teacher.labels
+    if labels is not None and len(labels) != count:
+        warnings.warn(
+            f"{source.reference}: {len(labels)} names of classes do not fit a classifier of {count}; it has none then. "
+            "Give it its own: dataclasses.replace(teacher, labels=(...)).",
+            stacklevel=3,
+        )
+        labels = None
+    return dataclasses.replace(teacher, source=source, labels=labels)
 
 
 def token_grid(source: Source, model: nn.Module, pictures: Tensor) -> Tensor:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,53 +25,127 @@ __all__ = [
     "is_whole",
     "load_weights",
     "mismatch_error",
+    "own_weights",
+    "prefix_of",
     "read_weights",
+    "tell",
     "with_weights",
 ]
 
-# What `torch.compile` puts before every key of a state dict.
-COMPILED = "_orig_mod."
 # Where classes of quantised layers live: their weights are no numbers that a conversion could read.
 QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic", "torchao.", "bitsandbytes.", "auto_gptq.", "awq.")
 
 
+# One line of Python that makes safetensors of any checkpoint: wrappers become the beginnings of names.
+CONVERT = (
+    "import torch, safetensors.torch as s; "
+    "f = lambda d, p='': {k: v for n, x in d.items() for k, v in (f(x, f'{p}{n}.') if isinstance(x, dict) else "
+    "{f'{p}{n}': x.clone().contiguous()} if isinstance(x, torch.Tensor) else {}).items()}; "
+    "s.save_file(f(torch.load('FILE', map_location='cpu', weights_only=True)), 'weights.safetensors')"
+)
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file; raises SourceError for a pickle (unread), a broken file, a compiled model."""
+    """The tensors in a safetensors file; raises SourceError for a pickle (which is not read) and a broken file."""
     if path.suffix != ".safetensors":
         raise SourceError(
-            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it "
-            f"once, where you trust it: "
-            'safetensors.torch.save_file(torch.load(FILE, weights_only=True), "weights.safetensors")'
+            f"--weights {path}: only .safetensors is read, as a pickle can run code. Convert it once, where you trust "
+            f'it: python -c "{CONVERT.replace("FILE", str(path))}"'
         )
     try:
-        state = load_file(path)
+        return load_file(path)
     except (OSError, SafetensorError) as error:
         raise SourceError(f"--weights {path}: cannot be read as safetensors: {error}") from error
-    if any(key.startswith(COMPILED) for key in state):
-        raise SourceError(
-            f"--weights {path}: the keys begin with {COMPILED!r}, so this is what torch.compile made of a model. "
-            "Save the model inside instead: save_file(model._orig_mod.state_dict(), FILE)."
-        )
+
+
+def prefix_of(names: Iterable[str], wanted: Iterable[str]) -> str:
+    """What stands in front of the names of a model, `wanted`, in a file with `names`: `module.`, `state_dict.model.`.
+
+    Some names need be found behind it, as transformers renames others when it loads them, and at least half as many as
+    the model has must have it; else nothing. Of several that hold as much, the bare names first, then an average
+    (`ema`), as timm does.
+    """
+    names = list(names)
+    needed = {name for name in wanted if not name.endswith(COUNTER)}
+    held: Counter[str] = Counter()
+    for name in names:
+        places = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        held.update(name[:place] for place in places if name[place:] in needed)
+    found = [prefix for prefix in held if 2 * sum(name.startswith(prefix) for name in names) >= len(needed)]
+    order = sorted(found, key=lambda prefix: (-held[prefix], prefix != "", "ema" not in prefix, len(prefix), prefix))
+    return order[0] if order else ""
+
+
+# Counts the batches of training; older files do not have it, and evaluation does not read it.
+COUNTER = "num_batches_tracked"
+
+State = dict[str, Tensor]
+
+
+def own_weights(
+    path: Path, wanted: Mapping[str, Tensor], fit: Callable[[State], State] = lambda state: state
+) -> tuple[State, str]:
+    """(the state dict in `path` in the names of a model whose own is `wanted`, what was done to it in words).
+
+    Args:
+        fit: what its library does to checkpoints, such as resampling position tables of another size.
+    """
+    state = read_weights(path)
+    prefix, said = prefix_of(state, wanted), []
+    if prefix:
+        others = [name for name in state if not name.startswith(prefix)]
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        said.append(f"names are taken without {prefix!r} in front")
+        if others:
+            said.append(f"{len(others)} tensors that are called otherwise are left out, such as {others[0]}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    state = dict(fit(state))
+    changed = [name for name, tensor in state.items() if shapes.get(name, tensor.shape) != tensor.shape]
+    said += [f"{name} is resampled from {shapes[name]} to {tuple(state[name].shape)}" for name in changed]
+    for name in wanted:
+        if name.endswith(COUNTER) and name not in state:
+            state[name] = torch.zeros_like(wanted[name], device="cpu")
+    return state, f"--weights {path}: {'; '.join(said)}." if said else ""
+
+
+def with_weights(
+    build: Callable[[], nn.Module],
+    path: Path,
+    fit: Callable[[nn.Module, State], State] = lambda model, state: state,
+) -> nn.Module:
+    """The model that `build` makes, with the state dict in `path`: no random weights first, and no second copy.
+
+    Args:
+        fit: (model, state dict) -> the state dict, as its library fits checkpoints to the model.
+    """
+    model = build_on_meta(build)
+    state = _fitting(model, path, partial(fit, model))
+    assign_weights(model, state)
+    if not is_whole(model):
+        model = build()
+        assign_weights(model, state)
+    return model
+
+
+def _fitting(model: nn.Module, path: Path, fit: Callable[[State], State] = lambda state: state) -> State:
+    """`own_weights` for `model`; raises SourceError that names the first keys that do not fit."""
+    wanted = model.state_dict()
+    state, said = own_weights(path, wanted, fit)
+    if faults := mismatches(wanted, state):
+        raise mismatch_error(path, type(model).__name__, faults)
+    tell(said)
     return state
 
 
-def with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
-    """The model that `build` makes, with the state dict in `path`: no random weights first, and no second copy."""
-    model = build_on_meta(build)
-    load_weights(model, path)
-    if not is_whole(model):
-        model = build()
-        load_weights(model, path)
-    return model
+def tell(said: str) -> None:
+    """Warns of what was done to weights, if anything."""
+    if said:
+        warnings.warn(said, stacklevel=2)
 
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads a safetensors state dict strictly; raises SourceError that names the first keys that do not fit."""
-    state = read_weights(path)
-    faults = mismatches(model.state_dict(), state)
-    if faults:
-        raise mismatch_error(path, type(model).__name__, faults)
-    assign_weights(model, state)
+    assign_weights(model, _fitting(model, path))
 
 
 def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
@@ -108,15 +185,16 @@ def is_whole(model: nn.Module) -> bool:
     return not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
-def assign_weights(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def assign_weights(model: nn.Module, state: Mapping[str, Tensor], copy: bool = True) -> None:
     """Puts copies of the tensors in `state` in place of the model's, which must fit; what it ties stays tied.
 
-    Copies, because numbers that lie in memory as they do in a mapped file are summed in another order.
+    Copies, because numbers that lie in memory as they do in a mapped file are summed in another order. Without `copy`
+    the model shares their memory.
     """
     own = model.state_dict(keep_vars=True)
     names: dict[int, str] = {}
     first = {name: names.setdefault(id(tensor), name) for name, tensor in own.items()}
-    model.load_state_dict({name: state[first[name]].to(own[name].dtype, copy=True) for name in own}, assign=True)
+    model.load_state_dict({name: state[first[name]].to(own[name].dtype, copy=copy) for name in own}, assign=True)
     taken = model.state_dict(keep_vars=True)
     for name in own:
         owner, _, leaf = name.rpartition(".")

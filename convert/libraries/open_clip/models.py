@@ -19,13 +19,14 @@ from ....core.errors import SourceError
 from ....core.quiet import quiet
 from ....core.tensors import mismatches
 from ..base import Source, Teacher
-from ..weights import mismatch_error, read_weights
+from ..comparison import check_outputs
+from ..weights import mismatch_error, own_weights, tell
 from .errors import translate_errors
 from .files import CONFIG, Place, fetched_encoder, locate
 from .preprocess import preprocess_of
 from .settings import checked_settings, encoder_folder
 from .text import TINY_TEXT, text_tower
-from .towers import OpenClipVision
+from .towers import OpenClipVision, library_output
 
 __all__ = ["build", "load", "load_options"]
 
@@ -65,17 +66,21 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, ima
                 force_preprocess_cfg=place.preprocess,
                 **options,
             )
-        has_text = True
+        has_text, said = True, ""
         if weights is not None:
-            has_text = _load_own(model, weights)
+            has_text, said = _load_own(model, weights)
         elif place.weights is not None:
             open_clip.load_checkpoint(model, str(place.weights), strict=True)
-        vision = OpenClipVision(model.visual, image_size)
-        preprocess = preprocess_of(model.visual.preprocess_cfg, model.visual.image_size)
+        own = library_output(model.visual.eval()) if image_size is None else None
+        vision = OpenClipVision(model.visual, image_size).eval()
+        preprocess = preprocess_of(model.visual.preprocess_cfg, model.visual.image_size, f"open_clip:{name}")
+        if own is not None:
+            check_outputs(f"open_clip:{name}", vision, own[1], own[0], place.architecture)
         args = {"config": _vision_config(config), "image_size": image_size}
         source = Source(f"open_clip:{name}", "open_clip", place.architecture, args, place.revision)
         text = text_tower(model, config, place.folder) if has_text else None
-    return Teacher(vision.eval(), source, preprocess, None, text)
+    tell(said)
+    return Teacher(vision, source, preprocess, None, text)
 
 
 @contextlib.contextmanager
@@ -110,15 +115,19 @@ def check_size(name: str, vision: Mapping[str, Any], size: int | None) -> None:
         )
 
 
-def _load_own(model: Any, path: Path) -> bool:
-    """Loads a state dict of the whole model, or of its image tower alone; whether it was the whole."""
+def _load_own(model: Any, path: Path) -> tuple[bool, str]:
+    """Loads a state dict of the whole model, or of its image tower alone: (whether it was the whole, what was done)."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed
 
-    state = convert_state_dict(model, read_weights(path))
-    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-        state = convert_to_custom_text_state_dict(state)
-    resize_pos_embed(state, model)
+    def resampled(state: dict[str, Any]) -> dict[str, Any]:
+        state = convert_state_dict(model, state)
+        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+            state = convert_to_custom_text_state_dict(state)
+        resize_pos_embed(state, model)
+        return state
+
+    state, said = own_weights(path, model.state_dict(), resampled)
     wanted = model.state_dict()
     whole = not all(key.startswith("visual.") for key in state)
     if not whole:
@@ -130,7 +139,7 @@ def _load_own(model: Any, path: Path) -> bool:
     if faults:
         raise mismatch_error(path, type(model).__name__, faults)
     model.load_state_dict(state, strict=whole)
-    return whole
+    return whole, said
 
 
 def _vision_config(config: dict[str, Any]) -> dict[str, Any]:

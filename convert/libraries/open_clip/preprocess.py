@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..base import Preprocess
+from ..comparison import check_pictures
 
 __all__ = ["TRANSFORMS", "preprocess_of", "settings_of"]
 
@@ -17,9 +18,12 @@ MODES = {"shortest": "center", "longest": "border", "squash": "squash"}
 RESIZE_MODES = {ours: theirs for theirs, ours in MODES.items()}
 
 
-def preprocess_of(values: Mapping[str, Any], size: Sequence[int] | int) -> Preprocess:
+def preprocess_of(values: Mapping[str, Any], size: Sequence[int] | int, reference: str = "open_clip") -> Preprocess:
+    """open_clip's settings as a record; raises SourceError where pictures come out otherwise than by open_clip."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
     height, width = (size, size) if isinstance(size, int) else size
-    return Preprocess(
+    record = Preprocess(
         size=(height, width),
         mean=_three(values["mean"]),
         std=_three(values["std"]),
@@ -28,6 +32,8 @@ def preprocess_of(values: Mapping[str, Any], size: Sequence[int] | int) -> Prepr
         library="open_clip",
         fill=values["fill_color"],
     )
+    theirs: Any = image_transform_v2(PreprocessCfg(**{**values, "size": (height, width)}), is_train=False)
+    return check_pictures(reference, record, theirs, "open_clip's transform of it")
 
 
 def _three(values: float | Sequence[float]) -> tuple[float, float, float]:

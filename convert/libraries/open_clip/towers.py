@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....core.pictures import noise_pictures
 from ..base import Features
 
-__all__ = ["OpenClipVision", "features", "token_grid"]
+__all__ = ["OpenClipVision", "features", "library_output", "token_grid"]
 
 
 class OpenClipVision(nn.Module):
@@ -38,6 +39,15 @@ class OpenClipVision(nn.Module):
         else:
             output = module(pictures)
         return output if isinstance(output, Tensor) else output[0]
+
+
+@torch.no_grad()
+def library_output(visual: Any) -> tuple[Tensor, Tensor]:
+    """(pictures (1, 3, H, W), outputs (1, D)) of open_clip's own tower at its own size, before anything is changed."""
+    size = visual.image_size
+    pictures = noise_pictures(1, (size, size) if isinstance(size, int) else tuple(size))
+    output = visual(pictures)
+    return pictures, output if isinstance(output, Tensor) else output[0]
 
 
 class _Tokens(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..base import Door, FolderMark, Library, Origin, Scheme, Source
 from .classes import output
-from .models import build, features, load, token_grid
+from .models import build, features, load, own_head, token_grid
 from .preprocess import TRANSFORMS
 
 __all__ = ["LIBRARY"]
@@ -33,6 +33,7 @@ LIBRARY = Library(
     transforms=TRANSFORMS,
     token_grid=token_grid,
     output=output,
+    own_head=own_head,
     features=features,
     folder=FolderMark("config.json with `architecture`", lambda folder, config: "architecture" in config),
     door=Door(

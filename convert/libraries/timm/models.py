@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ....core.errors import SourceError, near_miss
+from ....core.pictures import noise_pictures
 from ..base import FEATURES, Features, Source, Teacher
-from ..weights import with_weights
+from ..comparison import check_outputs
+from ..weights import build_on_meta, prefix_of, with_weights
 from .classes import embeds, names_of
 from .errors import translate_errors
 from .preprocess import preprocess_of
 
-__all__ = ["build", "check_buildable", "features", "load", "token_grid"]
+__all__ = ["build", "check_buildable", "features", "load", "own_head", "token_grid"]
 
 # Lets a transformer take any size that its patches divide; constructors that do not know it are called without.
 OPTIONAL_ARGS = {"dynamic_img_size": True}
@@ -57,14 +61,19 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **m
         with translate_errors(name):
             model = timm.create_model(name, pretrained=True, **args)
     else:
-        model = bare() if weights is None else with_weights(bare, weights)
-    args |= _decided_by_weights(architecture, args, model)
+        model = bare() if weights is None else with_weights(bare, weights, _resampled)
+    args |= _decided_by_weights(architecture, args, model.eval())
+    with translate_errors(name):
+        own = _library_output(architecture, args, model)
+    if own is not None:
+        check_outputs(f"timm:{name}", model, own[1], own[0], architecture)
     source = Source(f"timm:{name}", "timm", architecture, args, revision=_revision(model) if published else None)
     # Weights of one's own are of other classes, even where there are as many.
     named = names_of(name, architecture, model) if weights is None else None
     names, named_by = named or (None, "")
     output = FEATURES if names is None and embeds(architecture, model) else None
-    return Teacher(model.eval(), source, preprocess_of(model), names, output=output, named_by=named_by)
+    preprocess = preprocess_of(model, f"timm:{name}")
+    return Teacher(model, source, preprocess, names, output=output, named_by=named_by)
 
 
 def build(source: Source) -> nn.Module:
@@ -97,6 +106,26 @@ def check_buildable(architecture: str, args: Mapping[str, Any]) -> None:
         raise SourceError(f"timm has no architecture {architecture!r} in itself.{hint}")
     if found := sorted(name for name in _factory_arguments() & set(args) if args[name]):
         raise SourceError(f"timm's {architecture} with {', '.join(found)}: a recorded model is only ever built empty.")
+
+
+def own_head(source: Source, model: nn.Module) -> tuple[Source, int] | None:
+    """`source` with the number of classes that the classifier of `model` has, where it was given another one."""
+    get = getattr(model, "get_classifier", None)
+    head = get() if callable(get) else None
+    head = head[0] if isinstance(head, tuple | list) else head
+    count = 0 if isinstance(head, nn.Identity) else getattr(head, "out_features", getattr(head, "out_channels", None))
+    # A model without its classifier still says so by itself.
+    if not isinstance(count, int) or count == _built_classes(source):
+        return None
+    return dataclasses.replace(source, model_args={**source.model_args, "num_classes": count}), count
+
+
+def _built_classes(source: Source) -> int | None:
+    """How many classes the skeleton of `source` has."""
+    from timm.models import get_pretrained_cfg
+
+    config = get_pretrained_cfg(source.architecture)
+    return source.model_args.get("num_classes", config.num_classes if config else None)
 
 
 def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
@@ -151,8 +180,38 @@ def _accepted(architecture: str, args: dict[str, Any]) -> dict[str, Any]:
     return {**OPTIONAL_ARGS, **args}
 
 
+@torch.no_grad()
+def _library_output(architecture: str, args: Mapping[str, Any], model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """(pictures (1, 3, H, W), outputs (1, D)) of the model as timm builds it without our arguments, at its own size.
+
+    It shares the weights of `model`. None where there are none of ours, so that `model` is timm's own.
+    """
+    import timm
+
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is None or not OPTIONAL_ARGS.items() <= args.items() or getattr(model, "in_chans", 3) != 3:
+        return None
+    theirs = {key: value for key, value in args.items() if key not in OPTIONAL_ARGS}
+    plain = build_on_meta(lambda: timm.create_model(architecture, pretrained=False, **theirs))
+    plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    pictures = noise_pictures(1, size)
+    return pictures, plain.eval()(pictures)
+
+
+def _resampled(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`state` with position tables of another size at that of `model`, by timm's own filter of its checkpoints."""
+    own = model.state_dict()
+    filtered = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if filtered is None or all(name not in own or own[name].shape == value.shape for name, value in state.items()):
+        return state
+    with contextlib.suppress(Exception):  # what it cannot read is said as it does not fit
+        return filtered(state, model)
+    return state
+
+
 def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict[str, int]:
     """`num_classes` as the classifier in `weights` has it, so that a fine-tuned model loads without being told."""
+    import timm
     from timm.models import get_pretrained_cfg
 
     if "num_classes" in args or not weights.is_file() or weights.suffix != ".safetensors":
@@ -162,6 +221,9 @@ def _class_count(architecture: str, args: dict[str, Any], weights: Path) -> dict
     with contextlib.suppress(SafetensorError), safe_open(weights, "pt") as file:
         if isinstance(classifier, str):
             key = f"{classifier}.weight"
+            if key not in file.keys():
+                own = build_on_meta(lambda: timm.create_model(architecture, pretrained=False, **args))
+                key = prefix_of(file.keys(), own.state_dict()) + key
             return {"num_classes": file.get_slice(key).get_shape()[0] if key in file.keys() else 0}
     return {}
 

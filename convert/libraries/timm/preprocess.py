@@ -9,16 +9,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..base import Preprocess
+from ..comparison import check_pictures
 
 __all__ = ["TRANSFORMS", "preprocess_of"]
 
 
-def preprocess_of(model: nn.Module) -> Preprocess:
-    """timm's own data configuration of `model`."""
+def preprocess_of(model: nn.Module, reference: str = "timm") -> Preprocess:
+    """timm's own data configuration of `model`; raises SourceError where pictures come out otherwise than by timm."""
     from timm.data.config import resolve_model_data_config
+    from timm.data.transforms_factory import create_transform
 
     config = resolve_model_data_config(model)
-    return Preprocess(
+    record = Preprocess(
         size=tuple(config["input_size"][-2:]),
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
@@ -26,6 +28,8 @@ def preprocess_of(model: nn.Module) -> Preprocess:
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
+    theirs: Any = create_transform(**config, is_training=False)
+    return check_pictures(reference, record, theirs, "timm's transform of it")
 
 
 def _transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:

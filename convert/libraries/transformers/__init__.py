@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..base import Door, FolderMark, Library, Origin, Scheme, Source
-from .models import build, class_count, load, load_options, output
+from .models import build, class_count, load, load_options, output, own_head
 from .preprocess import TRANSFORMS
 from .text import open_text
 from .towers import features, set_checkpointing, token_grid
@@ -36,6 +36,7 @@ LIBRARY = Library(
     build=build,
     transforms=TRANSFORMS,
     token_grid=token_grid,
+    own_head=own_head,
     class_count=class_count,
     output=output,
     features=features,

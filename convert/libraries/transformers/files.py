@@ -14,7 +14,7 @@ from typing import Any
 from ....core.errors import SourceError, near_miss
 from ....core.files import read_json
 
-__all__ = ["check_code_free", "checked_config", "find_folder", "is_dual", "read_config"]
+__all__ = ["check_code_free", "checked_config", "find_folder", "is_dual", "model_size", "read_config"]
 
 # What is fetched of a hub repository: never code, never a pickle, and no folder below the first.
 FILES = ("*.json", "*.txt", "*.model", "tokenizer*", "*.jinja")
@@ -164,3 +164,11 @@ def items_in(values: Any) -> Iterator[tuple[str, Any]]:
         yield from values.items()
     for item in values.values() if isinstance(values, Mapping) else values if isinstance(values, list) else ():
         yield from items_in(item)
+
+
+def model_size(config: Any) -> tuple[int, int] | None:
+    """(height, width) of the pictures that a model's position table is for; None where its configuration says none."""
+    size = getattr(getattr(config, "vision_config", config), "image_size", None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +16,16 @@ from torch import Tensor, nn
 
 from ....core.errors import SourceError, near_miss
 from ..base import CLASSES, FEATURES, LABELS, REGRESSION, Source, Teacher
+from ..comparison import check_outputs
 from ..text import TextTower
-from ..weights import mismatch_error, read_weights
+from ..weights import mismatch_error, own_weights, prefix_of, read_weights, tell
 from .errors import quiet, translate_errors
-from .files import checked_config, find_folder, is_dual, read_config
+from .files import checked_config, find_folder, is_dual, model_size, read_config
 from .preprocess import preprocess_of
 from .text import text_tower
-from .towers import HEADS, ImageTower, TransformersVision, class_named
+from .towers import HEADS, ImageTower, TransformersVision, class_named, library_output
 
-__all__ = ["build", "class_count", "load", "load_options", "output"]
+__all__ = ["build", "class_count", "load", "load_options", "output", "own_head"]
 
 
 def load(name: str, *, pretrained: bool = True, weights: Path | None = None, head: str = "auto") -> Teacher:
@@ -49,10 +51,13 @@ def load(name: str, *, pretrained: bool = True, weights: Path | None = None, hea
         state = None if weights is None else read_weights(weights)
         head = _head(values, state) if head == "auto" else head
         opened = _open(folder, values, head, reference, published, state, weights)
+        if opened.own is not None:
+            pictures, theirs = opened.own
+            check_outputs(reference, opened.vision.eval(), theirs, pictures, opened.architecture)
         teacher = Teacher(
             opened.vision.eval(),
             Source(reference, "transformers", opened.architecture, opened.args, revision if published else None),
-            preprocess_of(folder, opened.vision.config),
+            preprocess_of(folder, opened.vision.config, reference),
             # Weights of one's own are of other classes, even where there are as many.
             _labels(opened.config) if head == "classifier" and state is None else None,
             opened.text,
@@ -76,6 +81,43 @@ def build(source: Source) -> nn.Module:
         return TransformersVision(model, head, config).eval()
 
 
+def _own(weights: Path, model_class: Any, config: Any) -> tuple[dict[str, Tensor], str]:
+    """The state dict in `weights` in the names of `model_class`, which gets the size that its position table has.
+
+    At other sizes transformers resamples the table whenever the model runs.
+    """
+    wanted = _names(model_class, config)
+    base = f"{model_class.base_model_prefix}."
+    if prefix_of(read_weights(weights), wanted) == base:  # transformers' own, which it takes off by itself
+        return read_weights(weights), ""
+    state, said = own_weights(weights, wanted)
+    vision, table = getattr(config, "vision_config", config), _table(state)
+    before = _table(wanted)
+    size = model_size(config)
+    patch = getattr(vision, "patch_size", None)
+    if table and before and size and isinstance(patch, int) and size[0] == size[1]:
+        # Class and register tokens have places of their own, as many at every size.
+        places = table[1].shape[-2] - before[1].shape[-2] + (size[0] // patch) ** 2
+        found = math.isqrt(max(places, 0))
+        if found * found != places or found == size[0] // patch:
+            return state, said
+        vision.image_size = found * patch
+        more = f"{table[0]} is for pictures of {vision.image_size} pixels, not {size[0]}, and is resampled at others"
+        said = f"{said.removesuffix('.')}; {more}." if said else f"--weights {weights}: {more}."
+    return state, said
+
+
+def _names(model_class: Any, config: Any) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return model_class(config).state_dict()
+
+
+def _table(state: Mapping[str, Tensor]) -> tuple[str, Tensor] | None:
+    """(name, values (..., N, C)) of the position table of pictures, where there is one."""
+    found = [name for name in state if re.search(r"position_embeddings?(\.weight)?$", name) and "text" not in name]
+    return (found[0], state[found[0]]) if found else None
+
+
 # Arguments of a model class beside its configuration, that a record may have.
 OPTIONS = ("add_pooling_layer",)
 
@@ -86,6 +128,7 @@ class _Opened:
     architecture: str
     args: dict[str, Any]
     config: Any
+    own: tuple[Tensor, Tensor] | None  # a picture, and what the library itself says of it
     text: TextTower | None = None
 
 
@@ -104,6 +147,9 @@ def _open(
         if count is not None and count != config.num_labels:
             config.num_labels = count
     model_class = _model_class(values, config, head, reference)
+    if weights is not None:
+        state, said = _own(weights, model_class, config)
+        tell(said)
 
     def make(**options: Any) -> tuple[Any, dict[str, Any]]:
         if state is not None:
@@ -132,13 +178,14 @@ def _open(
         options = {"add_pooling_layer": False}
         model, info = make(**options)
     _check_complete(info, reference, type(model).__name__, weights, head)
+    own = library_output(model.eval(), head, config)
     if is_dual(values):
-        return _dual(folder, model, config, head)
+        return _dual(folder, model, config, head, own)
     args = {"config": _plain(config), "head": head, "dual": False, "options": options}
-    return _Opened(TransformersVision(model, head, config), model_class.__name__, args, config)
+    return _Opened(TransformersVision(model, head, config), model_class.__name__, args, config, own)
 
 
-def _dual(folder: Path, model: Any, config: Any, head: str) -> _Opened:
+def _dual(folder: Path, model: Any, config: Any, head: str, own: tuple[Tensor, Tensor] | None) -> _Opened:
     """Both halves of a dual encoder; the image half keeps its projection only where the embedding is wanted."""
     projection = model.visual_projection if hasattr(model, "visual_projection") and head == "embedding" else None
     tower = ImageTower(model.vision_model, projection)
@@ -153,7 +200,7 @@ def _dual(folder: Path, model: Any, config: Any, head: str) -> _Opened:
     }
     vision = TransformersVision(tower, head, config.vision_config)
     text = text_tower(folder, model, config) if comparable else None
-    return _Opened(vision, type(model).__name__, args, config, text)
+    return _Opened(vision, type(model).__name__, args, config, own, text)
 
 
 def _head(values: dict[str, Any], state: Mapping[str, Tensor] | None) -> str:
@@ -253,6 +300,16 @@ def output(source: Source, count: int) -> str:
         return FEATURES
     problem = source.model_args["config"].get("problem_type")
     return PROBLEMS.get(problem, CLASSES if count > 1 else REGRESSION)
+
+
+def own_head(source: Source, model: nn.Module) -> tuple[Source, int] | None:
+    """`source` with the number of classes that the classifier of `model` has, where it was given another one."""
+    count = _class_count(dict(model.named_parameters())) if source.model_args["head"] == "classifier" else None
+    config = source.model_args["config"]
+    if count is None or count == config["num_labels"]:
+        return None
+    args = {**source.model_args, "config": {**config, "num_labels": count}}
+    return dataclasses.replace(source, model_args=args), count
 
 
 def load_options(source: Source) -> dict[str, Any]:

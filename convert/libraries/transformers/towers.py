@@ -7,14 +7,18 @@ returns one vector. Below its attribute `model` every key is what the library it
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....core.errors import SourceError
+from ....core.pictures import noise_pictures
 from ..base import Features, call_first
+from .files import model_size
 
 __all__ = [
     "HEADS",
@@ -23,6 +27,7 @@ __all__ = [
     "TransformersVision",
     "class_named",
     "features",
+    "library_output",
     "set_checkpointing",
     "token_grid",
 ]
@@ -42,10 +47,23 @@ class TransformersVision(nn.Module):
         self.model = _with_picture_towers(model)
         self.head = head
         self.config = config
-        self._options = {"interpolate_pos_encoding": True} if _resizes(self.model) else {}
+        self._resizes = _resizes(self.model)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        return self.headed(self.model(pictures, **self._options))
+        return self.headed(self._asked(self.model, pictures, self._resizes))
+
+    def _asked(self, model: Any, pictures: Tensor, resizes: bool) -> Any:
+        """The output of `model`, which is asked to resample its position table at sizes that are not its own."""
+        own, size = model_size(self.config), tuple(pictures.shape[-2:])
+        if not resizes or size == own:
+            return model(pictures)
+        table = any("position_embedding" in name for name, _ in model.named_parameters())
+        if table and own is not None and own[0] != own[1]:
+            raise SourceError(
+                f"{type(model).__name__} is for pictures of {own[0]} x {own[1]}, not {size[0]} x {size[1]}: "
+                "transformers resamples square position tables only. Leave --image-size out."
+            )
+        return model(pictures, interpolate_pos_encoding=True)
 
     def headed(self, output: Any) -> Tensor:
         """(B, D): what the head takes of the library's own named output."""
@@ -54,8 +72,13 @@ class TransformersVision(nn.Module):
     def features(self, pictures: Tensor) -> Any:
         """The library's own named output for pictures (B, 3, H, W), of the part in front of a classifier."""
         if self.head != "classifier":
-            return self.model(pictures, **self._options)
-        return _inner_output(_backbone(self), pictures)
+            return self._asked(self.model, pictures, self._resizes)
+        return self.inner_output(pictures)
+
+    def inner_output(self, pictures: Tensor) -> Any:
+        """The library's own named output of the part that returns the features of all patches."""
+        inner = _backbone(self)
+        return self._asked(inner, pictures, _resizes(inner))
 
     def extra_repr(self) -> str:
         return f"head={self.head}"
@@ -116,6 +139,37 @@ class NaFlexTower(nn.Module):
         return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
 
 
+@torch.no_grad()
+def library_output(model: Any, head: str, config: Any) -> tuple[Tensor, Tensor] | None:
+    """(pictures (1, 3, H, W), outputs (1, D)) of the library's own `model` at its own size; None of other channels.
+
+    It is called as its users call it, before anything of it is replaced here.
+    """
+    vision = getattr(config, "vision_config", config)
+    if getattr(vision, "num_channels", 3) != 3:
+        return None
+    native = getattr(vision, "num_patches", None) if type(vision).__name__.startswith("Siglip2") else None
+    side = vision.patch_size * math.isqrt(native) if native else SIDE
+    pictures = noise_pictures(1, model_size(config) or (side, side))
+    inputs: tuple[Any, ...] = (pictures,)
+    if native:
+        patch, rows = vision.patch_size, side // vision.patch_size
+        # (1, patches, numbers of one), row by row, with the channels last.
+        cut = pictures.unflatten(2, (rows, patch)).unflatten(4, (rows, patch)).permute(0, 2, 4, 3, 5, 1)
+        inputs = (
+            cut.flatten(3).flatten(1, 2),
+            torch.ones(1, rows * rows, dtype=torch.long),
+            torch.tensor([[rows] * 2]),
+        )
+    if head != "classifier" and hasattr(model, "get_image_features"):
+        output = model.get_image_features(*inputs) if head == "embedding" else model.vision_model(*inputs)
+        return pictures, output if isinstance(output, Tensor) else output["pooler_output"]
+    return pictures, HEADS[head](model(*inputs))
+
+
+SIDE = 64  # pixels: of models without a size of their own
+
+
 def _with_picture_towers(model: nn.Module) -> nn.Module:
     """`model` with towers that take cut patches replaced by those that take the picture."""
     if type(model).__name__ == "Siglip2VisionModel":
@@ -163,7 +217,7 @@ HEADS: dict[str, Callable[[Any], Tensor]] = {
 def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
     """(B, C, rows, columns): the last features of every patch, in front of pooling, from pictures (B, 3, H, W)."""
     assert isinstance(model, TransformersVision)
-    last = _inner_output(_backbone(model), pictures).last_hidden_state
+    last = model.inner_output(pictures).last_hidden_state
     if last.dim() == 4:
         return last
     stride = getattr(model.config, "patch_size", 4)
@@ -174,10 +228,6 @@ def token_grid(model: nn.Module, pictures: Tensor) -> Tensor:
         stride *= 2
     rows, columns = height // stride, width // stride
     return last[:, last.shape[1] - rows * columns :].mT.unflatten(-1, (rows, columns))
-
-
-def _inner_output(inner: Any, pictures: Tensor) -> Any:
-    return inner(pictures, **({"interpolate_pos_encoding": True} if _resizes(inner) else {}))
 
 
 def _backbone(vision: TransformersVision) -> Any:

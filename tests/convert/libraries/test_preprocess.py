@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -14,12 +15,16 @@ import torch
 import transformers
 from bcosify.convert import Preprocess
 from bcosify.convert.libraries.base import transforms
+from bcosify.convert.libraries.comparison import check_outputs
 from bcosify.convert.libraries.open_clip.preprocess import preprocess_of as open_clip_record
 from bcosify.convert.libraries.transformers.preprocess import preprocess_of
 from bcosify.core.errors import SourceError
 from bcosify.core.pictures import without_ends
 from bcosify.data.pictures import read_picture
 from PIL import Image
+from torch import nn
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 PROCESSORS = {
     "vit": ("ViTImageProcessor", {}),
@@ -46,6 +51,27 @@ PROCESSORS = {
         {"rescale_factor": 2 / 255, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
     ),
     "dinov3": ("DINOv3ViTImageProcessor", {}),
+    "nearest": ("ViTImageProcessor", {"size": {"height": 48, "width": 48}, "resample": 0}),
+    "no rescaling": ("ViTImageProcessor", {"do_rescale": False, "do_normalize": False}),
+    "efficientnet": ("EfficientNetImageProcessor", {"size": {"height": 64, "width": 64}, "resample": 0}),
+    "offset": (
+        "EfficientNetImageProcessor",
+        {
+            "size": {"height": 72, "width": 72},
+            "crop_size": {"height": 64, "width": 64},
+            "do_center_crop": True,
+            "rescale_factor": 1 / 127.5,
+            "rescale_offset": True,
+            "include_top": False,
+        },
+    ),
+    "levit": ("LevitImageProcessor", {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}}),
+    "poolformer": (
+        "PoolFormerImageProcessor",
+        {"size": {"shortest_edge": 96}, "crop_size": {"height": 96, "width": 96}, "crop_pct": 0.95},
+    ),
+    "convnext share": ("ConvNextImageProcessor", {"size": {"shortest_edge": 96}, "crop_pct": 0.8}),
+    "segformer": ("SegformerImageProcessor", {"size": {"height": 96, "width": 64}}),
 }
 
 
@@ -77,6 +103,80 @@ def test_a_picture_becomes_what_transformers_own_processor_makes_of_it(tmp_path,
     # One grey level, in the processor's own units.
     level = 1 / 255 / min(record.std)
     assert (ours - theirs).abs().max() <= 1e-5 + 0.01 * level
+
+
+def classifiers() -> list[str]:
+    """Every image processor, slow and fast, that a type of image classifiers in transformers names."""
+    kinds = set(IMAGE_PROCESSOR_MAPPING_NAMES) & set(MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES) - {"timm_wrapper"}
+    return sorted({name for kind in kinds for name in IMAGE_PROCESSOR_MAPPING_NAMES[kind].values()})
+
+
+FOLLOWED = "Beit Bit CLIP ConvNext DeiT EfficientNet Levit MobileNetV1 MobileNetV2 PoolFormer Pvt Segformer Siglip ViT"
+
+
+@pytest.mark.parametrize("name", classifiers())
+def test_every_image_processor_of_a_classifier_is_followed_or_refused_by_name(tmp_path, name):
+    getattr(transformers, name)().save_pretrained(tmp_path)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    kind = type(processor).__name__
+    try:
+        record = preprocess_of(tmp_path, SimpleNamespace(image_size=32))
+    except SourceError as error:
+        assert kind in str(error) and kind.partition("Image")[0] not in FOLLOWED.split()
+        return
+    if kind != "Siglip2ImageProcessor":  # cuts patches, of pictures that keep their aspect
+        picture = photograph("coffee.png")
+        theirs = processor(images=picture, return_tensors="pt")["pixel_values"][0]
+        assert (record.transform()(picture) - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("MobileViTImageProcessor", {}, "do_flip_channel_order=True"),
+        ("ViTImageProcessor", {"do_resize": False}, "does not resize"),
+        ("ViTImageProcessor", {"size": {"longest_edge": 64}}, "not one size for all pictures"),
+        ("PerceiverImageProcessor", {}, "adds a border"),
+        ("CLIPImageProcessor", {"crop_size": {"height": 256, "width": 256}}, "adds a border"),
+        ("PerceiverImageProcessor", {"crop_size": {"height": 200, "width": 200}}, "an odd-sized picture differs"),
+        ("ViltImageProcessor", {}, "do_pad=True, size_divisor=32"),
+    ],
+)
+def test_a_processor_that_is_not_followed_is_refused_by_name(tmp_path, name, settings, why):
+    getattr(transformers, name)(**settings).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=why) as error:
+        preprocess_of(tmp_path, SimpleNamespace(image_size=32), "hf:here")
+    assert str(error.value).startswith(f"hf:here: its image processor {name}")
+
+
+def test_a_setting_that_nobody_knows_is_not_ignored_and_a_missing_processor_is_not_guessed(tmp_path):
+    transformers.ViTImageProcessor().save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "do_blur": 3}))
+    with pytest.raises(SourceError, match="do_blur=3"):
+        preprocess_of(tmp_path, SimpleNamespace(image_size=32))
+    file.unlink()
+    with pytest.raises(SourceError, match="no preprocessor_config.json in it, and transformers has no image processor"):
+        preprocess_of(tmp_path, SimpleNamespace(image_size=32, model_type="unheard"))
+
+
+@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic"])
+def test_pillows_arithmetic_is_that_of_processors_without_torchvision(interpolation):
+    settings = {"size": {"height": 65, "width": 49}, "resample": Image.Resampling[interpolation.upper()]}
+    theirs = transformers.ViTImageProcessorPil(**settings)
+    record = Preprocess((65, 49), (0.5,) * 3, (0.5,) * 3, interpolation, 1.0, "squash", "transformers-pil")
+    picture = photograph("chelsea.png")
+    wanted = theirs(images=picture, return_tensors="pt")["pixel_values"][0]
+    assert (record.transform()(picture) - wanted).abs().max() <= 1e-5
+
+
+def test_a_model_that_differs_from_its_librarys_own_is_refused():
+    torch.manual_seed(0)
+    model, pictures = nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), torch.randn(1, 3, 2, 2)
+    theirs = model(pictures).detach()
+    check_outputs("timm:x", model, theirs, pictures, "Model")
+    with pytest.raises(SourceError, match="timm:x: the teacher differs from the library's own Model by .* of 2 x 2"):
+        check_outputs("timm:x", model, theirs * 1.001, pictures, "Model")
 
 
 def test_a_record_goes_through_the_size_and_json(tmp_path):

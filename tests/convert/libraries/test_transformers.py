@@ -73,6 +73,37 @@ FAMILIES = [
     ("ResNetModel", "ResNetConfig", {**STAGES, "embedding_size": 8}, "pooled", 16),
     ("ResNetForImageClassification", "ResNetConfig", {**STAGES, "embedding_size": 8, "num_labels": 5}, "classifier", 5),
 ]
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """The model with weights that let a wrong position table be seen."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, 0, 0.3)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("size", [[32, 64], [16, 64], 32])
+def test_a_position_table_is_resampled_at_other_sizes_only(tmp_path, size):
+    config = transformers.ViTConfig(**{**VISION, "image_size": size})
+    model = drawn(transformers.ViTForImageClassification(config))
+    model.save_pretrained(tmp_path)
+    own = (size, size) if isinstance(size, int) else tuple(size)
+    transformers.ViTImageProcessor(size={"height": own[0], "width": own[1]}).save_pretrained(tmp_path)
+    teacher = load_teacher(f"hf:{tmp_path}")
+    pictures = torch.randn(2, 3, *own)
+    assert teacher.preprocess.size == own and torch.equal(teacher.model(pictures), model(pictures).logits)
+    assert convert(teacher).history.conversion.identity_error <= 1e-5
+    other = torch.randn(1, 3, 48, 48)
+    if size == 32:
+        wanted = model(other, interpolate_pos_encoding=True).logits
+        torch.testing.assert_close(teacher.model(other), wanted, rtol=1e-4, atol=1e-5)
+    else:
+        with pytest.raises(SourceError, match=f"for pictures of {own[0]} x {own[1]}, not 48 x 48.*square position"):
+            teacher.model(other)
+
+
 # Attention pools are another part's business: these tests hold with and without a rule for them.
 
 
@@ -218,12 +249,32 @@ def test_weights_of_another_architecture_are_refused_with_the_first_mismatches(h
         load_teacher(f"hf:{folder}", weights=wide / "model.safetensors")
 
 
-def test_weights_of_a_compiled_model_are_refused_by_name(hf_folder, tmp_path):
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "state_dict.module.", "ema.model."])
+def test_weights_with_another_beginning_are_recognised_and_said(hf_folder, tmp_path, prefix):
     folder = hf_folder("ViTForImageClassification", "ViTConfig", **VISION)
-    state = {f"_orig_mod.{key}": value for key, value in load_file(folder / "model.safetensors").items()}
-    save_file(state, tmp_path / "compiled.safetensors")
-    with pytest.raises(SourceError, match=r"torch.compile made of a model. .*_orig_mod.state_dict"):
-        load_teacher(f"hf:{folder}", weights=tmp_path / "compiled.safetensors")
+    state = {f"{prefix}{key}": value for key, value in load_file(folder / "model.safetensors").items()}
+    save_file({**state, "optimizer.step": torch.ones(1)}, tmp_path / "own.safetensors")
+    with pytest.warns(UserWarning, match=rf"without '{prefix}' in front; 1 tensors .* are left out, such as optimizer"):
+        teacher = load_teacher(f"hf:{folder}", weights=tmp_path / "own.safetensors")
+    pictures = torch.randn(1, 3, 32, 32)
+    assert torch.equal(teacher.model(pictures), load_teacher(f"hf:{folder}").model(pictures))
+
+
+def test_a_position_table_of_another_size_is_that_of_its_own_model(tmp_path):
+    models = {}
+    for size in (32, 64):
+        models[size] = drawn(
+            transformers.ViTForImageClassification(transformers.ViTConfig(**VISION | {"image_size": size}))
+        )
+        models[size].save_pretrained(tmp_path / str(size))
+    with pytest.warns(UserWarning, match="position_embeddings is for pictures of 64 pixels, not 32"):
+        teacher = load_teacher(f"hf:{tmp_path / '32'}", weights=tmp_path / "64" / "model.safetensors")
+    for size in (64, 32):
+        pictures = torch.randn(1, 3, size, size)
+        wanted = models[64](pictures, interpolate_pos_encoding=size != 64).logits
+        torch.testing.assert_close(teacher.model(pictures), wanted, rtol=1e-4, atol=1e-5)
+    pictures = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load(save(convert(teacher), tmp_path / "out")).model(pictures), convert(teacher).model(pictures))
 
 
 def test_random_weights_need_the_configuration_only(hf_folder):

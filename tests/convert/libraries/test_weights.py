@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import re
+import warnings
+from pathlib import Path
+
 import pytest
+import timm
 import torch
-from bcosify.convert import convert, load, save, set_strength
-from bcosify.convert.libraries.weights import assign_weights, build_on_meta, is_whole, load_weights, with_weights
+from bcosify.convert import convert, load, load_teacher, save, set_strength
+from bcosify.convert.libraries.weights import (
+    assign_weights,
+    build_on_meta,
+    is_whole,
+    load_weights,
+    prefix_of,
+    with_weights,
+)
 from bcosify.convert.trace import trace_forward
 from bcosify.core.errors import CheckpointError, SourceError
 from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 
@@ -161,3 +174,107 @@ def test_a_student_is_loaded_without_random_weights(tiny, tmp_path, name):
         assert torch.equal(opened.state_dict()[key], tensor), key
     for key, buffer in student.model.named_buffers():  # those too that no file holds
         assert torch.equal(dict(opened.named_buffers())[key], buffer), key
+
+
+# --------------------------------------------------------------------------------------------- what training leaves
+
+PICTURES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def trained(name: str = "test_resnet", **args) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=5, **args).eval()
+
+
+def opened(state: dict[str, Tensor], folder: Path, name: str = "test_resnet") -> nn.Module:
+    save_file(state, folder / "own.safetensors")
+    return load_teacher(f"timm:{name}", weights=folder / "own.safetensors", image_size=64).model
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "backbone.", "_orig_mod.", "module._orig_mod.", "state_dict."])
+def test_prefixes_are_recognised_and_said(tmp_path, prefix):
+    model = trained()
+    with pytest.warns(UserWarning, match=f"own.safetensors: names are taken without '{prefix}' in front"):
+        found = opened({f"{prefix}{name}": value for name, value in model.state_dict().items()}, tmp_path)
+    assert torch.equal(found(PICTURES), model(PICTURES))
+
+
+def test_an_average_is_taken_before_the_last_step_and_what_is_left_out_is_counted(tmp_path):
+    last, average = trained(), trained()
+    with torch.no_grad():
+        average.get_parameter("fc.bias").add_(1)
+    state = {
+        f"{kind}.{name}": v for kind, m in (("model", last), ("ema", average)) for name, v in m.state_dict().items()
+    }
+    state |= {"optimizer.0.exp_avg": torch.zeros(3)}
+    with pytest.warns(
+        UserWarning, match=rf"without 'ema\.' in front; {len(last.state_dict()) + 1} tensors .* left out"
+    ):
+        assert torch.equal(opened(state, tmp_path)(PICTURES), average(PICTURES))
+
+
+def test_bare_names_are_taken_before_others(tmp_path):
+    model = trained()
+    assert prefix_of(["ema.a", "a", "ema.b", "b"], ["a", "b"]) == ""
+    assert prefix_of(["deep.a.x"], ["a", "b", "c"]) == "" and prefix_of([], ["a"]) == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(opened(model.state_dict(), tmp_path)(PICTURES), model(PICTURES))
+
+
+def test_counters_of_batches_may_be_missing(tmp_path):
+    model = trained()
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert len(state) < len(model.state_dict()) and torch.equal(opened(state, tmp_path)(PICTURES), model(PICTURES))
+
+
+def test_what_does_not_fit_is_still_refused(tmp_path):
+    state = {f"module.{name}": value for name, value in trained().state_dict().items()}
+    del state["module.conv1.0.weight"]
+    with pytest.raises(SourceError, match=r"does not fit ResNet: missing conv1\.0\.weight"):
+        opened(state, tmp_path)
+    with pytest.raises(SourceError, match="unknown nobody.weight"):
+        opened({**trained().state_dict(), "nobody.weight": torch.ones(1)}, tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_timms_position_tables_are_resampled_as_timm_does(tmp_path, prefix):
+    small = trained("test_vit", img_size=64)
+    torch.nn.init.normal_(small.get_parameter("pos_embed"))
+    own = {name: value.detach() for name, value in small.state_dict().items()}
+    wanted = timm.create_model("test_vit", num_classes=5).eval()
+    wanted.load_state_dict(checkpoint_filter_fn(dict(own), wanted))
+    grid = tuple(wanted.get_parameter("pos_embed").shape)
+    with pytest.warns(UserWarning, match=f"pos_embed is resampled from .* to {re.escape(str(grid))}"):
+        found = opened({f"{prefix}{name}": value for name, value in own.items()}, tmp_path, "test_vit")
+    torch.testing.assert_close(found.get_parameter("pos_embed"), wanted.get_parameter("pos_embed"))
+
+
+class Wrapper(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = model
+
+
+CHECKPOINTS = {
+    "bare": lambda model: model.state_dict(),
+    "state_dict": lambda model: {"state_dict": Wrapper(model).state_dict(), "epoch": 3, "arch": "resnet"},
+    "model": lambda model: {"model": model.state_dict(), "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    "ema": lambda model: {"ema": {"module": model.state_dict()}, "best": 0.5},
+    "shared": lambda model: {"model": {**model.state_dict()}, "again": model.get_parameter("fc.weight")},
+}
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_the_line_that_the_hint_shows_works_for_all_wrappers(tmp_path, monkeypatch, kind):
+    model = trained()
+    torch.save(CHECKPOINTS[kind](model), tmp_path / "own.pth")
+    with pytest.raises(SourceError, match="only .safetensors is read") as error:
+        load_teacher("timm:test_resnet", weights=tmp_path / "own.pth")
+    line = str(error.value).partition('python -c "')[2].removesuffix('"')
+    monkeypatch.chdir(tmp_path)
+    exec(line, {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = load_teacher("timm:test_resnet", weights=tmp_path / "weights.safetensors", image_size=64).model
+    assert torch.equal(found(PICTURES), model(PICTURES))
