@@ -12,6 +12,7 @@ library's own. Models are measured in worker processes, so that a crash or a han
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -108,6 +109,9 @@ def measure(entry: Entry, method: Method) -> Row:
         set_strength(student.model, **half_way(method, config))
         row.ledger_student = max(row.ledger_student, ledger(student.model, pictures)[0])
         row.ledger_carried = carried_ledgers(student, pictures, method.start(config))
+        if row.ledger_carried is not None and not within(row.ledger_carried):
+            precise = carried_ledgers(in_float64(student), pictures.double(), method.start(config))
+            row.failure = f"ledger, carried: {row.ledger_carried:.0e} in float32, {precise:.0e} in float64"
         set_strength(student.model, **method.ends(config))
         with torch.no_grad():
             row.finite = bool(student.model(pictures).isfinite().all())
@@ -154,6 +158,10 @@ def carried_ledgers(student: Student, pictures: torch.Tensor, start: dict[str, f
             worst = max(worst, float(relative.nan_to_num(torch.inf).max()))
     set_strength(student.model, **{**dict.fromkeys(carried, 0.0), **start})
     return worst
+
+
+def in_float64(student: Student) -> Student:
+    return dataclasses.replace(student, model=copy.deepcopy(student.model).double())
 
 
 @torch.no_grad()

@@ -18,12 +18,13 @@ from ...core.pictures import fitted, noise_pictures
 from ...core.tensors import relative_error
 from .base import Preprocess
 
-__all__ = ["check_outputs", "check_pictures", "odd_pictures", "odd_square", "picture_difference"]
+__all__ = ["check_extent", "check_outputs", "check_pictures", "odd_pictures", "odd_square", "picture_difference"]
 
 # Of numbers around 1; both sides do the same arithmetic in float32.
 PICTURE_LIMIT = 1e-4
 # Relative. Position tables that are resampled where they should not be differ by more than 1e-3.
 OUTPUT_LIMIT = 1e-5
+MOST_PIXELS = 4096  # a side; a picture of it is prepared whenever a model is loaded
 
 Transform = Callable[[Image.Image], Tensor]
 
@@ -61,6 +62,7 @@ def check_pictures(
     reference: str, record: Preprocess, theirs: Transform, name: str, pictures: Sequence[Image.Image] = ()
 ) -> Preprocess:
     """`record` itself; raises SourceError where its transform is not `theirs`, that of the library's `name`."""
+    check_extent(reference, record, name)
     try:
         error = picture_difference(record.transform(), theirs, pictures)
     except SourceError:
@@ -77,6 +79,16 @@ def check_pictures(
             "of the centre, rescaling and normalising."
         )
     return record
+
+
+def check_extent(reference: str, record: Preprocess, name: str) -> None:
+    """Raises SourceError for pictures that are larger than those of any model; call it before one is prepared."""
+    largest = max(record.size) / record.crop_pct
+    if not largest <= MOST_PIXELS:
+        raise SourceError(
+            f"{reference}: {name} makes pictures of {largest:,.0f} pixels a side; the most is {MOST_PIXELS:,}. "
+            "Mend its settings."
+        )
 
 
 def _told(record: Preprocess) -> str:

@@ -18,7 +18,7 @@ from ....core.errors import SourceError, near_miss
 from ....core.pictures import noise_pictures
 from ..base import FEATURES, Features, Source, Teacher
 from ..comparison import check_outputs
-from ..weights import build_on_meta, prefix_of, with_weights
+from ..weights import build_on_meta, is_whole, prefix_of, with_weights
 from .classes import embeds, names_of
 from .errors import translate_errors
 from .preprocess import preprocess_of
@@ -194,6 +194,9 @@ def _library_output(architecture: str, args: Mapping[str, Any], model: nn.Module
     theirs = {key: value for key, value in args.items() if key not in OPTIONAL_ARGS}
     plain = build_on_meta(lambda: timm.create_model(architecture, pretrained=False, **theirs))
     plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    if not is_whole(plain):  # what its constructor makes of its weights, such as Swin's tables
+        plain = timm.create_model(architecture, pretrained=False, **theirs)
+        plain.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     pictures = noise_pictures(1, size)
     return pictures, plain.eval()(pictures)
 

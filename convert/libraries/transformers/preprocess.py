@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -19,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ....core.errors import SourceError
+from ....core.files import read_json
 from ..base import Preprocess
-from ..comparison import PICTURE_LIMIT, check_pictures, odd_pictures, odd_square, picture_difference
+from ..comparison import PICTURE_LIMIT, check_extent, check_pictures, odd_pictures, odd_square, picture_difference
 from .files import model_size
 
 __all__ = ["SIBLINGS", "TRANSFORMS", "pixels_of", "preprocess_of"]
@@ -110,6 +110,7 @@ def _compared(processor: Any, written: Mapping[str, Any], reference: str) -> Pre
     """The record of `processor`, with that arithmetic which makes the same of a picture as it does."""
     name = f"its image processor {type(processor).__name__}"
     record = _record(processor, written, f"{reference}: {name}")
+    check_extent(reference, record, name)
 
     def theirs(picture: Image.Image) -> Tensor:
         return pixels_of(processor(images=picture, return_tensors="pt"))
@@ -147,6 +148,8 @@ def _record(processor: Any, written: Mapping[str, Any], where: str) -> Preproces
     # v = ((pixel * factor - offset) - mean) / std with pixels in 0..255, written for pixels in 0..1.
     rescaled = values.get("do_rescale")
     factor = 255 * (needed("rescale_factor") if rescaled else 1)
+    if not factor:
+        raise SourceError(f"{where} rescales by 0. {OTHER}")
     offset = 1.0 if rescaled and values.get("rescale_offset") else 0.0
     normalised = values.get("do_normalize")
     mean = _three(needed("image_mean")) if normalised else (0.0,) * 3
@@ -233,12 +236,11 @@ def _resizing(values: Mapping[str, Any], kind: str, where: str) -> tuple[tuple[i
 
 
 def _written(folder: Path) -> dict[str, Any]:
-    """The settings as the folder's file has them, the library's own reading of them beside."""
-    for name in FILES:
-        if (folder / name).is_file():
-            values = json.loads((folder / name).read_text())
-            return values.get("image_processor", {} if name == FILES[0] else values)
-    return {}
+    """The settings as the folder's file has them: the library leaves out what it does not know."""
+    found = [read_json(folder / name, SourceError) for name in FILES if (folder / name).is_file()]
+    parts = [values.get("image_processor", values) for values in found if isinstance(values, dict)]
+    # A processor of pictures and texts has settings of both; those of pictures lie below a key of their own.
+    return next((part for part in parts if "image_processor_type" in part or "size" in part), {})
 
 
 def _own_processor(folder: Path) -> Any:

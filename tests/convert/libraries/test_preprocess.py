@@ -136,6 +136,8 @@ def test_every_image_processor_of_a_classifier_is_followed_or_refused_by_name(tm
         ("MobileViTImageProcessor", {}, "do_flip_channel_order=True"),
         ("ViTImageProcessor", {"do_resize": False}, "does not resize"),
         ("ViTImageProcessor", {"size": {"longest_edge": 64}}, "not one size for all pictures"),
+        ("ViTImageProcessor", {"size": {"height": 99999, "width": 64}}, "99,999 pixels a side"),
+        ("ViTImageProcessor", {"rescale_factor": 0.0}, "rescales by 0"),
         ("PerceiverImageProcessor", {}, "adds a border"),
         ("CLIPImageProcessor", {"crop_size": {"height": 256, "width": 256}}, "adds a border"),
         ("PerceiverImageProcessor", {"crop_size": {"height": 200, "width": 200}}, "an odd-sized picture differs"),
