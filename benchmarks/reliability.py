@@ -500,11 +500,11 @@ def main() -> None:
     good = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for fault in tqdm(chosen.values(), desc="faults"):
-            table.add(row := fault(bench))
-            good.append(row.good)
         for number in tqdm(range(options.kills), desc="kills"):
             table.add(row := killed(bench, number, moments.randint(1, LAST_ROW), moments.uniform(0, 0.1)))
+            good.append(row.good)
+        for fault in tqdm(chosen.values(), desc="faults"):
+            table.add(row := fault(bench))
             good.append(row.good)
     print(f"{sum(good)} of {len(good)} as they should be; wrote {options.out}")
 
