@@ -466,7 +466,8 @@ def _last(text: str) -> str:
 HEAD = """# Reliability
 
 Written by `python benchmarks/reliability.py`; do not edit. A tiny model, the real command, one fault each. A run that
-hangs would be an error here. `--only` runs some faults again and keeps the other rows.
+hangs would be an error here; how many seconds something takes depends on what else the machine does. `--only` runs some
+faults again and keeps the other rows.
 
 | fault | what happened | what was left | as it should |
 | --- | --- | --- | --- |
