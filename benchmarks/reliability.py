@@ -466,7 +466,8 @@ def _last(text: str) -> str:
 HEAD = """# Reliability
 
 Written by `python benchmarks/reliability.py`; do not edit. A tiny model, the real command, one fault each. A run that
-hangs would be an error here. `--only` runs some faults again and keeps the other rows.
+hangs would be an error here; how many seconds something takes depends on what else the machine does. `--only` runs some
+faults again and keeps the other rows.
 
 | fault | what happened | what was left | as it should |
 | --- | --- | --- | --- |
@@ -500,11 +501,11 @@ def main() -> None:
     good = []
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for fault in tqdm(chosen.values(), desc="faults"):
-            table.add(row := fault(bench))
-            good.append(row.good)
         for number in tqdm(range(options.kills), desc="kills"):
             table.add(row := killed(bench, number, moments.randint(1, LAST_ROW), moments.uniform(0, 0.1)))
+            good.append(row.good)
+        for fault in tqdm(chosen.values(), desc="faults"):
+            table.add(row := fault(bench))
             good.append(row.good)
     print(f"{sum(good)} of {len(good)} as they should be; wrote {options.out}")
 
