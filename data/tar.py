@@ -151,12 +151,14 @@ def _refuse(head: bytes, name: str) -> None:
 
 
 class _Source(Protocol):
-    """A tar's bytes, from front to end. `size`: how many they are, where that is known."""
+    """A tar's bytes, from front to end. `place`: how many were taken."""
 
     place: int
 
     @property
-    def size(self) -> int | None: ...
+    def size(self) -> int | None:
+        """How many there are, where that is known."""
+        ...
 
     def take(self, count: int) -> bytes:
         """The next bytes; fewer only at the end."""
