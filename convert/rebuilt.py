@@ -80,9 +80,9 @@ def _first_unlike(found: nn.Module, wanted: nn.Module) -> tuple[str, str, str] |
     """(name, class, class that it should have) of the first module of another class, shape, or that should not be."""
     ours, theirs = dict(found.named_modules()), dict(wanted.named_modules())
     for name in [*theirs, *ours]:
-        kinds = [_kind(modules.get(name)) for modules in (ours, theirs)]
-        if kinds[0] != kinds[1]:
-            return name or "the model", *(kind or "nothing" for kind in kinds)
+        is_now, should_be = (_kind(modules.get(name)) for modules in (ours, theirs))
+        if is_now != should_be:
+            return name or "the model", is_now or "nothing", should_be or "nothing"
     return None
 
 
