@@ -152,7 +152,9 @@ def build_on_meta(build: Callable[[], nn.Module]) -> nn.Module:
     """The model that `build` makes, with its parameters on the meta device; whole where it cannot be built so."""
     try:
         with _parameters_on_meta():
-            return build()
+            model = build()
+        # No file holds a buffer that was made where the parameters are, such as the masks of Swin's windows.
+        return build() if any(buffer.is_meta for buffer in model.buffers()) else model
     except SourceError:
         return build()  # a library that could not build it: so may be one whose constructor reads its weights
     except BcosifyError:
