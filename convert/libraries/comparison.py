@@ -101,6 +101,8 @@ def _told(record: Preprocess) -> str:
 def check_outputs(reference: str, ours: nn.Module, theirs: Tensor, pictures: Tensor, name: str) -> None:
     """Raises SourceError where `ours` of `pictures` (B, 3, H, W) is not `theirs`, what the library's `name` says."""
     found = ours(fitted(pictures, ours))
+    if found.is_meta:  # shapes alone, under torch.device("meta"): nothing to compare
+        return
     same = found.shape == theirs.shape
     error = relative_error(found.float(), theirs.float()) if same else float("inf")
     if not error <= OUTPUT_LIMIT:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from PIL import Image
 from torch import Tensor, nn
 
@@ -28,8 +29,9 @@ def preprocess_of(model: nn.Module, reference: str = "timm") -> Preprocess:
         crop_pct=config["crop_pct"],
         crop_mode=config["crop_mode"],
     )
-    theirs: Any = create_transform(**config, is_training=False)
-    return check_pictures(reference, record, theirs, "timm's transform of it")
+    with torch.device("cpu"):  # pictures are real, also where models are built on the meta device
+        theirs: Any = create_transform(**config, is_training=False)
+        return check_pictures(reference, record, theirs, "timm's transform of it")
 
 
 def _transform(record: Preprocess) -> Callable[[Image.Image], Tensor]:

@@ -128,9 +128,11 @@ def config_class_of(values: Mapping[str, Any], reference: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES  # type: ignore[attr-defined]
 
     kind = values.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING_NAMES:
-        hint = near_miss(str(kind)[:100], CONFIG_MAPPING_NAMES)
-        raise SourceError(f"{reference}: this transformers has no model type {str(kind)[:100]!r}.{hint} Update it.")
+    if not isinstance(kind, str):
+        raise SourceError(f"{reference}: its config.json names no model type (model_type is {str(kind)[:100]}).")
+    if kind not in CONFIG_MAPPING_NAMES:
+        hint = near_miss(kind[:100], CONFIG_MAPPING_NAMES)
+        raise SourceError(f"{reference}: this transformers has no model type {kind[:100]!r}.{hint} Update it.")
     if kind in WRAPPERS:
         raise SourceError(f"{reference}: {kind!r} stands for a network of another library. Pass that one itself.")
     return CONFIG_MAPPING[kind]

@@ -394,10 +394,10 @@ def changed(folder: Path, **values) -> str:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"auto_map": {"AutoModel": "evil.Model"}}, r"wants its own code to be run .*AutoModel.*never executed"),
+        ({"auto_map": {"AutoModel": "evil.Model"}}, r"wants its own code to be run .*auto_map.*never executed"),
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, r"is quantised \(bitsandbytes\)"),
         ({"model_type": "vitt"}, "has no model type 'vitt'. Did you mean 'vit'"),
-        ({"model_type": None}, "has no model type None"),
+        ({"model_type": None}, r"names no model type \(model_type is None\)"),
         ({"architecture": "vit_tiny"}, r"is a timm model. Pass timm:local-dir:\S+ instead"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "BertModel reads input_ids, not pictures"),
         ({"hidden_size": 48}, r"its weights do not fill ViTForImageClassification .*should be .*48"),
