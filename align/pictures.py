@@ -88,8 +88,11 @@ class Pictures:
         return iter(batches)
 
     def calibration(self, count: int) -> Tensor:
-        """The same pictures in every process and after every resume: gains must agree, or DDP's copies part."""
-        batch = min(16, count)
+        """The same pictures in every process and after every resume: gains must agree, or DDP's copies part.
+
+        Where there are fewer pictures than asked for, they come again, each in another crop.
+        """
+        batch = min(16, count, len(self.train)) if isinstance(self.train, ShardIndex) else min(16, count)
         batches = training_batches(
             self.train,
             seed=self.recipe.seed + 1,

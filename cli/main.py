@@ -73,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Inside, bcosify's own warnings are a line without the place in its code."""
+    """Inside, bcosify's own warnings are a line without the place in its code, and Pillow's of EXIF are none: they name
+    no picture, and ours do."""
     written, ours = warnings.formatwarning, str(Path(__file__).resolve().parents[1])
 
     def plain(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
@@ -82,7 +83,9 @@ def _plain_warnings() -> Iterator[None]:
 
     warnings.formatwarning = plain
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"(possibly )?corrupt EXIF")
+            yield
     finally:
         warnings.formatwarning = written
 

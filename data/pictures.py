@@ -209,6 +209,7 @@ def _without_exif(data: bytes) -> bytes:
 def _orientation(image: Image.Image, name: str) -> int:
     """1 to 8, as EXIF counts them; 0 where EXIF is damaged anywhere: its orientation is not trusted then."""
     try:
+        _check_directory(image.info.get("exif") or b"")
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
         if orientation != 1:
@@ -217,6 +218,19 @@ def _orientation(image: Image.Image, name: str) -> int:
     except Exception:  # noqa: BLE001 - on damaged values Pillow raises anything
         _warn(f"{name}its EXIF is damaged, so its orientation is ignored")
         return 0
+
+
+def _check_directory(exif: bytes) -> None:
+    """Raises ValueError or struct.error where the bytes end before the first directory does: Pillow drops its entries,
+    the orientation among them, with a warning that names no picture."""
+    if not exif:
+        return
+    block = exif.removeprefix(b"Exif\0\0")
+    order = ">" if block.startswith(b"MM") else "<"
+    (start,) = struct.unpack_from(f"{order}I", block, 4)
+    (entries,) = struct.unpack_from(f"{order}H", block, start)
+    if start + 2 + 12 * entries > len(block):
+        raise ValueError("the directory is cut")
 
 
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:

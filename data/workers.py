@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import threading
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -43,18 +43,20 @@ def fork_server() -> BaseContext:
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.fork_server"])
-    _start_tracker()
+    _start_server()
     return context
 
 
-def _start_tracker() -> None:
-    """Starts multiprocessing's tracker of semaphores, which ignores SIGTERM and SIGINT alone: what is ignored here is
-    ignored there, and stays so."""
+def _start_server() -> None:
+    """Starts the fork server, and multiprocessing's tracker of semaphores with it.
+
+    What is ignored here is ignored there from the first moment: the server imports for seconds before it could do so.
+    """
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may handle signals
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGHUP, signal.SIGUSR1)}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in STOP_SIGNALS}
     try:
-        resource_tracker.ensure_running()
+        forkserver.ensure_running()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

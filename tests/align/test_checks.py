@@ -10,7 +10,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from bcosify.align.checks import NEEDS, check_recipe, choose_recipe
-from bcosify.align.recipe import list_recipes, load_recipe
+from bcosify.align.recipe import Phase, list_recipes, load_recipe
 from bcosify.align.trainer import AlignConfig, align
 from bcosify.convert import check_teacher, convert, load, load_teacher, save
 from bcosify.convert.history import Calibration
@@ -18,7 +18,8 @@ from bcosify.convert.methods import METHODS
 from bcosify.core.errors import BcosifyError, DataError, RecipeError, SourceError
 from torch import nn
 
-from runs import PHASES, RECIPE, asking
+from runs import PHASES, RECIPE, aligned, asking
+from tars import simple_tar
 
 
 def refused(run: Path, shards: Path, out: Path, error: type[BcosifyError], said: str, recipe=RECIPE) -> None:
@@ -105,6 +106,13 @@ def test_a_batch_that_processes_cannot_share_is_refused(run, shards, tmp_path, m
 def test_more_pictures_a_step_than_there_are_is_refused(run, shards, tmp_path):
     recipe = dataclasses.replace(RECIPE, batch_size=64)
     refused(run, shards, tmp_path / "x", DataError, "batch of 64 needs as many pictures, and there are 40", recipe)
+
+
+def test_fewer_pictures_than_statistics_are_made_of_are_enough(run, tmp_path):
+    few, val = simple_tar(tmp_path / "few" / "a.tar", 6).parent, simple_tar(tmp_path / "val" / "b.tar", 4, 50).parent
+    phases = (Phase("end-to-end", 8, 1e-3, calibrate=8, batch_statistics=True),)
+    recipe = dataclasses.replace(RECIPE, phases=phases, evaluate_every=8)
+    assert aligned(run, few, tmp_path / "out", recipe, val=str(val))[-1]["held_out"]["pictures"] == 8
 
 
 def test_a_teacher_whose_folder_has_changed_is_refused(shards, tmp_path_factory):
