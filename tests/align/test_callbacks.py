@@ -126,6 +126,7 @@ def test_policies_go_on_from_a_checkpoint_bit_for_bit(recipe, old, run, shards, 
     (checkpoint,) = (tmp_path / "parts.run/checkpoints").iterdir()
     if old:
         as_it_was(checkpoint)
+        (checkpoint / "COMPLETE").write_text("")
     align(AlignConfig(run, str(shards), tmp_path / "parts", recipe, quiet=True, resume=True))
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("parts", "whole"))

@@ -248,6 +248,7 @@ def test_resume_refuses_another_recipe_and_other_data(run, shards, tmp_path):
     with pytest.raises(CheckpointError, match="exists already"):
         aligned(run, shards, tmp_path / "x")
     one_shard = shards / "00000.tar"
+    shutil.rmtree(tmp_path / "x")  # a finished run only says that it is finished
     with pytest.raises(RecipeError, match="not the data"):
         aligned(
             run, one_shard, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]), resume=True, overwrite=True
@@ -260,6 +261,7 @@ def test_resuming_with_other_libraries_is_said(run, shards, tmp_path):
     for path in (tmp_path / "x.run/checkpoints").glob("step-*/state.json"):
         record = json.loads(path.read_text())
         path.write_text(json.dumps({**record, "versions": {**record["versions"], "torch": "1.0"}}))
+        (path.parent / "COMPLETE").write_text("")  # as checkpoints had it before it held sizes
     with pytest.warns(UserWarning, match=r"no longer bit for bit: torch 1.0 -> "):
         aligned(run, shards, tmp_path / "x", dataclasses.replace(RECIPE, phases=PHASES[:1]), resume=True)
 
@@ -449,20 +451,20 @@ def test_recipes_round_trip_and_name_every_fault():
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["turn=181"], "turn: must be from 0 to 180; got 181"),
-        (["turn=-1"], "turn: must be from 0 to 180; got -1"),
-        (["colour=1.5"], "colour: must be from 0 to 1; got 1.5"),
-        (["mixup=2"], "mixup: must be from 0 to 1; got 2"),
-        (["cutmix=-0.1"], "cutmix: must be from 0 to 1; got -0.1"),
-        (["cutmix=.nan"], "cutmix: must be from 0 to 1; got nan"),
+        (["turn=181"], "turn: must be between 0 and 180; got 181"),
+        (["turn=-1"], "turn: must be between 0 and 180; got -1"),
+        (["colour=1.5"], "colour: must be between 0 and 1; got 1.5"),
+        (["mixup=2"], "mixup: must be between 0 and 1; got 2"),
+        (["cutmix=-0.1"], "cutmix: must be between 0 and 1; got -0.1"),
+        (["cutmix=.nan"], "cutmix: must be between 0 and 1; got nan"),
         (["mixup=0.6", "cutmix=0.6"], "chances may add up to 1; got 1.2"),
         (["mixup=0.5", "batch_size=1"], "a batch of 1 has no two pictures to mix; set batch_size to 2 or more"),
     ],
 )
-def test_views_that_cannot_be_are_refused_in_one_line(changes, says):
+def test_views_that_cannot_be_are_refused_by_name(changes, says):
     with pytest.raises(RecipeError) as caught:
         load_recipe("smoke", changes)
-    assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert says in str(caught.value) and "has 1 fault(s)" in str(caught.value)
     values = {
         word.split("=")[0]: float(word.split("=")[1].lstrip(".") if "nan" in word else word.split("=")[1])
         for word in changes

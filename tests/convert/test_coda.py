@@ -444,8 +444,8 @@ def test_a_model_without_memory_is_converted_too(tiny):
     [
         ({"squash": "l3"}, "no squash 'l3'. There are: l2, sq"),
         ({"rank": 0}, "rank: must be at least 1; got 0"),
-        ({"basis": -1}, "basis=-1"),
-        ({"last_stages": -1}, "last_stages=-1"),
+        ({"basis": -1}, "basis: must be at least 0; got -1"),
+        ({"last_stages": -1}, "last_stages: must be at least 0; got -1"),
     ],
 )
 def test_settings_are_checked(settings, message):

@@ -190,7 +190,7 @@ def test_names_of_ones_own_travel_with_the_student(five, tmp_path, given):
         ("a\nb\nc\nd\n", SourceError, "has 4 names, but timm:test_vit has 5 outputs"),
         ("a\n\nc\nd\ne\n", DataError, "line 2 is empty"),
         ("", DataError, "there are no names"),
-        (None, DataError, "cannot be read as text"),
+        (None, DataError, "cannot be read"),
     ],
 )
 def test_names_that_do_not_fit_are_refused_before_anything_is_written(five, tmp_path, text, error, said):
