@@ -269,8 +269,9 @@ class Run:
 @contextlib.contextmanager
 def signals_noted(noted: list[int]) -> Iterator[None]:
     """Inside, stop signals are `noted`, and end nothing: SIGTERM, SIGUSR1 (what Slurm sends before it takes a node
-    away), SIGHUP (the terminal is gone), and one Ctrl-C. A second Ctrl-C ends the run where it is. What is ignored
-    outside (SIGHUP under nohup) is ignored inside.
+    away), SIGHUP (the terminal is gone), and one Ctrl-C. A second Ctrl-C ends the run where it is. SIGHUP and
+    SIGINT that are ignored outside (nohup, a shell's background) are ignored inside; SIGUSR1 is noted all the same, as
+    a launcher that ignores it (`slurm.sh`) hands that down.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
@@ -281,7 +282,8 @@ def signals_noted(noted: list[int]) -> Iterator[None]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    quiet = [n for n in (signal.SIGINT, getattr(signal, "SIGHUP", None)) if n and signal.getsignal(n) == signal.SIG_IGN]
+    heard = [number for number in STOP_SIGNALS if number not in quiet]
     before = {number: signal.signal(number, note) for number in heard}
     try:
         yield
