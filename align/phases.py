@@ -63,8 +63,8 @@ def _memory_said(run: Run) -> Iterator[None]:
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        # On a CPU torch raises a RuntimeError that tells itself by its words alone.
-        if type(error) is RuntimeError and "allocate memory" not in str(error):
+        # On a CPU torch raises a RuntimeError that tells itself by its words alone; other errors are of that kind too.
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         raise BcosifyError(
             f"a step of {run.recipe.batch_size} pictures of {run.recipe.image_size} pixels does not fit into memory "
