@@ -83,14 +83,13 @@ State = dict[str, Tensor]
 
 
 def own_weights(
-    path: Path, wanted: Mapping[str, Tensor], fit: Callable[[State], State] = lambda state: state
+    path: Path, state: State, wanted: Mapping[str, Tensor], fit: Callable[[State], State] = lambda state: state
 ) -> tuple[State, str]:
-    """(the state dict in `path` in the names of a model whose own is `wanted`, what was done to it in words).
+    """(`state`, read from `path`, in the names of a model whose own is `wanted`; what was done to it in words).
 
     Args:
         fit: what its library does to checkpoints, such as resampling position tables of another size.
     """
-    state = read_weights(path)
     prefix, said = prefix_of(state, wanted), []
     if prefix:
         others = [name for name in state if not name.startswith(prefix)]
@@ -130,7 +129,7 @@ def with_weights(
 def _fitting(model: nn.Module, path: Path, fit: Callable[[State], State] = lambda state: state) -> State:
     """`own_weights` for `model`; raises SourceError that names the first keys that do not fit."""
     wanted = model.state_dict()
-    state, said = own_weights(path, wanted, fit)
+    state, said = own_weights(path, read_weights(path), wanted, fit)
     if faults := mismatches(wanted, state):
         raise mismatch_error(path, type(model).__name__, faults)
     tell(said)

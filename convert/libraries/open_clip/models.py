@@ -20,7 +20,7 @@ from ....core.quiet import quiet
 from ....core.tensors import mismatches
 from ..base import Source, Teacher
 from ..comparison import check_outputs
-from ..weights import mismatch_error, own_weights, tell
+from ..weights import mismatch_error, own_weights, read_weights, tell
 from .errors import translate_errors
 from .files import CONFIG, Place, fetched_encoder, locate
 from .preprocess import preprocess_of
@@ -127,7 +127,7 @@ def _load_own(model: Any, path: Path) -> tuple[bool, str]:
         resize_pos_embed(state, model)
         return state
 
-    state, said = own_weights(path, model.state_dict(), resampled)
+    state, said = own_weights(path, read_weights(path), model.state_dict(), resampled)
     wanted = model.state_dict()
     whole = not all(key.startswith("visual.") for key in state)
     if not whole:

@@ -81,16 +81,16 @@ def build(source: Source) -> nn.Module:
         return TransformersVision(model, head, config).eval()
 
 
-def _own(weights: Path, model_class: Any, config: Any) -> tuple[dict[str, Tensor], str]:
-    """The state dict in `weights` in the names of `model_class`, which gets the size that its position table has.
+def _own(weights: Path, state: dict[str, Tensor], model_class: Any, config: Any) -> tuple[dict[str, Tensor], str]:
+    """`state`, read from `weights`, in the names of `model_class`, which gets the size that its position table has.
 
     At other sizes transformers resamples the table whenever the model runs.
     """
     wanted = _names(model_class, config)
     base = f"{model_class.base_model_prefix}."
-    if prefix_of(read_weights(weights), wanted) == base:  # transformers' own, which it takes off by itself
-        return read_weights(weights), ""
-    state, said = own_weights(weights, wanted)
+    if prefix_of(state, wanted) == base:  # transformers' own, which it takes off by itself
+        return state, ""
+    state, said = own_weights(weights, state, wanted)
     vision, table = getattr(config, "vision_config", config), _table(state)
     before = _table(wanted)
     size = model_size(config)
@@ -147,8 +147,8 @@ def _open(
         if count is not None and count != config.num_labels:
             config.num_labels = count
     model_class = _model_class(values, config, head, reference)
-    if weights is not None:
-        state, said = _own(weights, model_class, config)
+    if weights is not None and state is not None:
+        state, said = _own(weights, state, model_class, config)
         tell(said)
 
     def make(**options: Any) -> tuple[Any, dict[str, Any]]:
