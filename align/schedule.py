@@ -9,8 +9,8 @@ teacher does. A phase's strengths are a path, and a `Walk` says how far along it
   at a higher learning rate (at most the phase's own);
 - below it: the weights go back to the furthest, and try half as far at half the rate.
 
-The rate is part of it because steps alone cost decisions: at the phase's own rate EfficientNet-Lite0 agreed on 64 % of
-pictures at B = 1.006, where untrained it agrees on more.
+The rate is part of it because steps alone cost decisions: after 3,300 views at the phase's own rate EfficientNet-Lite0
+agreed on 64 % of pictures at B = 1.006, where untrained it agrees on 96 %.
 
 The path has two parts: B rises while biases go over to carriers and the carriers' windows shrink, as the phase says; at
 last the carried biases fade. The run hands on the furthest student above the floor. (Ours.)
@@ -183,14 +183,21 @@ class Walk:
         Below the floor, the walk goes on from the furthest place, to which the weights have to go back too.
         """
         # The student that was measured took its last step one place before the next.
-        here, following = self.at(step - 1), self.at(step)
-        change = FASTER if agreement >= floor else SLOWER
+        here, above = self.at(step - 1), agreement >= floor
+        start, change = (self.at(step), FASTER) if above else (self.furthest, SLOWER)
         stretch, rate = min(1.0, self.stretch * change), min(1.0, self.rate * change)
-        start = following if agreement >= floor else self.furthest
-        walk = Walk(start, min(1.0, start + stretch), step, step + interval, stretch, rate)
-        if agreement >= floor and self._further(here, agreement):
+        walk = dataclasses.replace(
+            self,
+            start=start,
+            end=min(1.0, start + stretch),
+            since=step,
+            until=step + interval,
+            stretch=stretch,
+            rate=rate,
+        )
+        if above and self._further(here, agreement):
             return dataclasses.replace(walk, furthest=here, agreement=agreement, step=step)
-        return dataclasses.replace(walk, furthest=self.furthest, agreement=self.agreement, step=self.step)
+        return walk
 
     def _further(self, here: float, agreement: float) -> bool:
         """Whether a student above the floor is the one to hand on; at the same place, the one that agrees more."""

@@ -57,7 +57,7 @@ def align(
         set: changes to the recipe, such as phases.0.pictures=800 or batch_size=8.
         pictures: stretch all phases so that together they see this many pictures.
         keep: a floor: B rises and biases leave only as fast as held-out agreement with the teacher stays above it, such
-            as 0.9; the run ends at the furthest point above it, and says which it is.
+            as 0.5; the run ends at the furthest point above it, and says which it is.
         val: shards to measure fidelity on; without them some pictures of --data are held out.
         out: folder for the aligned model; default RUN/aligned. Logs and checkpoints go to OUT.run beside it.
         weights: the teacher's state dict, where it was converted from a file and gains were calibrated since.
