@@ -24,7 +24,7 @@ from ..core.errors import LedgerError, RecipeError
 from ..core.hooks import hooked
 from ..core.pictures import fitted, noise_pictures
 from ..core.torch_internals import tree_flatten, tree_unflatten
-from ..explain.attribution import SelfExplaining
+from ..explain.self_explaining import SelfExplaining
 from ..explain.weights import trained_maps
 from ..linearise import Linearised
 from .losses import cosine_distance

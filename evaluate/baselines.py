@@ -25,7 +25,7 @@ from ..core.errors import NotApplicable, TargetError, near_miss
 from ..core.hooks import hooked
 from ..core.pictures import fitted
 from ..explain import explain_scores
-from ..explain.attribution import main_output
+from ..explain.self_explaining import main_output
 from .decisions import Decisions
 from .subject import Subject
 

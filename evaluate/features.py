@@ -20,7 +20,7 @@ from ..convert.taps import channels_last, depth_taps, find_blocks, record
 from ..core.errors import BcosifyError
 from ..core.files import cache_root, new_file
 from ..core.pictures import fitted
-from ..explain.attribution import main_output
+from ..explain.self_explaining import main_output
 from .subject import Subject, weights_digest
 
 __all__ = ["DENSE", "OUTPUT", "cache_key", "features_of"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.pictures import denormalise, fitted, normalise
-from ..explain.attribution import main_output
+from ..explain.self_explaining import main_output
 
 __all__ = ["Subject", "outputs_of", "weights_digest"]
 

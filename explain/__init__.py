@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..core.lazy import call_as_verb, lazy_exports
 from ..linearise import Linearised, dynamic_linear, gated, input_encoding
-from .attribution import Explanation, SelfExplaining, attribute, explain_scores
+from .attribution import Explanation, attribute, explain_scores
 from .render import overlay, panel, rgba, signed_map
+from .self_explaining import SelfExplaining
 from .targets import (
     ClassTarget,
     DirectionTarget,

@@ -20,7 +20,7 @@ from ..convert.output import OutputKind, output_kind
 from ..core.errors import CheckpointError, DataError, TargetError, translated
 from ..core.files import check_file, read_text
 from ..data.pictures import read_picture
-from .attribution import main_output
+from .self_explaining import main_output
 from .targets import (
     ClassTarget,
     DirectionTarget,

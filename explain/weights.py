@@ -24,7 +24,7 @@ from ..linearise import Linearised
 from ..linearise.ledger import Ledger, continuous, follows_input, leaves, pulled, tensors
 from ..linearise.rules import resolve
 from ..linearise.transposed import transposed
-from .attribution import main_output
+from .self_explaining import main_output
 
 __all__ = ["trained_maps"]
 

@@ -27,7 +27,8 @@ from ..core.pictures import fitted, noise_pictures
 from ..core.quiet import quiet
 from ..core.tensors import relative_error
 from ..core.versions import versions
-from ..explain.attribution import MapsOf, SelfExplaining
+from ..explain.attribution import MapsOf
+from ..explain.self_explaining import SelfExplaining
 
 __all__ = ["FORMATS", "Exported", "Format", "export"]
 

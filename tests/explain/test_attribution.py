@@ -20,7 +20,7 @@ from bcosify.explain import (
     gated,
     input_encoding,
 )
-from bcosify.explain.attribution import main_output
+from bcosify.explain.self_explaining import main_output
 from torch import Tensor, nn
 
 
