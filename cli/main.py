@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import re
 import sys
 import types
 import typing
@@ -39,6 +40,8 @@ VERBS = {
     "shards": "pack a folder of pictures into tar shards",
     "demo": "convert, align and explain a real model in a few minutes, and write a report",
 }
+
+NUMBERS = {int: "a whole number", float: "a number"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,6 +99,8 @@ def _call(verb: str, arguments: list[str]) -> int:
     try:
         options = vars(parser.parse_args(arguments))
     except argparse.ArgumentError as error:
+        if wrong := _wrong_type(str(error), typing.get_type_hints(function)):
+            raise OptionError(wrong) from None
         known = [option for action in parser._actions for option in action.option_strings]
         unknown = [word for word in arguments if word.startswith("--") and word.partition("=")[0] not in known]
         hint = near_miss(unknown[0].partition("=")[0], known) if unknown else ""
@@ -114,6 +119,15 @@ def _call(verb: str, arguments: list[str]) -> int:
     if failed is not None:
         raise failed
     return 0
+
+
+def _wrong_type(message: str, hints: dict[str, Any]) -> dict[str, str]:
+    """The option that is no number, and what is wrong with it, of what jsonargparse says in nine lines; empty for other
+    messages."""
+    found = re.match(r'Parser key "(\w+)":.*value: (.*?)\.?$', message, re.DOTALL)
+    kinds = typing.get_args(hint) or (hint,) if found and (hint := hints.get(found[1])) else ()
+    wanted = next((words for kind, words in NUMBERS.items() if kind in kinds), "")
+    return {found[1]: f"must be {wanted}; got '{printable(found[2])}'"} if found and wanted else {}
 
 
 def _parser(verb: str, function: Any) -> ArgumentParser:

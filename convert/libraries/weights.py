@@ -79,6 +79,8 @@ def prefix_of(names: Iterable[str], wanted: Iterable[str]) -> str:
 # Counts the batches of training; older files do not have it, and evaluation does not read it.
 COUNTER = "num_batches_tracked"
 
+HALVES = (torch.float16, torch.bfloat16)
+
 State = dict[str, Tensor]
 
 
@@ -89,6 +91,8 @@ def own_weights(
 
     Args:
         fit: what its library does to checkpoints, such as resampling position tables of another size.
+
+    Raises SourceError where a number is NaN or infinite.
     """
     prefix, said = prefix_of(state, wanted), []
     if prefix:
@@ -97,6 +101,11 @@ def own_weights(
         said.append(f"names are taken without {prefix!r} in front")
         if others:
             said.append(f"{len(others)} tensors that are called otherwise are left out, such as {others[0]}")
+    check_finite({name: tensor for name, tensor in state.items() if name in wanted}, f"--weights {path}")
+    kinds = {(state[name].dtype, tensor.dtype) for name, tensor in wanted.items() if name in state}
+    said += [
+        f"its {str(kind)[6:]} numbers become {str(own)[6:]}" for kind, own in kinds if kind in HALVES and kind != own
+    ]
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     state = dict(fit(state))
     changed = [name for name, tensor in state.items() if shapes.get(name, tensor.shape) != tensor.shape]
@@ -209,8 +218,16 @@ def mismatch_error(path: Path, model: str, faults: Sequence[str]) -> SourceError
     return SourceError(f"--weights {path} does not fit {model}: {shown}.")
 
 
+def check_finite(state: Mapping[str, Tensor], whose: str) -> None:
+    """Raises SourceError for weights with NaN or infinity, which would pass for a fault of the conversion."""
+    broken = [name for name, tensor in state.items() if not (tensor.is_meta or tensor.isfinite().all())]
+    if broken:
+        more = f", as do {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise SourceError(f"{whose}: {broken[0]} holds NaN or infinity{more}. Pass a checkpoint from before that.")
+
+
 def check_plain(model: nn.Module, name: str) -> None:
-    """Raises SourceError for a model whose layers cannot be read: compiled, scripted, or quantised."""
+    """Raises SourceError for a model that cannot be read: compiled, scripted, quantised, or with NaN in its weights."""
     for path, module in model.named_modules():
         where = f" at {path}" if path else ""
         if isinstance(module, torch.jit.ScriptModule):
@@ -227,3 +244,4 @@ def check_plain(model: nn.Module, name: str) -> None:
             raise SourceError(
                 f"{name} holds {path} as {kind}: it is quantised. Pass the model in float32, float16 or bfloat16."
             )
+    check_finite(dict(model.named_parameters()), name)

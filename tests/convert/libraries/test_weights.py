@@ -13,6 +13,7 @@ from bcosify.convert import convert, load, load_teacher, save, set_strength
 from bcosify.convert.libraries.weights import (
     assign_weights,
     build_on_meta,
+    check_plain,
     is_whole,
     load_weights,
     prefix_of,
@@ -278,3 +279,25 @@ def test_the_line_that_the_hint_shows_works_for_all_wrappers(tmp_path, monkeypat
         warnings.simplefilter("ignore")
         found = load_teacher("timm:test_resnet", weights=tmp_path / "weights.safetensors", image_size=64).model
     assert torch.equal(found(PICTURES), model(PICTURES))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, value):
+    state = Tied().state_dict()
+    state["first.bias"] = torch.full_like(state["first.bias"], value)
+    save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "own.safetensors")
+    with pytest.raises(SourceError, match=r"own\.safetensors: first\.bias holds NaN or infinity\. Pass"):
+        load_weights(Tied(), tmp_path / "own.safetensors")
+    model = Tied()
+    model.load_state_dict(state)
+    with pytest.raises(SourceError, match=r"^tied: first\.bias holds NaN or infinity\."):
+        check_plain(model, "tied")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_told(tmp_path, dtype):
+    save_file({name: tensor.to(dtype) for name, tensor in Table().state_dict().items()}, tmp_path / "own.safetensors")
+    model = Table()
+    with pytest.warns(UserWarning, match=f"its {str(dtype)[6:]} numbers become float32"):
+        load_weights(model, tmp_path / "own.safetensors")
+    assert model.linear.weight.dtype == torch.float32
