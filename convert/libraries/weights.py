@@ -65,13 +65,14 @@ def prefix_of(names: Iterable[str], wanted: Iterable[str]) -> str:
     the model has must have it; else nothing. Of several that hold as much, the bare names first, then an average
     (`ema`), as timm does.
     """
-    names = list(names)
     needed = {name for name in wanted if not name.endswith(COUNTER)}
-    held: Counter[str] = Counter()
+    have: Counter[str] = Counter()  # of each prefix, the names that begin with it
+    held: Counter[str] = Counter()  # and those of them that go on as a name of the model
     for name in names:
         places = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        have.update(name[:place] for place in places)
         held.update(name[:place] for place in places if name[place:] in needed)
-    found = [prefix for prefix in held if 2 * sum(name.startswith(prefix) for name in names) >= len(needed)]
+    found = [prefix for prefix in held if 2 * have[prefix] >= len(needed)]
     order = sorted(found, key=lambda prefix: (-held[prefix], prefix != "", "ema" not in prefix, len(prefix), prefix))
     return order[0] if order else ""
 
