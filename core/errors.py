@@ -126,7 +126,7 @@ def translated(
     to: type[BcosifyError],
     message: Callable[[Exception], str],
     *,
-    ours: type[BcosifyError] = BcosifyError,
+    ours: type[Exception] | tuple[type[Exception], ...] = BcosifyError,
     chained: bool = True,
 ) -> Iterator[None]:
     """Inside, what a library raises becomes one of our errors. Of several in one `with`, the last has the first word.
@@ -135,7 +135,7 @@ def translated(
         errors: what is translated.
         to: what it becomes.
         message: makes the message from the error: what failed, what the library said, and what to type next.
-        ours: errors of this class pass as they are.
+        ours: errors of these classes pass as they are.
         chained: whether a traceback shows the library's error too; False where that may hold a secret.
     """
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import mmap
@@ -191,7 +192,10 @@ def _program(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
 def _write_torch(
     module: nn.Module, inputs: tuple[Tensor, ...], names: tuple[str, ...], facts: dict[str, str], path: Path
 ) -> None:
-    torch.export.save(_program(module, inputs), path, extra_files=facts)
+    # Not to `path`: on a full disk torch's own writer ends the process.
+    held = io.BytesIO()
+    torch.export.save(_program(module, inputs), held, extra_files=facts)
+    path.write_bytes(held.getbuffer())
 
 
 def _open_torch(path: Path) -> Callable[..., tuple[Tensor, ...]]:
@@ -256,7 +260,7 @@ def _export_errors(student: Student, format: str, explain: bool) -> Iterator[Non
         )
 
     with (  # exporters raise anything on a call that they do not know
-        translated(Exception, CheckpointError, refused, ours=CheckpointError),
+        translated(Exception, CheckpointError, refused, ours=(CheckpointError, OSError)),  # a full disk is told as such
         translated(ImportError, CheckpointError, missing, ours=CheckpointError),
     ):
         yield

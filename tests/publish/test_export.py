@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,14 @@ def test_failures_are_said_and_leave_nothing(student, tmp_path, monkeypatch):
 
     monkeypatch.setitem(FORMATS, "onnx", module.Format(".onnx", missing, FORMATS["onnx"].open, 1e-4))
     with pytest.raises(CheckpointError, match=r"needs onnxscript. Run: pip install 'bcosify\[export\]'"):
+        export(made, tmp_path / "model.onnx", "onnx")
+    monkeypatch.undo()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setitem(FORMATS, "onnx", module.Format(".onnx", full, FORMATS["onnx"].open, 1e-4))
+    with pytest.raises(CheckpointError, match=r"could not be written: .*No space left on device. Nothing was left"):
         export(made, tmp_path / "model.onnx", "onnx")
     monkeypatch.undo()
     monkeypatch.setattr(module, "ONNX_LIMIT", 10)
