@@ -175,8 +175,9 @@ def latest(folder: Path) -> tuple[Path, Progress] | None:
 
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint, after its name; empty where nothing is."""
+    name = MARK
     try:
-        mark = (checkpoint / MARK).read_text()
+        mark = (checkpoint / name).read_text()
         written = json.loads(mark) if mark else None  # empty in checkpoints of before: no sizes, no hashes
         if written and written["format"] > FORMAT:
             return f"is of a later version of bcosify (format {written['format']}, this one reads {FORMAT})"
@@ -188,14 +189,15 @@ def damage(checkpoint: Path) -> str:
                 return f"is damaged: {name} has {found} bytes, and had {size}"
             if file_digest(path) != digest:
                 return f"is damaged: the bytes of {name} are not those that were written"
+        name = PROGRESS
         _progress(checkpoint)
-        for path in (checkpoint / STUDENT, checkpoint / OPTIMIZER, *checkpoint.glob("*.safetensors")):
-            with safe_open(path, "pt"):
+        for name in (STUDENT, OPTIMIZER, *(path.name for path in checkpoint.glob("*.safetensors"))):
+            with safe_open(checkpoint / name, "pt"):
                 pass  # the sizes that its header tells are compared with the file's
     except FileNotFoundError as error:
         return f"lacks {Path(error.filename or STUDENT).name}"
     except (OSError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
-        return f"is damaged: {first_line(error)}"
+        return f"is damaged: {name}: {first_line(error)}"
     return ""
 
 

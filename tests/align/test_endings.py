@@ -61,7 +61,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "lacks COMPLETE": lambda folder: (folder / state.MARK).unlink(),
     "lacks optimizer.safetensors": lambda folder: (folder / state.OPTIMIZER).unlink(),
     "is of a later version of bcosify": later,
-    "is damaged": lambda folder: (folder / state.MARK).write_text("{"),
+    "is damaged: COMPLETE: ": lambda folder: (folder / state.MARK).write_text("{"),
 }
 
 
@@ -82,7 +82,7 @@ def test_checkpoints_of_before_have_no_hashes_and_are_read(checkpoints):
         (folder / state.MARK).write_text("")
     assert state.latest(checkpoints)[1].step == 3
     os.truncate(checkpoints / "step-00000003" / state.OPTIMIZER, 300)
-    with pytest.warns(UserWarning, match="step-00000003 is damaged"):
+    with pytest.warns(UserWarning, match="step-00000003 is damaged: optimizer.safetensors: "):
         assert state.latest(checkpoints)[1].step == 2
 
 
