@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .console import console, show_table
+from .console import console, show_agreement, show_table
 
 # What --json prints of an `Aligned`.
 RESULT = (
@@ -91,6 +91,8 @@ def align(
         cache=cache,
         progress=True,
     )
+    from ..convert import measured_agreement
+
     if not PartialState().is_main_process:
         return None  # one of several processes speaks
     columns = [name for name in (done.curve[-1] if done.curve else ()) if name not in ("phase", "objective")]
@@ -111,6 +113,7 @@ def align(
     elif done.stopped:
         console.print(f"stopped by a signal at {done.pictures} pictures; go on with the same command and --resume")
     else:
+        show_agreement(measured_agreement(done.final or {}, done.pictures))
         console.print(f"wrote {done.out}")
     facts = vars(done)
     return {name: facts[name] for name in RESULT}

@@ -13,9 +13,10 @@ from rich.text import Text
 from ..core.words import printable
 
 if TYPE_CHECKING:
+    from ..convert import Agreement
     from ..evaluate.report.tables import Table as Cells
 
-__all__ = ["console", "show_cells", "show_table"]
+__all__ = ["console", "show_agreement", "show_cells", "show_table"]
 
 
 class _Console(Console):
@@ -47,6 +48,11 @@ def show_cells(title: str, columns: Sequence[str], table: Cells) -> None:
     """Prints a table of measurements, with their intervals."""
     rows = [[f"{cell.text} ({cell.interval})" if cell.interval else cell.text for cell in row] for row in table.rows]
     show_table(title, columns, rows)
+
+
+def show_agreement(agreement: Agreement) -> None:
+    """Says how far a student stands for its teacher, in red where that is little."""
+    console.print(agreement.words, style="bold red" if agreement.low else "")
 
 
 def _text(cell: Any) -> str:

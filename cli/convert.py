@@ -98,7 +98,7 @@ def convert(
         )
     if student.text is not None:
         console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
-    console.print(f"wrote {out}")
+    console.print(f"wrote {out}; next: bcosify align {out} --data SHARDS")
     return {
         "reference": reference,
         "out": str(out),

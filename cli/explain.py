@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import Incomplete
-from .console import console, show_table
+from .console import console, show_agreement, show_table
 
 if TYPE_CHECKING:
     pass
@@ -95,6 +95,12 @@ def explain(
             for row in rows
         ],
     )
+    if ledgers.agreement is not None:
+        show_agreement(ledgers.agreement)
+        if ledgers.agreement.unchanged:
+            console.print(
+                f"Constants make {ledgers.constant_share:.0%} of its scores; next: bcosify align {model} --data SHARDS"
+            )
     console.print(f"wrote {len(list(out.glob('*.npz')))} x (.png, .npz, .json) to {out}")
     if ledgers.skipped:
         count = len(ledgers.skipped) + len({ledger.image for ledger in ledgers})

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .console import console
+from .console import console, show_agreement
 
 
 def export(
@@ -40,5 +40,6 @@ def export(
     written = export_model(model, out, format, explain, overwrite)
     console.print(f"{', '.join(written.inputs)} -> {', '.join(written.outputs)}; any number of pictures")
     console.print(f"compared with the model: largest difference {written.error:.1e} of the largest output")
+    show_agreement(written.agreement)
     console.print(f"wrote {written.out} ({written.bytes / 1e6:.1f} MB)")
-    return {**dataclasses.asdict(written), "out": str(written.out)}
+    return {**dataclasses.asdict(written), "agreement": written.agreement.words, "out": str(written.out)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core.lazy import call_as_verb
+from .agreement import Agreement, agreement_of, measured_agreement
 from .calibrate import calibrate
 from .checkpoint import load, save, skeleton
 from .fold import fold
@@ -30,6 +31,7 @@ from .student import Student, check_teacher, identity_error, lossy_steps
 from .verb import convert, plan_for
 
 __all__ = [
+    "Agreement",
     "BcosConfig",
     "CaStreamConfig",
     "CodaConfig",
@@ -43,6 +45,7 @@ __all__ = [
     "Teacher",
     "TeacherFacts",
     "Text",
+    "agreement_of",
     "calibrate",
     "check_teacher",
     "convert",
@@ -53,6 +56,7 @@ __all__ = [
     "load",
     "load_teacher",
     "lossy_steps",
+    "measured_agreement",
     "plan_for",
     "probabilities",
     "reload_teacher",

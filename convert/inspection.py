@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from .agreement import agreement_of
 from .checkpoint import load
 from .hub import is_student
 from .layers import strength_spans
@@ -26,6 +27,7 @@ class StudentFacts:
         output: what its output is, in words; see `output_kind`.
         layers: class of converted layers -> how many there are.
         strengths: name -> its value, or `LEAST to MOST`.
+        agreement: how far it stands for its teacher, in words.
         identity_error: largest difference from the teacher's outputs right after the conversion, relative.
         held_out_fidelity: measured at the end of the alignment; empty where there was none.
     """
@@ -40,6 +42,7 @@ class StudentFacts:
     size: str
     identity_error: float | None
     text_tower: str
+    agreement: str
     aligned_on: str
     held_out_fidelity: dict[str, Any]
 
@@ -95,6 +98,7 @@ def _student(student: Student) -> StudentFacts:
         size=_size(student.preprocess),
         identity_error=student.history.conversion.identity_error,
         text_tower="none" if student.text is None else "kept, unchanged",
+        agreement=agreement_of(student).words,
         aligned_on=f"{alignment.pictures} pictures" if alignment else "not aligned",
         held_out_fidelity=(alignment and alignment.final) or {},
     )

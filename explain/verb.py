@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from ..convert import Preprocess, Student, Teacher, load, load_teacher
+from ..convert import Agreement, Preprocess, Student, Teacher, agreement_of, load, load_teacher
 from ..convert.history import History
 from ..convert.hub import is_student
 from ..convert.memory import laid_out
@@ -46,11 +46,19 @@ class Ledgers(list[ScoreLedger]):
 
     Attributes:
         skipped: the pictures that could not, and why.
+        agreement: how far a student that was explained stands for its teacher; None for other models.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.skipped: list[Skipped] = []
+        self.agreement: Agreement | None = None
+
+    @property
+    def constant_share(self) -> float:
+        """The mean share of constants in what scores are made of, in [0, 1], by size."""
+        parts = [(abs(sum(one.constants.values())), abs(one.input)) for one in self]
+        return sum(constants / (constants + pixels or 1.0) for constants, pixels in parts) / max(1, len(parts))
 
 
 @overload
@@ -197,6 +205,7 @@ def explain(
     names = list(unique(map(_stem, files), _as_disks_see_it))
     size = BATCH if batch_size is None else batch_size
     ledgers = Ledgers()
+    ledgers.agreement = agreement_of(opened) if isinstance(opened, Student) else None
     with contextlib.ExitStack() as stack:
         folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite, written))
         for start in range(0, len(files), size):

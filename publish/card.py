@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from markupsafe import Markup
 
-from ..convert import Student
+from ..convert import Student, agreement_of
 from ..convert.layers import STRENGTHS, strength_spans
 from ..convert.libraries import CLASSES, FEATURES, LIBRARIES, REGRESSION
 from ..convert.methods import find_method
@@ -280,8 +280,8 @@ def _limits(student: Student, evaluation: Evaluation | None, recipe: dict[str, A
 
 def _of_training(student: Student, recipe: dict[str, Any] | None) -> list[str]:
     found = []
-    if student.history.alignment is None:
-        found.append("It was converted but not aligned.")
+    if (agreement := agreement_of(student)).low or student.history.alignment is None:
+        found.append(agreement.words)
     spans = strength_spans(student.model)
     if spans.get("beta", (0.0, 0.0))[1] > 0:
         found.append("Biases are left in it: they are constants of the ledger, and may outweigh the picture.")

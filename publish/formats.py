@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import Student, fold, load
+from ..convert import Agreement, Student, agreement_of, fold, load
 from ..convert.libraries import FEATURES, REGRESSION
 from ..convert.output import output_kind
 from ..core.errors import CheckpointError, first_line, near_miss, translated
@@ -64,6 +64,7 @@ class Exported:
     Attributes:
         outputs: their names, in order.
         error: the largest difference from the model in any of them, over the largest output.
+        agreement: how far the student stands for its teacher.
     """
 
     out: Path
@@ -72,6 +73,7 @@ class Exported:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     error: float
+    agreement: Agreement
 
 
 def export(
@@ -135,7 +137,7 @@ def _export(student: Student, out: Path, format: str, explain: bool) -> Exported
                 f"{chosen.tolerance:g}). Nothing was written."
             )
         size = scratch.stat().st_size
-    return Exported(out, format, size, INPUTS[: 1 + explain], names, error)
+    return Exported(out, format, size, INPUTS[: 1 + explain], names, error, agreement_of(student))
 
 
 def _explaining(student: Student, model: nn.Module) -> nn.Module:
@@ -156,6 +158,7 @@ def _facts(student: Student) -> dict[str, Any]:
         "preprocess": dataclasses.asdict(student.preprocess),
         "output": output_kind(student).kind,
         "labels": student.labels,
+        "agreement": agreement_of(student).words,
         "versions": versions(),
     }
 

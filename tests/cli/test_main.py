@@ -184,7 +184,7 @@ def test_convert_writes_a_folder_and_says_what_it_did(run, tmp_path):
         and "identity at B=1, beta=1: relative error" in err
         and "biases carried, reference gains" in err
     )
-    assert f"wrote {tmp_path / 'a' / 'student'}" in err
+    assert f"wrote {tmp_path / 'a' / 'student'}; next: bcosify align {tmp_path / 'a' / 'student'} --data SHARDS" in err
     measured = load(tmp_path / "a" / "student").history.conversion
     assert measured.identity_error < 1e-5 and len(measured.lossy_steps) == 7
 
@@ -391,9 +391,12 @@ def test_inspect_refuses_what_is_no_model(run, reference):
 
 def test_explain_prints_only_json_on_stdout_and_its_ledger_adds_up(run, student, pictures, tmp_path):
     words = (pictures / "chelsea.png", "--target", "top2", "--out", tmp_path / "maps", "--json")
-    code, out, _ = run("explain", student, *words)
+    code, out, err = run("explain", student, *words)
     rows = json.loads(out)
     assert code == 0 and len(rows) == 2
+    parts = [(abs(sum(row["constants"].values())), abs(row["input"])) for row in rows]
+    share = sum(constants / (constants + pixels) for constants, pixels in parts) / 2
+    assert "still its teacher" in err and f"Constants make {share:.0%} of its scores; next: bcosify align" in err
     for row in rows:
         assert row["score"] == pytest.approx(row["input"] + sum(row["constants"].values()), abs=1e-3)
     assert sorted(path.suffix for path in (tmp_path / "maps").iterdir()) == [".json", ".npz", ".png"]
