@@ -98,7 +98,8 @@ def convert(
         )
     if student.text is not None:
         console.print("text tower: kept unchanged, so that --text and --zero-shot work on the student")
-    console.print(f"wrote {out}; next: bcosify align {out} --data SHARDS")
+    console.print(f"wrote {out}")
+    console.print(f"next: bcosify align {out} --data SHARDS", soft_wrap=True)
     return {
         "reference": reference,
         "out": str(out),

@@ -98,9 +98,8 @@ def explain(
     if ledgers.agreement is not None:
         show_agreement(ledgers.agreement)
         if ledgers.agreement.unchanged:
-            console.print(
-                f"Constants make {ledgers.constant_share:.0%} of its scores; next: bcosify align {model} --data SHARDS"
-            )
+            share = f"Constants make {ledgers.constant_share:.0%} of its scores"
+            console.print(f"{share}; next: bcosify align {model} --data SHARDS", soft_wrap=True)
     console.print(f"wrote {len(list(out.glob('*.npz')))} x (.png, .npz, .json) to {out}")
     if ledgers.skipped:
         count = len(ledgers.skipped) + len({ledger.image for ledger in ledgers})

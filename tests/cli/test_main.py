@@ -184,7 +184,8 @@ def test_convert_writes_a_folder_and_says_what_it_did(run, tmp_path):
         and "identity at B=1, beta=1: relative error" in err
         and "biases carried, reference gains" in err
     )
-    assert f"wrote {tmp_path / 'a' / 'student'}; next: bcosify align {tmp_path / 'a' / 'student'} --data SHARDS" in err
+    student = tmp_path / "a" / "student"
+    assert f"wrote {student}\nnext: bcosify align {student} --data SHARDS\n" in err
     measured = load(tmp_path / "a" / "student").history.conversion
     assert measured.identity_error < 1e-5 and len(measured.lossy_steps) == 7
 
