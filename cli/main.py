@@ -23,6 +23,7 @@ from jsonargparse import ArgumentParser
 
 from ..core.errors import BcosifyError, DataWarning, Incomplete, OptionError, near_miss
 from ..core.files import json_text
+from ..core.threads import share_cores
 from ..core.words import printable
 
 __all__ = ["VERBS", "main"]
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"bcosify: no verb {verb!r}.{near_miss(verb, VERBS)}\n\n{_usage()}", file=sys.stderr)
         return 2
+    if not {"-h", "--help"} & {*rest}:
+        share_cores()
     try:
         with _plain_warnings():
             return _call(verb, rest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ from bcosify.convert.randomise import randomise
 from torch import Tensor, nn
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and of the commands that tests start
 
 
 def draw(size: int, batch: int = 2, seed: int = 1) -> Tensor:
