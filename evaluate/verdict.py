@@ -9,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
+from ..convert.agreement import ENOUGH
 from .record import Evaluation, Measurement
 from .task import OURS
 
-__all__ = ["TRUSTED", "Clause", "Verdict", "class_contrast", "verdict"]
-
-TRUSTED = 0.5
-"""Agreement with the teacher below which a student should not be trusted."""
+__all__ = ["Clause", "Verdict", "class_contrast", "verdict"]
 
 # What shows best that a map is about the class comes first: a positive share cannot see a map that turns its sign.
 CONTRASTS = ("signed_contrast", "energy_in_mask_contrast", "pointing_contrast")
@@ -56,7 +54,7 @@ def verdict(evaluation: Evaluation) -> Verdict:
     """The verdict on the student of `evaluation`.
 
     It is doubtful where top-1 agreement (of models without classes, the centred cosine of the output) is below
-    `TRUSTED`, or where the class contrast of the student's maps is not above zero with its whole interval. What was not
+    `ENOUGH`, or where the class contrast of the student's maps is not above zero with its whole interval. What was not
     measured is said, and is no doubt by itself.
     """
     clauses = (_agreement(evaluation), _contrast(class_contrast(evaluation)), _gain(evaluation))
@@ -79,11 +77,11 @@ def _agreement(evaluation: Evaluation) -> Clause:
     same = evaluation.find("top1_agreement", "both", variant="")
     if same is not None and same.value is not None:
         text = f"decides like its teacher on {_percent(same)} of held-out pictures"
-        return Clause(text, same.value < TRUSTED, same)
+        return Clause(text, same.value < ENOUGH, same)
     cosine = evaluation.find("centred_cosine", "both", variant="output")
     if cosine is not None and cosine.value is not None:
         text = f"gives outputs with a centred cosine of {cosine.value:.2f}{_interval(cosine, '.2f')} to its teacher's"
-        return Clause(text, cosine.value < TRUSTED, cosine)
+        return Clause(text, cosine.value < ENOUGH, cosine)
     reason = next((f" ({row.reason})" for row in (same, cosine) if row is not None and row.reason), "")
     return Clause(f"was not compared with its teacher's decisions{reason}")
 

@@ -82,6 +82,7 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
         found = [one for one in evaluation.measurements if one.section == section and one.method]
         applying = [one for one in found if one.metric != "maps" and one.value is not None]
         columns = list(dict.fromkeys((one.metric, one.variant) for one in applying))
+        columns.sort(key=lambda column: not column[0].endswith("_contrast"))  # what shows the class comes first
         pairs = list(dict.fromkeys((one.model, one.method) for one in found))
         place = {(one.metric, one.variant, one.model, one.method): one for one in found}
         groups = {pair: pair[0] if section == "faithfulness" else "" for pair in pairs}

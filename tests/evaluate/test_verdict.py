@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 from bcosify.evaluate.record import Evaluation, Measurement
 from bcosify.evaluate.report import render_page, report_page
-from bcosify.evaluate.report.tables import comparison
+from bcosify.evaluate.report.tables import comparison, method_tables, student_first
 from bcosify.evaluate.verdict import class_contrast, verdict
 
 SAME = Measurement("fidelity", "top1_agreement", "both", "", "", 0.36, 0.30, 0.42, 256)
@@ -96,6 +96,17 @@ def test_the_page_opens_with_it_in_red_and_escapes_what_strangers_wrote():
     assert opening.index("<b>0.060</b><small>0.030 to 0.090</small>") < opening.index("<b>0.810</b>")
     doubted = report_page(of(like(CONTRAST, 0.06, -0.01, 0.1)), [], "title", "what")
     assert '<b class="bad">0.060</b>' in doubted
+
+
+def test_tables_show_the_contrast_first_and_the_student_before_all_others():
+    share = like(CONTRAST, 0.3, 0.2, 0.4, metric="energy_in_mask", variant="")
+    rows = [dataclasses.replace(share, model="teacher", method=method) for method in ("grad-cam", "explanation")]
+    table = student_first(method_tables(of(*rows, share, CONTRAST, GAIN))["localisation"])
+    assert [name for name, _ in table.columns[2:]] == ["signed contrast", "energy in mask", "signed contrast gain"]
+    assert [(row[0].text, row[1].text) for row in table.rows] == [
+        *(("student", "explanation"), ("teacher", "explanation"), ("teacher", "grad-cam")),
+        ("student minus teacher", "explanation"),
+    ]
 
 
 def marks(*rows: Measurement | None) -> list[bool]:
