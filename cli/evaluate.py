@@ -91,10 +91,13 @@ def evaluate(
 
 
 def _summary(evaluation: Evaluation) -> None:
-    from ..evaluate.report.tables import fidelity_table, method_tables, turned
+    from ..evaluate.report.tables import fidelity_table, method_tables, student_first, turned
+    from ..evaluate.verdict import verdict
 
+    said = verdict(evaluation)
+    console.print(str(said), style="bold red" if said.doubtful else "bold")
     # A terminal is narrow: metrics down, methods across.
-    maps = {section: turned(table) for section, table in method_tables(evaluation).items() if table.rows}
+    maps = {section: turned(student_first(table)) for section, table in method_tables(evaluation).items() if table.rows}
     for title, table in {"fidelity": fidelity_table(evaluation), **maps}.items():
         if table.rows:
             heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]

@@ -23,7 +23,7 @@ class Comparison:
     Attributes:
         names: one for each evaluation; columns of `table`.
         warnings: which of them were not made on the same pictures, or not in the same way.
-        table: every measurement that one of them has, the best of each row marked.
+        table: every measurement that one of them has, marked as `comparison` says.
     """
 
     names: tuple[str, ...]

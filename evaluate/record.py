@@ -49,6 +49,16 @@ class Measurement:
     n: int = 0
     reason: str = ""
 
+    @property
+    def above_zero(self) -> bool:
+        """Whether the whole interval is."""
+        return self.low is not None and self.low > 0
+
+    @property
+    def below_zero(self) -> bool:
+        """Whether the whole interval is."""
+        return self.high is not None and self.high < 0
+
     def holding(self, estimate: Estimate) -> Measurement:
         return dataclasses.replace(self, **estimate._asdict())
 

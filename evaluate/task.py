@@ -84,6 +84,7 @@ class Explained:
     """The pictures, both models' outputs (N, D), the decisions, and maps (N, H, W) of every pair that applies.
 
     Attributes:
+        maps: of the decisions. other_maps: of another class than the decision's, of the pairs that have them.
         subjects: by name. unit: pixels of a square that is taken away. shared: see `once`.
     """
 
@@ -94,6 +95,7 @@ class Explained:
     maps: dict[tuple[str, str], Tensor]
     unit: int
     settings: Settings
+    other_maps: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def confidence(self, model: str) -> Tensor:

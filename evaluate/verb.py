@@ -199,11 +199,10 @@ def _write(
     """evaluation.json and report.html; `count` pictures were used for fidelity, and `skipped` could not be read."""
     evaluation.write(folder)
     gallery = gallery_of(explained, output_kind(student))
-    names = [f"{who}: {method}" for who, method in explained.maps]
     title = f"{student.source.reference}, {student.method} student"
     about = f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained, at {preprocess.size[0]} px."
     about += f" {skipped:,} could not be read." if skipped else ""
-    (folder / REPORT).write_text(report_page(evaluation, gallery, title, about, names), "utf-8")
+    (folder / REPORT).write_text(report_page(evaluation, gallery, title, about), "utf-8")
 
 
 def _methods(words: Sequence[str]) -> tuple[tuple[str, str], ...]:

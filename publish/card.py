@@ -22,6 +22,8 @@ from ..convert.output import output_kind
 from ..core import words
 from ..evaluate.record import Evaluation, Measurement
 from ..evaluate.report.tables import Cell, Table, absences, fidelity_table, method_tables, named, number, turned
+from ..evaluate.task import OURS
+from ..evaluate.verdict import verdict
 from .licences import Base, Licence
 
 __all__ = ["Shown", "card_of", "load_lines", "task_of"]
@@ -119,6 +121,7 @@ def card_of(
         doors=[(name, Markup(code)) for name, code in load_lines(student, repo).items()],
         shown=shown,
         evaluation=evaluation,
+        verdict="" if evaluation is None else str(verdict(evaluation)),
         fidelity="" if evaluation is None else Markup(markdown(fidelity_table(evaluation))),
         localisation=Markup(markdown(turned(tables["localisation"]))) if _has(tables, "localisation") else "",
         faithfulness=Markup(markdown(turned(tables["faithfulness"]))) if _has(tables, "faithfulness") else "",
@@ -304,7 +307,15 @@ def _of_measuring(evaluation: Evaluation) -> list[str]:
             lines.append(f"{_with_interval(found[metric])} {meaning}. It is not its teacher: measure it on your task.")
             break
     ours, theirs = found.get("energy_in_mask"), found.get("energy_in_mask_teacher")
-    if ours and theirs and (ours.value or 0) <= (theirs.value or 0):
+    gain = evaluation.find("energy_in_mask_gain", "both", OURS)
+    if ours and theirs and gain is not None and gain.value is not None:
+        if not gain.above_zero:
+            lines.append(
+                "Its maps are not shown to lie on the object more than its teacher's in explanation mode: "
+                f"{_with_interval(ours)} of the positive contribution against {_with_interval(theirs)}; on the same "
+                f"pictures the difference is {_with_interval(gain)}."
+            )
+    elif ours and theirs and (ours.value or 0) <= (theirs.value or 0):
         lines.append(
             f"Its maps do not lie on the object more than its teacher's in explanation mode: {_with_interval(ours)} of "
             f"the positive contribution against {_with_interval(theirs)}."

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from markupsafe import Markup
+from PIL import Image
+from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from ...convert.output import OutputKind
@@ -18,13 +23,16 @@ from ...explain import Explanation, explain_scores, signed_map
 from ..decisions import ClassDecisions, ValueDecisions
 from ..record import Evaluation
 from ..suite import Explained
+from ..task import OURS
+from ..verdict import Verdict, class_contrast, verdict
 from .pages import data_url, render_page
-from .tables import Cell, Table, absences, fidelity_table, method_tables, number
+from .tables import Cell, Table, absences, cell_of, fidelity_table, method_tables, student_first
 
 __all__ = ["gallery_of", "report_page"]
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito 2008), then dashes.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+CONTRAST = "class contrast of the student's maps (0: the same map for every class)"
 CARDS = {
     "centred_cosine": "centred cosine to the teacher",
     "top1_agreement": "same top-1 class as the teacher",
@@ -35,6 +43,10 @@ CARDS = {
     "ledger_residual": "unaccounted for, of a score",
 }
 LARGEST = 4
+# Maps are averaged over squares of their width by this, all of them alike.
+SMOOTH = 30
+OUTLINE = (("#000", 3.5), ("#fff", 1.5))
+SVG = "http://www.w3.org/2000/svg"
 # The parts of a score, in the order of the page's tables.
 LEDGER = {
     "score": "score",
@@ -46,12 +58,10 @@ LEDGER = {
 }
 
 
-def report_page(
-    evaluation: Evaluation, gallery: Sequence[dict[str, Any]], title: str, subtitle: str, methods: Sequence[str] = ()
-) -> str:
-    """The page; `gallery` is of `gallery_of`, and `methods` names its maps."""
-    tables = method_tables(evaluation)
-    headline = evaluation.headline()
+def report_page(evaluation: Evaluation, gallery: Sequence[dict[str, Any]], title: str, subtitle: str) -> str:
+    """The page; `gallery` is of `gallery_of`."""
+    said = verdict(evaluation)
+    tables = {section: student_first(table) for section, table in method_tables(evaluation).items()}
     area = evaluation.find("mask_area", "both")
     charts, key = _charts(evaluation)
     rows = [ledger for item in gallery for ledger in item["ledgers"]]
@@ -59,15 +69,15 @@ def report_page(
         "evaluation.html",
         title=title,
         subtitle=subtitle,
-        cards=[(text, number(headline[name])) for name, text in CARDS.items() if name in headline],
+        verdict=said,
+        cards=_cards(evaluation, said),
         fidelity=fidelity_table(evaluation),
         localisation=tables["localisation"],
         faithfulness=tables["faithfulness"],
-        area=f", {number(area.value)} here" if area is not None and area.value is not None else "",
+        area="" if area is None or area.value is None else f", {cell_of(area).text} here",
         charts=charts,
         key=key,
         gallery=gallery,
-        methods=methods,
         ledger_parts=[(part, name) for part, name in LEDGER.items() if any(part in row for row in rows)],
         absent=absences(evaluation),
         seconds=_seconds(evaluation),
@@ -75,8 +85,20 @@ def report_page(
     )
 
 
+def _cards(evaluation: Evaluation, said: Verdict) -> list[tuple[str, Cell, bool]]:
+    """The numbers to begin with, the class contrast before all others, and whether each is a reason for doubt."""
+    contrast, headlines = class_contrast(evaluation), evaluation.headlines()
+    shown = {} if contrast is None or contrast.value is None else {CONTRAST: contrast}
+    shown |= {text: headlines[name] for name, text in CARDS.items() if name in headlines}
+    doubts = [clause.of for clause in said.clauses if clause.doubt]
+    return [(text, cell_of(one), one in doubts) for text, one in shown.items()]
+
+
 def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list[dict[str, Any]]:
-    """The first `count` pictures with every map over them, and the ledgers of both models."""
+    """The first `count` pictures with every map, the student's first, and the ledgers of both models.
+
+    All maps are averaged over the same number of pixels. A map and that of another class share one scale.
+    """
     pictures = explained.pictures
     count = min(count, len(pictures))
     rows = torch.arange(count)
@@ -87,25 +109,65 @@ def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list
         )
         for name, subject in explained.subjects.items()
     }
-    names = None
+    names = own = None
     if isinstance(decisions, ClassDecisions):
         names = [output.name(int(k)) for k in decisions.classes]
+        own = [output.name(int(k)) for k in explained.outputs["student"][:count].argmax(1)]
     if isinstance(decisions, ValueDecisions):
         names = [output.name(0)] * count
     teacher = explained.subjects["teacher"]
+    place = {("student", OURS): 0, ("teacher", OURS): 1}
+    pairs = sorted(explained.maps, key=lambda pair: place.get(pair, 2))
     return [
         {
             "name": pictures.keys[i],
             "decision": names[i] if names else "what sets its feature apart",
+            "student_decides": own[i] if own else None,
             "picture": data_url(to_pil_image(teacher.colours(pictures.images[i]).clamp(0, 1)), "JPEG"),
+            "outline": None if pictures.masks is None else _outline(pictures.masks[i]),
+            "size": tuple(pictures.images.shape[-2:]),
             "maps": [
-                (f"{model}: {method}", data_url(signed_map(maps[i], smooth=max(1, maps.shape[-1] // 45) | 1)))
-                for (model, method), maps in explained.maps.items()
+                {"of": f"{model}: {method}", "ours": method == OURS, "sources": _drawn(explained, (model, method), i)}
+                for model, method in pairs
             ],
             "ledgers": [_ledger(name, explanation, i) for name, explanation in ledgers.items()],
         }
         for i in range(count)
     ]
+
+
+def _drawn(explained: Explained, pair: tuple[str, str], i: int) -> list[tuple[str, str]]:
+    """What is shown, and its address, of the map of the decision, and of that of another class where there is one."""
+    maps = {"the decision": explained.maps[pair][i]}
+    if pair in explained.other_maps:
+        maps["another class"] = explained.other_maps[pair][i]
+    width = explained.maps[pair].shape[-1]
+    kernel = max(1, width // SMOOTH) | 1
+    averaged = [
+        F.avg_pool2d(one[None].float(), kernel, 1, kernel // 2, count_include_pad=False)[0] for one in maps.values()
+    ]
+    both = signed_map(torch.cat(averaged, -1))  # one picture, so one scale
+    cut = (both.crop((n * width, 0, (n + 1) * width, both.height)) for n in range(len(maps)))
+    return [(name, data_url(one.quantize(128, dither=Image.Dither.NONE))) for name, one in zip(maps, cut, strict=True)]
+
+
+def _outline(mask: Tensor) -> str:
+    """The address of a drawing of the border of a mask (H, W), cut at one half: white within black."""
+    inside = np.pad((mask > 0.5).cpu().numpy(), 1).astype(np.int8)
+    path = [f"M{start} {y}H{end}" for y, start, end in _runs(np.diff(inside, axis=0)[:, 1:-1] != 0)]
+    path += [f"M{x} {start}V{end}" for x, start, end in _runs((np.diff(inside, axis=1)[1:-1] != 0).T)]
+    line = f'd="{"".join(path)}" fill="none" stroke-linecap="square" vector-effect="non-scaling-stroke"'
+    strokes = "".join(f'<path {line} stroke="{colour}" stroke-width="{w}"/>' for colour, w in OUTLINE)
+    height, width = mask.shape
+    drawing = f'<svg xmlns="{SVG}" viewBox="0 0 {width} {height}" preserveAspectRatio="none">{strokes}</svg>'
+    return f"data:image/svg+xml;base64,{base64.b64encode(drawing.encode()).decode()}"
+
+
+def _runs(lines: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(row, start, end) of every run of True in the rows of `lines`."""
+    changes = np.diff(np.pad(lines.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    (rows, starts), (_, ends) = np.nonzero(changes == 1), np.nonzero(changes == -1)
+    yield from zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True)
 
 
 def _ledger(model: str, explanation: Explanation, i: int) -> dict[str, Any]:

@@ -8,8 +8,20 @@ from collections.abc import Iterable, Sequence
 
 from ..record import Evaluation, Measurement
 from ..registry import all_metrics
+from ..task import OURS
 
-__all__ = ["Cell", "Table", "absences", "cell_of", "comparison", "fidelity_table", "method_tables", "named", "turned"]
+__all__ = [
+    "Cell",
+    "Table",
+    "absences",
+    "cell_of",
+    "comparison",
+    "fidelity_table",
+    "method_tables",
+    "named",
+    "student_first",
+    "turned",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +82,7 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
         found = [one for one in evaluation.measurements if one.section == section and one.method]
         applying = [one for one in found if one.metric != "maps" and one.value is not None]
         columns = list(dict.fromkeys((one.metric, one.variant) for one in applying))
+        columns.sort(key=lambda column: not column[0].endswith("_contrast"))  # what shows the class comes first
         pairs = list(dict.fromkeys((one.model, one.method) for one in found))
         place = {(one.metric, one.variant, one.model, one.method): one for one in found}
         groups = {pair: pair[0] if section == "faithfulness" else "" for pair in pairs}
@@ -83,10 +96,18 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
         for pair in pairs:
             ones = [place.get((*column, *pair), absent.get(pair)) for column in columns]
             cells = (cell_of(one, one is not None and one in best) for one in ones)
-            rows.append((_word(pair[0]), _word(pair[1]), *cells))
+            model = "student minus teacher" if pair[0] == "both" else pair[0]
+            rows.append((_word(model), _word(pair[1]), *cells))
         heads = [(named(metric), "; ".join(filter(None, (variant, _hint(metric))))) for metric, variant in columns]
         tables[section] = Table((("model", ""), ("method", ""), *heads), tuple(rows))
     return tables
+
+
+def student_first(table: Table) -> Table:
+    """A table of `method_tables` with the student's own explanation first, then its teacher's, then all others."""
+    place = {("student", OURS): 0, ("teacher", OURS): 1}
+    rows = sorted(table.rows, key=lambda row: place.get((row[0].text, row[1].text), 2))
+    return Table(table.columns, tuple(rows))
 
 
 def turned(table: Table) -> Table:
@@ -110,20 +131,25 @@ def absences(evaluation: Evaluation) -> list[str]:
 
 
 def comparison(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
-    """Every measurement that one of them has, side by side; the best of each row marked."""
+    """Every measurement that one of them has, side by side; marked where it is better than all others of its row.
+
+    Evaluations keep intervals, not pictures, so a paired difference cannot be had. But whatever the pictures have in
+    common, the standard error of a difference is at most the sum of both standard errors: intervals that do not
+    overlap show a difference whose interval excludes zero. Others may differ too; they are not marked. (Ours.)
+    """
     keys = dict.fromkeys(_key(one) for _, evaluation in evaluations for one in evaluation.measurements)
     found = [{_key(one): one for one in evaluation.measurements} for _, evaluation in evaluations]
     rows = []
     for key in keys:
         section, metric, model, method, variant = key
         ones = [known.get(key) for known in found]
-        best = _best(ones)
+        ahead = _ahead(ones)
         rows.append(
             (
                 _word(section),
                 _word(named(metric, variant)),
                 _word(" ".join(filter(None, (model, method)))),
-                *(cell_of(one, one is not None and one is best) for one in ones),
+                *(cell_of(one, i == ahead) for i, one in enumerate(ones)),
             )
         )
     heads = (
@@ -133,6 +159,19 @@ def comparison(evaluations: Sequence[tuple[str, Evaluation]]) -> Table:
         *((name, "mean and 95 % interval") for name, _ in evaluations),
     )
     return Table(heads, tuple(rows))
+
+
+def _ahead(ones: Sequence[Measurement | None]) -> int | None:
+    """Which of several rows of one metric is the best, by an interval that overlaps with no other one's; or None."""
+    best = _best(ones)
+    if best is None or best.low is None or best.high is None:
+        return None
+    place = next(i for i, one in enumerate(ones) if one is best)
+    others = [one for i, one in enumerate(ones) if one is not None and one.value is not None and i != place]
+    apart = (
+        one.low is not None and one.high is not None and (best.low > one.high or best.high < one.low) for one in others
+    )
+    return place if all(apart) else None
 
 
 def _best(ones: Iterable[Measurement | None]) -> Measurement | None:

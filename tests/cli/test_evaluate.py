@@ -69,6 +69,9 @@ def test_a_student_is_measured_and_two_evaluations_are_compared(student, shard, 
         assert main(["evaluate", *map(str, words), "--json"]) == 0
     printed = capsys.readouterr()
     assert "energy in mask" in printed.err and "report.html" in printed.err
+    # The verdict comes before every table.
+    verdict, _ = printed.err.split("raw cosine", 1)
+    assert "decides like its teacher on 100 % (100 to 100) of held-out pictures" in " ".join(verdict.split())
     record = json.loads((tmp_path / "one" / "evaluation.json").read_text())
     rows = {(one["metric"], one["model"], one["method"]): one for one in record["measurements"]}
     # Fresh from convert, the student is its teacher: so are its decisions.
@@ -78,7 +81,7 @@ def test_a_student_is_measured_and_two_evaluations_are_compared(student, shard, 
     assert record["data"]["explained"] == 4 and record["data"]["pictures"] == 6
     assert record["model"]["teacher_weights"] != "" and record["schema"] == 1
     page = (tmp_path / "one" / "report.html").read_text()
-    assert "GridPG" in page and "grad-cam" in page
+    assert "GridPG" in page and "grad-cam" in page and "decides like its teacher on 100 %" in page
 
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "--out", str(tmp_path / "both.html")]) == 0
     assert "not measured with the same" not in capsys.readouterr().err

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bcosify.convert import BcosConfig, convert, set_strength
@@ -22,6 +25,7 @@ from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page
 from bcosify.evaluate.report.tables import comparison, method_tables
 from bcosify.evaluate.suite import Pictures, Settings
+from PIL import Image
 
 from tiny import tiny_teacher
 
@@ -295,22 +299,57 @@ def test_a_teacher_of_nan_is_refused(pair):
 def test_evaluations_side_by_side_mark_the_better(measured):
     evaluation, _ = measured
     row = Measurement("faithfulness", "deletion_auc", "student", "explanation", "v", 0.2, 0.1, 0.3, 5)
-    better = dataclasses.replace(evaluation, measurements=(dataclasses.replace(row, value=0.1),))
+    less = dataclasses.replace(row, value=0.05, low=0.0, high=0.09)
+    better = dataclasses.replace(evaluation, measurements=(less,))
     table = comparison([("one", dataclasses.replace(evaluation, measurements=(row,))), ("two", better)])
     assert [cell.best for cell in table.rows[0]] == [False, False, False, False, True]
     assert table.rows[0][3].text == "0.200" and table.rows[0][3].interval == "0.100 to 0.300"
 
 
 def test_the_page_holds_everything_itself(measured):
-    page = report_page(
-        measured[0],
-        gallery_of(measured[1], CLASSES, 2),
-        "a <b> title",
-        "what",
-        ["teacher: explanation"],
-    )
+    page = report_page(measured[0], gallery_of(measured[1], CLASSES, 2), "a <b> title", "what")
     assert "a &lt;b&gt; title" in page and "<svg" in page and page.count('class="map') >= 8
     assert not re.search(r"""(?:src|href)=["'](?!data:)|@import|url\((?!data:)|https?://""", page)
+
+
+def decoded(url: str) -> bytes:
+    return base64.b64decode(url.partition(",")[2])
+
+
+def test_the_gallery_opens_on_the_student_and_shows_another_class_and_the_mask(measured):
+    evaluation, explained = measured
+    ours = ("student", "explanation")
+    half = dataclasses.replace(explained, other_maps={ours: -0.5 * explained.maps[ours]})
+    shown, _ = gallery_of(half, CLASSES, 2)
+    assert [one["of"] for one in shown["maps"]] == [
+        *("student: explanation", "teacher: explanation", "teacher: input-x-gradient", "teacher: rollout")
+    ]
+    assert [len(one["sources"]) for one in shown["maps"]] == [2, 1, 1, 1]
+    # One scale for both: the other map, minus one half of it, is as much paler, and has turned its sign.
+    (_, decision), (what, other) = shown["maps"][0]["sources"]
+    red, pale = (np.asarray(Image.open(io.BytesIO(decoded(url))).convert("RGB"), int) for url in (decision, other))
+    assert what == "another class" and red.shape == pale.shape == (64, 64, 3)
+    sign, turned = (picture[..., 0] - picture[..., 2] for picture in (red, pale))
+    strong = np.abs(sign) > 60
+    assert strong.any() and (sign[strong] * turned[strong] < 0).all() and pale.mean() > red.mean()
+    # The border of the square mask: rows 16 to 48, columns 8 to 40.
+    drawing = decoded(shown["outline"]).decode()
+    assert 'd="M8 16H40M8 48H40M8 16V48M40 16V48"' in drawing and 'viewBox="0 0 64 64"' in drawing
+    assert shown["decision"] == CLASSES.name(int(explained.decisions.classes[0]))
+    assert shown["student_decides"] == CLASSES.name(int(explained.outputs["student"][0].argmax()))
+    page = report_page(evaluation, gallery_of(half, CLASSES, 2), "title", "what")
+    assert page.count("<small>another class</small>") == 2 and page.count("--outline: url(data:image/svg") == 2
+    bare = dataclasses.replace(explained, pictures=pictures(masks=None))
+    page = report_page(evaluation, gallery_of(bare, CLASSES, 1), "title", "what")
+    assert "--outline: url" not in page and "another class</small>" not in page and "object's mask</" not in page
+
+
+def test_names_of_strangers_are_escaped_in_the_gallery(measured):
+    evil = '"><script>alert(1)</script>'
+    explained = dataclasses.replace(measured[1], pictures=dataclasses.replace(measured[1].pictures, keys=(evil,) * 9))
+    names = OutputKind("classes", 1000, (evil,) * 1000)
+    page = report_page(measured[0], gallery_of(explained, names, 1), evil, evil)
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
 
 
 def test_the_demos_page_is_made_of_the_same_parts():
@@ -353,12 +392,13 @@ window.addEventListener("load", () => {
   const state = document.body.dataset;
   button.click(); state.up = values();
   button.click(); state.down = values();
-  const slider = document.getElementById("opacity"), map = document.querySelector(".map.on");
+  const slider = document.getElementById("opacity"), map = document.querySelector(".map");
   slider.value = 0.2; slider.dispatchEvent(new Event("input"));
   state.opacity = getComputedStyle(map).opacity;
-  const choice = document.getElementById("method");
-  choice.selectedIndex = 1; choice.dispatchEvent(new Event("change"));
-  state.shown = document.querySelector(".map.on").dataset.method;
+  const maps = [...document.querySelectorAll(".map")];
+  const visible = maps.filter((one) => one.complete && one.getBoundingClientRect().width > 40);
+  state.shown = visible.length; state.first = visible[0].alt;
+  state.outline = getComputedStyle(map.parentElement, "::after").backgroundImage.slice(0, 23);
   state.wide = document.documentElement.scrollWidth > innerWidth;
 });
 </script>
@@ -366,12 +406,11 @@ window.addEventListener("load", () => {
 
 
 def test_the_page_in_a_browser(measured, tmp_path):
-    """No console error, tables sort both ways, the slider changes the overlay, the choice changes the map."""
+    """No console error, tables sort both ways, the slider changes the maps, which are all seen with the mask's line."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no Chromium here (Debian: apt install chromium)")
-    names = [f"{model}: {method}" for model, method in measured[1].maps]
-    page = report_page(measured[0], gallery_of(measured[1], CLASSES, 2), "title", "what", names)
+    page = report_page(measured[0], gallery_of(measured[1], CLASSES, 2), "title", "what")
     (tmp_path / "report.html").write_text(page.replace("<head>", "<head>" + CHECK), "utf-8")
     ended = subprocess.run(
         [
@@ -390,4 +429,5 @@ def test_the_page_in_a_browser(measured, tmp_path):
     assert "errors" not in found
     up, down = ([float(value) for value in found[name].split()] for name in ("up", "down"))
     assert up == sorted(up) and down == sorted(down, reverse=True) and len(set(up)) > 1
-    assert found["opacity"] == "0.2" and found["shown"] == names[1] and found["wide"] == "false"
+    assert found["opacity"] == "0.2" and found["shown"] == "8" and found["wide"] == "false"
+    assert found["first"] == "student: explanation, the decision: p0" and "data:image/svg" in found["outline"]

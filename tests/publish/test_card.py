@@ -12,6 +12,7 @@ from bcosify.convert import load
 from bcosify.convert.history import Alignment
 from bcosify.convert.methods import METHODS
 from bcosify.evaluate.record import Measurement, read_evaluation
+from bcosify.evaluate.verdict import verdict
 from bcosify.publish import card as cards
 from bcosify.publish.card import Shown, card_of, load_lines, markdown, task_of, turned
 from bcosify.publish.licences import Base, Licence
@@ -94,6 +95,37 @@ def test_what_is_less_localised_than_its_teacher_is_said_so(made, evaluation):
     better = dataclasses.replace(evaluation, measurements=tuple(better))
     limits = sections(card_of(made, "org/name", BASE, TERMS, evaluation=better))["Limits"]
     assert "more than its teacher's" not in limits
+
+
+def test_more_on_the_object_than_its_teacher_needs_the_paired_interval(made, evaluation):
+    gain = Measurement("localisation", "energy_in_mask_gain", "both", "explanation", "", 0.11, -0.02, 0.24, 7)
+    for low, said in ((-0.02, True), (0.03, False)):
+        row = dataclasses.replace(gain, low=low)
+        better = [
+            dataclasses.replace(one, value=0.5) if (one.metric, one.model) == ("energy_in_mask", "student") else one
+            for one in evaluation.measurements
+        ]
+        card = card_of(
+            made, "org/name", BASE, TERMS, evaluation=dataclasses.replace(evaluation, measurements=(*better, row))
+        )
+        assert ("not shown to lie on the object more than its teacher's" in sections(card)["Limits"]) is said
+        assert "lie on the object better than its teacher's" in sections(card)["Measured"]
+        assert ("are not shown to lie on the object better" in sections(card)["Measured"]) is said
+
+
+def test_what_was_measured_opens_with_the_verdict(made, evaluated):
+    contrast = Measurement(
+        "localisation", "signed_contrast", "student", "explanation", "random class", 0.01, -0.02, 0.04, 7
+    )
+    agreement = Measurement("fidelity", "top1_agreement", "both", "", "", 0.8, 0.7, 0.9, 12)
+    evaluation = read_evaluation(evaluated(agreement, contrast))
+    measured = sections(card_of(made, "org/name", BASE, TERMS, evaluation=evaluation))["Measured"]
+    assert measured.strip().startswith(f"**{verdict(evaluation)}**") and "Do not trust this student yet" in measured
+    assert "80 % (70 to 90)" in measured and "not shown to differ between classes" in measured
+    evil = dataclasses.replace(contrast, value=None, low=None, high=None, reason="<b>[x](https://evil.example)</b>")
+    evaluation = read_evaluation(evaluated(agreement, evil))
+    text = str(card_of(made, "org/name", BASE, TERMS, evaluation=evaluation))
+    assert "<b>" not in text and "[x](https" not in text
 
 
 def test_a_missing_evaluation_is_said_and_no_number_made_up(made):
