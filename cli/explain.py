@@ -27,6 +27,7 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int = 8,
+    views: str | None = None,
     max_pixels: int | None = None,
     overwrite: bool = False,
     json: bool = False,
@@ -54,6 +55,7 @@ def explain(
         head: which output of a transformers model: `classifier`, `embedding`, `pooled`; `auto` is its checkpoint's.
         image_size: side in pixels, where it is not the model's own.
         batch_size: pictures a forward pass.
+        views: explain the mean over so many views of each picture: `9` with noise, `shift:9`, `flip`.
         max_pixels: pictures with more pixels are skipped, or read smaller if they are JPEGs; 100000000 if not given.
         overwrite: replace the folder if it exists.
         json: print one row per picture and target as JSON on stdout.
@@ -75,6 +77,7 @@ def explain(
         head=head,
         image_size=image_size,
         batch_size=batch_size,
+        views=views,
         max_pixels=max_pixels,
         overwrite=overwrite,
     )

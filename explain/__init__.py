@@ -23,6 +23,7 @@ from .targets import (
     ZeroShotTarget,
     find_class,
 )
+from .views import Views, explain_views
 
 if TYPE_CHECKING:
     from .results import ScoreLedger
@@ -40,11 +41,13 @@ __all__ = [
     "SimilarityTarget",
     "Target",
     "TopTarget",
+    "Views",
     "ZeroShotTarget",
     "attribute",
     "dynamic_linear",
     "explain",
     "explain_scores",
+    "explain_views",
     "find_class",
     "gated",
     "input_encoding",

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,6 +81,7 @@ def panel(
     image: Image.Image | None,
     explanation: Explanation,
     caption: str = "",
+    lines: Sequence[str] = (),
     *,
     picture: int = 0,
     score: int = 0,
@@ -90,7 +92,7 @@ def panel(
     """Input, contributions and explanation of one score of one picture, side by side on white.
 
     `image` is the picture as the model saw it; None takes it from the encoded input of a converted model. `smooth` is
-    given in pixels of a picture 224 wide; `caption` names the target.
+    given in pixels of a picture 224 wide; `caption` names the target, and `lines` stand below.
     """
     contributions = explanation.contributions[picture, score]
     if image is None:
@@ -115,6 +117,7 @@ def panel(
     margin, gap, head, foot = (round(pixels * unit) for pixels in (20, 14, 34, 84))
     large, small = (ImageFont.load_default(pixels * unit) for pixels in (17, 13))
     height = round(size * contributions.shape[-2] / contributions.shape[-1])
+    foot += round(20 * unit) * len(lines)
     canvas = Image.new("RGB", (2 * margin + 3 * size + 2 * gap, margin + head + height + foot), "white")
     draw = ImageDraw.Draw(canvas)
     top = margin + head
@@ -131,6 +134,8 @@ def panel(
     draw.text((margin, line), _cut(draw, one_line(caption) or f"score {score}", large, size), INK, large, anchor="lt")
     draw.text((margin, line + 27 * unit), _sums(row), INK, small, anchor="lt")
     draw.text((margin, line + 47 * unit), one_line(_largest(row["constants"])), FAINT, small, anchor="lt")
+    for number, text in enumerate(lines):
+        draw.text((margin, line + (67 + 20 * number) * unit), one_line(text), INK, small, anchor="lt")
     return canvas
 
 

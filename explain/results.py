@@ -39,6 +39,7 @@ class ScoreLedger:
         direct, carried, carriers: parts of `input` where biases are carried (see `Explanation`).
         constants: name -> what it adds.
         residual: float rounding.
+        views: over which views of the picture all of this is the mean (see `Views`); NAME.npz holds these.
     """
 
     image: str
@@ -54,6 +55,7 @@ class ScoreLedger:
     carriers: dict[str, float] | None = None
     constants: dict[str, float]
     residual: float
+    views: dict[str, Any] | None = None
 
     def row(self) -> dict[str, Any]:
         """As NAME.json has it: without what does not apply."""
@@ -69,6 +71,7 @@ def write_picture(
     picture: int,
     ledgers: Sequence[ScoreLedger],
     more: Mapping[str, Tensor] | None = None,
+    lines: Sequence[str] = (),
 ) -> None:
     """Writes NAME.png (a panel for each score), NAME.npz (raw maps) and NAME.json (the ledgers) into `folder`.
 
@@ -76,8 +79,9 @@ def write_picture(
         seen: the picture as the model saw it.
         explanation: of a batch; `picture` is the place in it.
         more: other maps of the batch, name -> (B, ...).
+        lines: what is written below each panel.
     """
-    panels = [panel(seen, explanation, one.label, picture=picture, score=k) for k, one in enumerate(ledgers)]
+    panels = [panel(seen, explanation, one.label, lines, picture=picture, score=k) for k, one in enumerate(ledgers)]
     _stacked(panels).save(folder / f"{name}.png")
     maps = {key: getattr(explanation, key) for key in STORED} | dict(more or {})
     arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}

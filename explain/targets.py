@@ -27,6 +27,7 @@ __all__ = [
     "TopTarget",
     "ZeroShotTarget",
     "find_class",
+    "settled",
     "target_of",
 ]
 
@@ -99,6 +100,9 @@ class TopTarget(_ForAll):
             raise TargetError(f"There is no top {self.k} of {classes} outputs; pass 1 to {classes}.")
         return output.detach().topk(self.k, dim=1).indices
 
+    def settled(self, output: Tensor) -> ClassTarget:
+        return ClassTarget(self.classes(output))
+
 
 @dataclass(frozen=True, eq=False)
 class DirectionTarget:
@@ -146,6 +150,9 @@ class ZeroShotTarget(_ForAll):
         """All cosines (B, N) of a model's output (B, D)."""
         return SimilarityTarget(self.embeddings).scores(output)
 
+    def settled(self, output: Tensor) -> Target:
+        return SimilarityTarget(self.embeddings.to(output)[self.then.classes(self.similarities(output))])
+
 
 @dataclass(frozen=True)
 class SelfTarget(_ForAll):
@@ -154,6 +161,9 @@ class SelfTarget(_ForAll):
     def scores(self, output: Tensor) -> Tensor:
         _shape(output)
         return (output * _unit(output.detach())).sum(1, keepdim=True)
+
+    def settled(self, output: Tensor) -> DirectionTarget:
+        return DirectionTarget(_unit(output.detach())[:, None])
 
 
 class PatchFeature(nn.Module):
@@ -202,6 +212,15 @@ def target_of(given: Any) -> Target:
         indices = _whole_numbers(given)
         return ClassTarget(indices[:, None] if by_picture and indices.dim() == 1 else indices)
     raise TargetError(f"target {given!r:.80} is a {type(given).__name__}. {TAKEN}")
+
+
+def settled(target: Target, output: Tensor) -> Target:
+    """What `target` asks of pictures with this `output` (B, D), as a target that asks it of any others, one for one.
+
+    The largest class becomes a class, one's own direction a direction. A target of one's own may have such a method.
+    """
+    settle = getattr(target, "settled", None)
+    return target if settle is None else settle(output)
 
 
 TAKEN = (

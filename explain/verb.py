@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -32,6 +33,7 @@ from .attribution import Explanation, explain_scores
 from .questions import Facts, Question, ask
 from .results import ScoreLedger, write_picture, written
 from .targets import Target
+from .views import Views, explain_views, views_of
 
 __all__ = ["Ledgers", "explain"]
 
@@ -77,6 +79,7 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
+    views: Views | int | str | None = None,
     check: bool = True,
     tolerance: float = 1e-4,
 ) -> Explanation: ...
@@ -99,6 +102,7 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
+    views: Views | int | str | None = None,
     max_pixels: int | None = None,
     overwrite: bool = False,
     check: bool = True,
@@ -123,6 +127,7 @@ def explain(
     head: str = "auto",
     image_size: int | None = None,
     batch_size: int | None = None,
+    views: Views | int | str | None = None,
     max_pixels: int | None = None,
     overwrite: bool = False,
     check: bool = True,
@@ -148,6 +153,8 @@ def explain(
         labels: names of the classes, or a file with one a line, where the model has none of its own.
         head, image_size: which output of a transformers model, and the side in pixels, where they are not its own.
         batch_size: pictures a forward pass; by default all of a tensor, eight files.
+        views: the mean over so many views of each picture, which differ by noise; or `Views`, `shift:9`, `flip` (see
+            `views`). Maps are calmer then, and still add up, to the mean of the scores.
         max_pixels: larger picture files are skipped, or read smaller if they are JPEGs (see `data.pictures`).
         overwrite: replace `out` if it exists.
         check: False returns explanations that do not add up, with their residual.
@@ -177,6 +184,10 @@ def explain(
         "patch": patch,
         "zero_shot": zero_shot,
     }
+    views = None if views is None else views_of(views)
+    scores = partial(explain_scores, check=check, tolerance=tolerance)
+    if views is not None and views.count > 1:
+        scores = partial(explain_views, views=views, check=check, tolerance=tolerance)
     if isinstance(model, nn.Module):
         if not isinstance(pictures, Tensor) or any(value is not None for value in (*options.values(), labels)):
             raise TargetError(
@@ -186,26 +197,23 @@ def explain(
         if target is None:
             raise TargetError("target is missing. Pass a class, a Target such as TopTarget(), or SelfTarget().")
         _check_words(target)
-        return explain_scores(
-            model, pictures, cast(Any, target), check=check, tolerance=tolerance, batch_size=batch_size
-        )
+        return scores(model, pictures, cast(Any, target), batch_size=batch_size)
     opened = _opened(model, head, image_size)
     if labels is not None:
         opened = with_labels(opened, labels)
     question = _with_prototypes(ask(opened, target=target, **options), getattr(opened, "history", None))
     if isinstance(pictures, Tensor):
-        return explain_scores(
-            question.network, pictures, question.target, check=check, tolerance=tolerance, batch_size=batch_size
-        )
+        return scores(question.network, pictures, question.target, batch_size=batch_size)
     if question.target.rows(slice(0, 1)) is not question.target:
         raise TargetError("target: what differs from picture to picture goes with a tensor. Pass one for all files.")
     if not reads_colours(opened.model):
         trace_forward(opened.model, opened.preprocess.size)  # says what it reads
     files = _files(pictures)
+    about = _about(opened, views)
     names = list(unique(map(_stem, files), _as_disks_see_it))
     size = BATCH if batch_size is None else batch_size
     ledgers = Ledgers()
-    ledgers.agreement = agreement_of(opened) if isinstance(opened, Student) else None
+    ledgers.agreement = about.agreement
     with contextlib.ExitStack() as stack:
         folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite, written))
         for start in range(0, len(files), size):
@@ -214,9 +222,33 @@ def explain(
             ledgers.skipped += skipped
             if inputs:
                 shown = [(file, name) for file, name in zip(files[part], names[part], strict=True) if file in inputs]
-                ledgers += _explained(question, opened.preprocess, inputs, shown, folder, check, tolerance)
+                ledgers += _explained(question, opened.preprocess, inputs, shown, folder, scores, about)
         _check_skipped(ledgers.skipped, len(files), folder)
     return ledgers
+
+
+@dataclasses.dataclass(frozen=True)
+class About:
+    """What holds for all explanations of a call: over which views they are means, and how far their model stands for
+    its teacher (None: it is no student)."""
+
+    views: Views | None
+    agreement: Agreement | None
+
+    def row(self) -> dict[str, Any]:
+        """For each ledger."""
+        return {} if self.views is None else {"views": dataclasses.asdict(self.views)}
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """For each panel."""
+        agreed = () if self.agreement is None else (self.agreement.words,)
+        return agreed if self.views is None else (f"{self.views}", *agreed)
+
+
+def _about(opened: Student | Teacher, views: Views | None) -> About:
+    several = views if views is not None and views.count > 1 else None
+    return About(several, agreement_of(opened) if isinstance(opened, Student) else None)
 
 
 def _check_skipped(skipped: Sequence[Skipped], count: int, folder: Path | None) -> None:
@@ -340,24 +372,30 @@ def _explained(
     read: dict[Path, Tensor],
     shown: Sequence[tuple[Path, str]],
     folder: Path | None,
-    check: bool,
-    tolerance: float,
+    scores: Callable[..., Explanation],
+    about: About,
 ) -> list[ScoreLedger]:
     """Explains one batch, writes its files, returns its ledgers; nothing else of it is kept.
 
     Args:
         read: the pictures of the batch. shown: in which order, and under which names.
+        scores: `explain_scores`, or the mean over views.
     """
     inputs = torch.stack([read[file] for file, _ in shown])
-    explanation = explain_scores(question.network, inputs, question.target, check=check, tolerance=tolerance)
+    explanation = scores(question.network, inputs, question.target)
     network: Any = question.network
     others: dict[str, Tensor] = network.extra_maps(inputs) if hasattr(network, "extra_maps") else {}
+    if about.views is not None:
+        others = {**others, "views": torch.stack([pictures for pictures, _, _ in about.views.of(inputs)], 1)}
     facts = question.names(explanation.outputs)
     rows: list[ScoreLedger] = []
     for i, (file, name) in enumerate(shown):
-        ledgers = [ScoreLedger(image=str(file), **known, **explanation.row(i, k)) for k, known in enumerate(facts[i])]
+        ledgers = [
+            ScoreLedger(image=str(file), **known, **explanation.row(i, k), **about.row())
+            for k, known in enumerate(facts[i])
+        ]
         if folder is not None:
             seen = to_pil_image(preprocess.denormalise(inputs[i]).clamp(0, 1))
-            write_picture(folder, name, seen, explanation, i, ledgers, others)
+            write_picture(folder, name, seen, explanation, i, ledgers, others, about.lines)
         rows += ledgers
     return rows
