@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from ..evaluate import Evaluation
 
 
+ACROSS = 5  # methods in a table
+
+
 def evaluate(
     model: str,
     *,
@@ -23,6 +26,7 @@ def evaluate(
     grids: int = 16,
     most_passes: int = 128,
     removals: list[str] | None = None,
+    controls: bool = True,
     out: Path = Path("report"),
     weights: Path | None = None,
     image_size: int | None = None,
@@ -53,6 +57,8 @@ def evaluate(
         most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
         removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement;
             default patches:grey.
+        controls: leave out what shows how figures look where there is nothing to find: a Gaussian, edges, an averaged
+            map, the untrained student, and students with shuffled blocks.
         out: folder for the report.
         weights: the teacher's state dict, where it was converted from a file.
         image_size: side in pixels, where it is not the model's own.
@@ -75,6 +81,7 @@ def evaluate(
         grids=grids,
         most_passes=most_passes,
         removals=removals,
+        controls=controls,
         out=out,
         weights=weights,
         image_size=image_size,
@@ -91,13 +98,18 @@ def evaluate(
 
 
 def _summary(evaluation: Evaluation) -> None:
-    from ..evaluate.report.tables import fidelity_table, method_tables, student_first, turned
+    from ..evaluate.report.tables import Table, fidelity_table, method_tables, student_first, turned
     from ..evaluate.verdict import verdict
 
     said = verdict(evaluation)
     console.print(str(said), style="bold red" if said.doubtful else "bold")
-    # A terminal is narrow: metrics down, methods across.
-    maps = {section: turned(student_first(table)) for section, table in method_tables(evaluation).items() if table.rows}
+    # A terminal is narrow: metrics down, and a few methods across.
+    maps = {
+        f"{section}, continued" if start else section: turned(Table(table.columns, rows[start : start + ACROSS]))
+        for section, table in method_tables(evaluation).items()
+        for rows in [student_first(table).rows]
+        for start in range(0, len(rows), ACROSS)
+    }
     for title, table in {"fidelity": fidelity_table(evaluation), **maps}.items():
         if table.rows:
             heads = [f"{name} ({hint})" if hint else name for name, hint in table.columns]

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -131,16 +132,29 @@ def read_pictures(
 
     Args:
         count: so many pictures, drawn by `seed`, read into memory; None: all, read batch by batch.
-        masks: read the mask of every sample, or draw it from its box.
+        masks: read the mask of every sample, or draw it from its box: 0 outside, 255 or 1 inside, or colours, as
+            palettes have. Pictures whose mask is empty are skipped.
         label: key of the label in a sample's json; or `cls`, its member.
         max_pixels: see `pixel_limit`.
 
     Raises:
-        DataError: none of the pictures can be read; a mask is missing or of another size; a label is missing.
+        DataError: none of the pictures can be read; a mask is missing, of another size or of
+            other values; a label is missing.
     """
     limit, transform = pixel_limit(max_pixels), preprocess.transform()
     drawn = range(len(index)) if count is None or count >= len(index) else map(int, order(len(index), seed, 0))
-    positions, skipped = _readable(index, drawn, len(index) if count is None else count, limit)
+
+    def mask_of(i: int) -> Tensor:
+        return _mask(index, i, preprocess, transform, limit)
+
+    def check(i: int) -> None:
+        if masks and not (mask_of(i) > 0.5).any():
+            name = f"{index.key(i)} in {index.file(i).path}"
+            raise _Broken(name, "nothing of what the model sees is in its mask", "cannot be used")
+        if not masks:
+            _picture(index, i, limit)
+
+    positions, skipped = _readable(drawn, len(index) if count is None else count, check)
     lazy = Decoded(index, positions, transform, limit)
     digest = None if count is not None else f"{index.digest} {preprocess}"
     if digest and skipped:
@@ -149,7 +163,7 @@ def read_pictures(
     return Pictures(
         lazy if count is None else torch.cat(list(lazy.split(64))),
         tuple(index.key(i) for i in positions),
-        torch.stack([_mask(index, i, preprocess, transform, limit) for i in positions]) if masks else None,
+        torch.stack([mask_of(i) for i in positions]) if masks else None,
         labels,
         names,
         digest=digest,
@@ -157,32 +171,32 @@ def read_pictures(
     )
 
 
-def _readable(index: ShardIndex, drawn: Iterable[int], count: int, limit: int) -> tuple[list[int], tuple[Skipped, ...]]:
+def _readable(drawn: Iterable[int], count: int, check: Callable[[int], None]) -> tuple[list[int], tuple[Skipped, ...]]:
     """The first `count` of `drawn` that can be read, in the order of the index, and those before them that cannot.
 
-    Each is decoded for it: where a file is broken shows only then, and numbers must not depend on how far one came.
+    `check` raises _Broken for one that cannot. It decodes each, as a broken file shows only then: numbers must not
+    depend on how far one came.
     """
 
-    def fault(i: int) -> Skipped | None:
+    def fault(i: int) -> _Broken | None:
         try:
-            _picture(index, i, limit)
+            check(i)
         except _Broken as error:
-            return Skipped(error.name, error.reason)
+            return error
         return None
 
     positions: list[int] = []
-    skipped: list[Skipped] = []
+    broken: list[_Broken] = []
     remaining = iter(drawn)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while len(positions) < count and (batch := list(itertools.islice(remaining, min(256, count - len(positions))))):
             for i, found in zip(batch, pool.map(fault, batch), strict=True):
-                positions.append(i) if found is None else skipped.append(found)
-    if skipped:
-        first = f"{skipped[0].path} is no picture that can be read: {skipped[0].reason}"
-        if not positions:
-            raise DataError(f"None of the {len(skipped)} pictures can be read. The first: {first}.")
-        say(f"{len(skipped)} of {len(skipped) + len(positions)} pictures were skipped. The first: {first}.")
-    return sorted(positions), tuple(skipped)
+                positions.append(i) if found is None else broken.append(found)
+    if broken and not positions:
+        raise DataError(f"None of the {len(broken)} pictures can be read. The first: {broken[0]}")
+    if broken:
+        say(f"{len(broken)} of {len(broken) + len(positions)} pictures were skipped. The first: {broken[0]}")
+    return sorted(positions), tuple(Skipped(one.name, one.reason) for one in broken)
 
 
 def class_indices(pictures: Pictures, classes: int) -> Pictures:
@@ -200,8 +214,8 @@ def class_indices(pictures: Pictures, classes: int) -> Pictures:
 class _Broken(DataError):
     """A picture, by its key and shard, that cannot be read, and why."""
 
-    def __init__(self, name: str, reason: str) -> None:
-        super().__init__(f"{name} is no picture that can be read: {reason}.")
+    def __init__(self, name: str, reason: str, fault: str = "is no picture that can be read") -> None:
+        super().__init__(f"{name} {fault}: {reason}.")
         self.name, self.reason = name, reason
 
 
@@ -222,7 +236,7 @@ def _mask(
     size = _picture(index, i, limit).size
     kind = next((name for name in MASKS if name in index.extensions(i)), None)
     if kind is not None:
-        mask = _picture(index, i, limit, kind).convert("L")
+        mask = _levels(_picture(index, i, limit, kind), f"{index.key(i)}.{kind} in {index.file(i).path}")
     elif (box := _facts(index, i).get("box")) is not None:
         mask = Image.new("L", size)
         ImageDraw.Draw(mask).rectangle(_edges(box, size, f"{index.key(i)}.json in {index.file(i).path}"), fill=255)
@@ -238,6 +252,23 @@ def _mask(
         )
     seen = transform(Image.merge("RGB", [mask] * 3))
     return denormalise(seen, preprocess.mean, preprocess.std).mean(0).clamp(0, 1)
+
+
+def _levels(mask: Image.Image, name: str) -> Image.Image:
+    """A mask with 0 outside and 255 inside, of an RGB picture that has 1 inside, or colours, as a palette has.
+
+    Raises DataError for values whose meaning is anybody's guess: they would be cut at one half, and count as outside.
+    """
+    colours = np.asarray(mask)
+    levels, largest = colours.max(-1), int(colours.max())
+    if largest <= 1 or (colours != levels[..., None]).any():
+        return Image.fromarray(np.where(levels > 0, 255, 0).astype(np.uint8))
+    if largest < 128:
+        raise DataError(
+            f"--masks: the largest value of {name} is {largest}. A mask is 0 outside and 255 (or 1) inside; of "
+            "numbered objects, pass a mask of the one that is meant."
+        )
+    return Image.fromarray(levels)
 
 
 def _edges(box: Any, size: tuple[int, int], name: str) -> list[float]:

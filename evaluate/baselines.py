@@ -24,12 +24,12 @@ from ..convert.taps import find_blocks
 from ..core.errors import NotApplicable, TargetError, near_miss
 from ..core.hooks import hooked
 from ..core.pictures import fitted
-from ..explain import explain_scores
+from ..explain import Views, explain_scores, explain_views
 from ..explain.self_explaining import main_output
 from .decisions import Decisions
 from .subject import Subject
 
-__all__ = ["METHODS", "Method", "find_method", "maps_of"]
+__all__ = ["CONTROLS", "METHODS", "Method", "find_method", "maps_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Method:
         passes: forward and backward passes for one picture, roughly: how dear it is.
         in_score_units: whether a region's contributions say by how much the score would fall without it.
         shared: whether several decisions about one picture, standing side by side in a batch, share their passes.
+        control: it knows nothing of the decision, or is what calmer maps look like: what others should beat.
         source: paper.
     """
 
@@ -50,6 +51,7 @@ class Method:
     source: str
     in_score_units: bool = True
     shared: bool = False
+    control: bool = False
 
     @property
     def cheap(self) -> bool:
@@ -83,10 +85,10 @@ def maps_of(method: Method, subject: Subject, images: Tensor, decisions: Decisio
 
 
 def _method(
-    name: str, passes: int, source: str, in_score_units: bool = True, shared: bool = False
+    name: str, passes: int, source: str, in_score_units: bool = True, shared: bool = False, control: bool = False
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     def keep(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS[name] = Method(name, run, passes, source, in_score_units, shared)
+        METHODS[name] = Method(name, run, passes, source, in_score_units, shared, control)
         return run
 
     return keep
@@ -351,6 +353,32 @@ def rollout(layers: list[Tensor]) -> Tensor:
     """(B, N, N): the product, last layer first, of half attention (B, N, N) and half identity (residual)."""
     identity = torch.eye(layers[0].shape[-1]).to(layers[0])
     return functools.reduce(lambda total, layer: (layer + identity) / 2 @ total, layers, identity)
+
+
+# ------------------------------------------------------------------------------------------------------------- controls
+
+
+@_method("centre", 1, "control: a Gaussian at the centre, whatever the picture", in_score_units=False, control=True)
+def _centre(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
+    """Its standard deviation is a quarter of the side."""
+    height, width = (torch.linspace(-2, 2, length).to(images) for length in images.shape[-2:])
+    return torch.exp(-(height[:, None] ** 2 + width**2) / 2).expand(len(images), -1, -1)
+
+
+@_method("edges", 1, "control: Sobel's gradient of the grey picture", in_score_units=False, control=True)
+def _edges(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+    return F.conv2d(grey, torch.stack([across, across.T])[:, None]).norm(dim=1)
+
+
+@_method("averaged", 18, "control: the mean of the exact maps of nine noisy views (`Views`)", control=True)
+def _averaged_views(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
+    views = Views(9, "noise", seed=seed)
+    return explain_views(subject.model, images, decisions.target(), views, check=False).contributions[:, 0]
+
+
+CONTROLS = tuple(name for name, method in METHODS.items() if method.control)
 
 
 @contextlib.contextmanager

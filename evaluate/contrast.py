@@ -8,19 +8,61 @@ better than the map of another decision on the same picture.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ..core.errors import DataError
+from ..core.errors import DataError, NotApplicable
 from ..explain.targets import Target
-from .decisions import ClassDecisions, Decisions
-from .metrics.localisation import pointing_game, positive_shares, signed_shares
+from .decisions import ClassDecisions, Decisions, ValueDecisions
+from .metrics.localisation import energy_in_mask, pointing_game, signed_in_mask
 
-__all__ = ["MEASURES", "SideBySide", "contrast", "other_decisions"]
+__all__ = ["MEASURES", "OTHERS", "Measure", "SideBySide", "contrast", "other_decisions", "others_of"]
 
-# (maps (B, H, W), masks (B, H, W)) -> (B,): what two maps are compared by.
-MEASURES = {"in_mask": positive_shares, "signed_share": signed_shares, "pointing": pointing_game}
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What two maps are compared by.
+
+    Attributes:
+        value: (maps (B, H, W), masks (B, H, W)) -> (B,).
+        row, contrast: what it and its class contrast are called in an evaluation.
+    """
+
+    value: Callable[[Tensor, Tensor], Tensor]
+    row: str
+    contrast: str
+
+
+MEASURES = {
+    "in_mask": Measure(energy_in_mask, "energy_in_mask", "energy_in_mask_contrast"),
+    "signed_share": Measure(signed_in_mask, "signed_share", "signed_contrast"),
+    "pointing": Measure(pointing_game, "pointing_game", "pointing_contrast"),
+}
+# The decisions that a map is compared with that of: any other class, and the second most likely one.
+OTHERS = ("random class", "runner-up")
+
+
+def others_of(kind: str, decisions: Decisions, outputs: Tensor, seed: int = 0) -> Decisions:
+    """For each of N decisions another one of a kind in `OTHERS`, by the teacher's outputs (N, D).
+
+    Raises NotApplicable, with the reason, where there is none.
+    """
+    if isinstance(decisions, ValueDecisions):
+        raise NotApplicable("a regression has one output, and no other to compare its map with")
+    if kind == OTHERS[0]:
+        try:
+            return other_decisions(decisions, outputs.shape[1], seed)
+        except DataError as error:
+            raise NotApplicable(f"no contrast is possible: {error}") from error
+    if not isinstance(decisions, ClassDecisions):
+        raise NotApplicable("features have no classes, and so no runner-up")
+    if outputs.shape[1] < 2:
+        raise NotApplicable("no contrast is possible: there is one class")
+    own = decisions.classes.to(outputs.device)[:, None]
+    second = outputs.detach().scatter(1, own, float("-inf")).argmax(1)
+    return dataclasses.replace(decisions, classes=second.cpu())
 
 
 def other_decisions(decisions: Decisions, classes: int, seed: int = 0) -> Decisions:
@@ -66,6 +108,6 @@ def contrast(decided: Tensor, other: Tensor, masks: Tensor) -> dict[str, Tensor]
     """
     values = {}
     for name, measure in MEASURES.items():
-        ours, theirs = measure(decided, masks), measure(other, masks)
+        ours, theirs = measure.value(decided, masks), measure.value(other, masks)
         values |= {name: ours, f"other_{name}": theirs, f"{name}_contrast": ours - theirs}
     return values

@@ -84,6 +84,20 @@ class Notes:
         self.step(name, run)
         return found[0] if found else None
 
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """The maps that `make` gives, or that are kept under this name."""
+        path = None if self.folder is None else self.folder / f"maps-{name}.safetensors"
+        if path is not None and self.done(f"maps: {name}") and path.is_file():
+            return load_file(path)["maps"]
+        found: list[Tensor] = []
+        self.step(f"maps: {name}", lambda: found.append(make()))
+        if not found:
+            return make()  # done before, and kept nowhere
+        if path is not None:
+            with new_file(path) as scratch:
+                save_file({"maps": found[0].contiguous()}, scratch)
+        return found[0]
+
     def absent(self, row: Measurement, reason: str) -> None:
         """Keeps that there is no such number, and why."""
         self.measurements.append(dataclasses.replace(row, value=None, reason=reason))

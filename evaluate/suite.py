@@ -8,25 +8,28 @@ soon as it is done (`store`), so that what was stopped can go on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import DataError
+from ..core.errors import DataError, NotApplicable
 from ..data.labelled import Pictures
 from .baselines import find_method, maps_of
-from .decisions import decide
+from .contrast import OTHERS, others_of
+from .decisions import Decisions, decide
 from .features import cache_key, features_of
+from .metrics.controls import less_trained
 from .record import Evaluation
 from .registry import Step, steps_of
 from .store import Notes
 from .subject import Subject, outputs_of
-from .task import Compared, Explained, Settings
+from .task import OURS, Compared, Explained, Settings
 
 __all__ = ["Explained", "Pictures", "Settings", "evaluate_subjects"]
 
@@ -41,6 +44,7 @@ def evaluate_subjects(
     model: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     texts: Tensor | None = None,
+    untrained: Mapping[str, Callable[[], Subject]] | None = None,
     work: Path | None = None,
     progress: bool = True,
 ) -> tuple[Evaluation, Explained]:
@@ -51,6 +55,7 @@ def evaluate_subjects(
         explained_on: pictures that are explained, with masks where there are some.
         model, data: facts for the record.
         texts: (K, D) embeddings of the label names, for zero-shot accuracy.
+        untrained: name -> makes a further control, such as the student before its alignment.
         work: a folder that holds every step as soon as it is done. Given one with steps of the same model, data and
             settings, which `model` and `data` must tell apart, goes on after them.
 
@@ -68,7 +73,7 @@ def evaluate_subjects(
     }
     notes = Notes(facts, work, settings.seed, progress)
     notes.step("fidelity", lambda: _fidelity(notes, teacher, student, fidelity_on, texts))
-    explained = _explained(notes, teacher, student, explained_on, settings, unit)
+    explained = _explained(notes, teacher, student, explained_on, settings, unit, untrained)
     for needs, steps in itertools.groupby(steps_of("pictures", "model", "maps"), key=lambda step: step.needs):
         _run(notes, explained, needs, list(steps))
     return notes.evaluation(), explained
@@ -102,7 +107,13 @@ def _run(notes: Notes, explained: Explained, needs: str, steps: list[Step]) -> N
 
 
 def _explained(
-    notes: Notes, teacher: Subject, student: Subject, pictures: Pictures, settings: Settings, unit: int
+    notes: Notes,
+    teacher: Subject,
+    student: Subject,
+    pictures: Pictures,
+    settings: Settings,
+    unit: int,
+    untrained: Mapping[str, Callable[[], Subject]] | None,
 ) -> Explained:
     """Maps of every method for the same decisions: the teacher's own, or the labels where these are classes."""
     subjects = {"teacher": teacher, "student": student}
@@ -124,4 +135,19 @@ def _explained(
         make = functools.partial(maps_of, find_method(name), subjects[model], pictures.images, decisions, settings.seed)
         if (found := notes.maps(model, name, make)) is not None:
             maps[model, name] = found
-    return Explained(pictures, outputs, decisions, subjects, maps, unit, settings)
+    others: dict[tuple[str, str], Tensor] = {}
+    # Without masks there is no contrast to measure, and the page shows that of our own.
+    for model, name in notes.bar([pair for pair in maps if find_method(pair[1]).cheap], "maps of another class"):
+        if pictures.masks is not None or name == OURS:
+            make = functools.partial(_other_map, name, subjects[model], pictures.images, decisions, theirs, settings)
+            with contextlib.suppress(NotApplicable):  # the contrast's own row says why there is none
+                others[model, name] = notes.kept(f"{model}-{name}-another", make)
+    controls = less_trained(student, settings.seed) | dict(untrained or {}) if settings.controls else {}
+    return Explained(pictures, outputs, decisions, subjects, maps, unit, settings, others, controls)
+
+
+def _other_map(
+    name: str, subject: Subject, images: Tensor, decisions: Decisions, outputs: Tensor, settings: Settings
+) -> Tensor:
+    wanted = others_of(OTHERS[0], decisions, outputs, settings.seed)
+    return maps_of(find_method(name), subject, images, wanted, settings.seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.errors import DataError
 from ..data.labelled import Pictures
-from .baselines import find_method
+from .baselines import CONTROLS, find_method
 from .decisions import Decisions
 from .fills import FILLS
 from .subject import Subject
@@ -33,6 +33,7 @@ class Settings:
         most_passes: a method has no part in a GridPG protocol where a cell would take it more passes of one picture's
             size than this.
         confident: the teacher's least probability for a picture to be in a grid.
+        controls: also measure what there is nothing to find in: see `metrics.controls`, and `CONTROLS` of `baselines`.
         cascade_pictures, cascade_steps: of the randomisation check.
         shares, subsets: sizes and number of the random subsets.
         subset_pictures: of sensitivity-n and infidelity, which need shares x subsets passes of each: the first so many.
@@ -50,6 +51,7 @@ class Settings:
     subset_pictures: int = 32
     cascade_pictures: int = 16
     cascade_steps: int = 3
+    controls: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +63,8 @@ class Settings:
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        return tuple(dict.fromkeys([("teacher", OURS), ("student", OURS), *self.methods]))
+        controls = [("teacher", name) for name in CONTROLS] if self.controls else []
+        return tuple(dict.fromkeys([("teacher", OURS), ("student", OURS), *self.methods, *controls]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,6 +88,7 @@ class Explained:
 
     Attributes:
         maps: of the decisions. other_maps: of another class than the decision's, of the pairs that have them.
+        controls: name -> makes a model that knows less than the student.
         subjects: by name. unit: pixels of a square that is taken away. shared: see `once`.
     """
 
@@ -96,6 +100,7 @@ class Explained:
     unit: int
     settings: Settings
     other_maps: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
+    controls: dict[str, Callable[[], Subject]] = dataclasses.field(default_factory=dict)
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     def confidence(self, model: str) -> Tensor:

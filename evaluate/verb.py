@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_grid
+from ..convert.layers import scheduled_layers
 from ..convert.memory import laid_out
 from ..convert.output import output_kind
 from ..core.errors import TargetError
@@ -54,6 +55,7 @@ def evaluate(
     grids: int = 16,
     most_passes: int = 128,
     removals: Sequence[str] | None = None,
+    controls: bool = True,
     out: str | Path | None = None,
     weights: str | Path | None = None,
     image_size: int | None = None,
@@ -79,6 +81,7 @@ def evaluate(
         grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells).
         most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
         removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement.
+        controls: also measure models and maps that know less, beside every figure (see `metrics.controls`).
         out: also write evaluation.json and report.html to this folder. `out`.run then keeps every step that is done, so
             that the same call goes on after an interruption.
         weights: the teacher's state dict, where it was converted from a file.
@@ -101,6 +104,7 @@ def evaluate(
         removals=_removals([removals] if isinstance(removals, str) else removals or REMOVALS),
         grids=grids,
         most_passes=most_passes,
+        controls=controls,
         seed=seed,
     )
     if isinstance(model, Student):  # it may be moved and laid out anew here, and stays as it is for others
@@ -147,6 +151,7 @@ def evaluate(
                 **({"skipped": skipped} if skipped else {}),
             },
             texts=texts,
+            untrained={"untrained": partial(_untrained, student, weights, ours)} if controls else None,
             work=work,
             progress=progress,
         )
@@ -176,6 +181,18 @@ def _subjects(
         )
         for name, found in (("teacher", teacher), ("student", student.model))
     ]
+
+
+def _untrained(student: Student, weights: str | Path | None, like: Subject) -> Subject:
+    """The student as it was converted, at the strengths that it has now, with all weights its teacher's."""
+    model = teacher_of(student, None if weights is None else Path(weights), converted=True)
+    now = dict(scheduled_layers(student.model))
+    for name, layer in scheduled_layers(model):
+        for strength, value in now[name].strengths().items():
+            layer.set_strength(strength, value)
+    return dataclasses.replace(
+        like, name="untrained", model=laid_out(model.eval().requires_grad_(False)).to(like.device)
+    )
 
 
 @contextlib.contextmanager

@@ -49,6 +49,7 @@ __all__ = [
     "pointing_game",
     "pooled",
     "positive_shares",
+    "signed_in_mask",
     "signed_shares",
     "windowed_maps",
 ]
@@ -91,6 +92,11 @@ def pooled(maps: Tensor, kernel: int = 15) -> Tensor:
 def energy_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
     """(B,) in [0, 1]: positive contribution inside masks (B, H, W), which are cut at one half."""
     return positive_shares(maps, (masks > 0.5).float())
+
+
+def signed_in_mask(maps: Tensor, masks: Tensor) -> Tensor:
+    """(B,) in [-1, 1]: `signed_shares` inside masks (B, H, W), which are cut at one half."""
+    return signed_shares(maps, (masks > 0.5).float())
 
 
 def pointing_game(maps: Tensor, masks: Tensor, tolerance: int = 0) -> Tensor:
@@ -200,6 +206,7 @@ def grid_scores(maps: Tensor, grids: Grids) -> Tensor:
             Headline("energy_in_mask_teacher", 5, "teacher", OURS),
         ),
     ),
+    Metric("signed_share", "localisation"),
     Metric("pointing_game", "localisation"),
     Metric("mask_area", "localisation", better=0),
     needs="pictures",
@@ -217,6 +224,8 @@ def _in_masks(notes: Notes, task: Explained) -> None:
             notes.absent(row, "the pictures have no masks; pass --masks SHARDS")
             continue
         notes.measure(row, lambda maps=maps: energy_in_mask(maps, masks))
+        signed = dataclasses.replace(row, metric="signed_share")
+        notes.measure(signed, lambda maps=maps: signed_in_mask(maps, masks))
         notes.measure(dataclasses.replace(row, metric="pointing_game"), lambda maps=maps: pointing_game(maps, masks))
     if masks is not None:
         row = Measurement("localisation", "mask_area", "both")
@@ -243,6 +252,8 @@ def _gridpg(notes: Notes, task: Explained) -> Iterator[Job]:
 
 def _grid_scores(task: Explained, protocol: str, side: int, model: str, way: Method) -> Tensor:
     settings, pictures, decisions = task.settings, task.pictures, task.decisions
+    if way.control and not way.cheap:
+        raise NotApplicable("it is a control of many passes")
     passes = way.passes * (side**2 if protocol == "native" else (2 * side - 1) ** 2)
     passes = -(-passes // side**2) if way.shared else passes
     if passes > settings.most_passes:

@@ -20,6 +20,7 @@ from bcosify.convert.randomise import randomise
 from bcosify.core.errors import DataError
 from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate import metrics, registry, suite
+from bcosify.evaluate.baselines import CONTROLS
 from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page
@@ -63,7 +64,8 @@ def measured(pair):
 
 def test_every_metric_is_there_with_an_interval_or_a_reason(measured):
     evaluation, explained = measured
-    assert set(explained.maps) == {("teacher", "explanation"), ("student", "explanation"), *METHODS}
+    controls = {("teacher", name) for name in CONTROLS}
+    assert set(explained.maps) == {("teacher", "explanation"), ("student", "explanation"), *METHODS, *controls}
     found = {(one.section, one.metric) for one in evaluation.measurements}
     assert {
         *(("fidelity", m) for m in ("raw_cosine", "centred_cosine", "linear_cka", "neighbour_agreement", "kl")),
@@ -322,9 +324,10 @@ def test_the_gallery_opens_on_the_student_and_shows_another_class_and_the_mask(m
     half = dataclasses.replace(explained, other_maps={ours: -0.5 * explained.maps[ours]})
     shown, _ = gallery_of(half, CLASSES, 2)
     assert [one["of"] for one in shown["maps"]] == [
-        *("student: explanation", "teacher: explanation", "teacher: input-x-gradient", "teacher: rollout")
+        *("student: explanation", "teacher: explanation", "teacher: input-x-gradient", "teacher: rollout"),
+        *(f"teacher: {name}" for name in CONTROLS),
     ]
-    assert [len(one["sources"]) for one in shown["maps"]] == [2, 1, 1, 1]
+    assert [len(one["sources"]) for one in shown["maps"]] == [2, 1, 1, 1, 1, 1, 1]
     # One scale for both: the other map, minus one half of it, is as much paler, and has turned its sign.
     (_, decision), (what, other) = shown["maps"][0]["sources"]
     red, pale = (np.asarray(Image.open(io.BytesIO(decoded(url))).convert("RGB"), int) for url in (decision, other))
@@ -339,7 +342,7 @@ def test_the_gallery_opens_on_the_student_and_shows_another_class_and_the_mask(m
     assert shown["student_decides"] == CLASSES.name(int(explained.outputs["student"][0].argmax()))
     page = report_page(evaluation, gallery_of(half, CLASSES, 2), "title", "what")
     assert page.count("<small>another class</small>") == 2 and page.count("--outline: url(data:image/svg") == 2
-    bare = dataclasses.replace(explained, pictures=pictures(masks=None))
+    bare = dataclasses.replace(explained, pictures=pictures(masks=None), other_maps={})
     page = report_page(evaluation, gallery_of(bare, CLASSES, 1), "title", "what")
     assert "--outline: url" not in page and "another class</small>" not in page and "object's mask</" not in page
 
@@ -429,5 +432,5 @@ def test_the_page_in_a_browser(measured, tmp_path):
     assert "errors" not in found
     up, down = ([float(value) for value in found[name].split()] for name in ("up", "down"))
     assert up == sorted(up) and down == sorted(down, reverse=True) and len(set(up)) > 1
-    assert found["opacity"] == "0.2" and found["shown"] == "8" and found["wide"] == "false"
+    assert found["opacity"] == "0.2" and found["shown"] == "26" and found["wide"] == "false"
     assert found["first"] == "student: explanation, the decision: p0" and "data:image/svg" in found["outline"]
