@@ -114,6 +114,24 @@ def confident_agreement(student: Tensor, teacher: Tensor, above: float = 0.5) ->
     return agreement(student, teacher)["top1_agreement"][sure]
 
 
+def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> Tensor:
+    """() in [0, 1]: |mean confidence - share that is right|, mean over `bins` equal bins of confidence (M,) weighted by
+    their pictures. (Expected calibration error, Guo et al. 2017, arXiv 1706.04599; right (M,) is agreement here.)"""
+    place = (confidence.double() * bins).long().clamp(0, bins - 1)
+    gaps = confidence.double().new_zeros(bins).index_add_(0, place, confidence.double() - right.double())
+    return gaps.abs().sum() / max(1, len(confidence))
+
+
+def _calibration(outputs: tuple[Tensor, Tensor], confident: bool, seed: int) -> Estimate:
+    """Of the student's own confidence, as a guess of whether it decides like its teacher."""
+    ours, theirs = outputs[0].float().softmax(1), outputs[1].float().softmax(1)
+    rows = theirs.amax(1) > 0.5 if confident else torch.ones(len(theirs), dtype=torch.bool)
+    confidence, right = ours.amax(1)[rows], (ours.argmax(1) == theirs.argmax(1)).double()[rows]
+    if not len(confidence):
+        raise NotApplicable("no picture is left to measure this on")
+    return jackknife(lambda kept: calibration_error(confidence[kept], right[kept]), len(confidence), seed)
+
+
 def dense_agreement(student: Tensor, teacher: Tensor) -> Tensor:
     """(N,) centred cosine of patch features (N, C, h, w), mean over the places; the mean feature is that of all."""
     student, teacher = _pair(student, teacher)
@@ -174,6 +192,7 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     Metric("linear_cka", "fidelity", title="linear CKA"),
     Metric("neighbour_agreement", "fidelity"),
     Metric("top1_agreement", "fidelity", title="top-1 agreement", headlines=(Headline("top1_agreement", 1, "both"),)),
+    Metric("calibration_error", "fidelity", better=-1),
     Metric("top5_agreement", "fidelity", title="top-5 agreement"),
     Metric("kl", "fidelity", better=-1, title="KL"),
     Metric("dense_agreement", "fidelity"),
@@ -218,6 +237,16 @@ def _fidelity(notes: Notes, task: Compared) -> None:
             notes.absent(row(metric), same)
         else:
             notes.measure(row(metric), lambda metric=metric: agreement(*outputs)[metric])
+    sure = row("top1_agreement", "teacher sure")
+    if not subject.classifier or same:
+        notes.absent(sure, same or "the model has no classes")
+    elif subject.output == LABELS:
+        notes.absent(sure, "its labels do not exclude each other, so none has a share of all")
+    else:
+        notes.measure(sure, lambda: confident_agreement(*outputs))
+        for variant, confident in (("", False), ("teacher sure", True)):
+            value = partial(_calibration, outputs, confident, task.seed)
+            notes.measure(row("calibration_error", variant), value)
     if DENSE in theirs and DENSE in ours:
         notes.measure(row("dense_agreement"), lambda: dense_agreement(ours[DENSE], theirs[DENSE]))
 

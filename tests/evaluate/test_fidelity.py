@@ -190,5 +190,19 @@ def test_labels_that_do_not_exclude_each_other_are_no_distribution(subject_of):
     subjects = {n: subject_of(torch.nn.Identity(), name=n, output="multi-label") for n in ("teacher", "student")}
     notes = Notes({"model": {}, "data": {}, "settings": {}}, None, 0, False)
     _fidelity(notes, Compared(None, subjects, {name: {OUTPUT: draw(6, 4)} for name in subjects}, None, 0))
-    found = {row.metric: row for row in notes.evaluation().measurements}
+    found = {row.metric: row for row in notes.evaluation().measurements if row.variant != "teacher sure"}
     assert found["top1_agreement"].value == 1 and "do not exclude each other" in found["kl"].reason
+
+
+def test_agreement_where_the_teacher_is_sure_counts_those_pictures_alone(subject_of):
+    teacher = torch.tensor([[9.0, 0, 0], [0, 9.0, 0], [0.1, 0, 0], [0, 0.2, 0]])
+    student = torch.tensor([[9.0, 0, 0], [9.0, 0, 0], [0.1, 0, 0], [0, 0.2, 0]])
+    subjects = {n: subject_of(torch.nn.Identity(), name=n) for n in ("teacher", "student")}
+    notes = Notes({"model": {}, "data": {}, "settings": {}}, None, 0, False)
+    features = {"teacher": {OUTPUT: teacher}, "student": {OUTPUT: student}}
+    _fidelity(notes, Compared(None, subjects, features, None, 0))
+    found = {(row.metric, row.variant): row for row in notes.evaluation().measurements}
+    sure = found["top1_agreement", "teacher sure"]
+    assert found["top1_agreement", ""].value == 0.75 and (sure.value, sure.n) == (0.5, 2)
+    # The student is sure of both, and right about one.
+    assert found["calibration_error", "teacher sure"].value == pytest.approx(0.5, abs=1e-3)
