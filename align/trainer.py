@@ -155,7 +155,10 @@ def _save(run: Run, result: dict[str, Any]) -> None:
         )
         if run.fitted:
             write_prototypes(run.config.work, run.output, run.pictures.train, run.fitted)
-        student = dataclasses.replace(run.student, model=run.learner.result.cpu()).with_history(alignment=alignment)
+        # It is known at the size that it was trained and measured at, which its teacher's need not be.
+        prepared = run.student.preprocess.at(run.recipe.image_size)
+        student = dataclasses.replace(run.student, model=run.learner.result.cpu(), preprocess=prepared)
+        student = student.with_history(alignment=alignment)
         save(student, run.config.out, run.config.overwrite)
         with new_file(run.config.work / RESULT) as scratch:
             scratch.write_text(json_text(result, indent=2))

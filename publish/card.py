@@ -275,24 +275,34 @@ def _format_cell(cell: Cell) -> str:
 
 def _limits(student: Student, evaluation: Evaluation | None, recipe: dict[str, Any] | None) -> list[str]:
     """What the facts say against this model, one sentence each."""
-    found = [*_of_training(student, recipe), *(_of_measuring(evaluation) if evaluation else ())]
+    found = [*_of_training(student), *_of_sizes(student, evaluation, recipe)]
+    found += _of_measuring(evaluation) if evaluation else ()
     if evaluation is None:
         found.append("It was not evaluated: nothing is known here of how close it is to its teacher, or of its maps.")
     return found
 
 
-def _of_training(student: Student, recipe: dict[str, Any] | None) -> list[str]:
+def _of_training(student: Student) -> list[str]:
     found = []
     if (agreement := agreement_of(student)).low or student.history.alignment is None:
         found.append(agreement.words)
     spans = strength_spans(student.model)
     if spans.get("beta", (0.0, 0.0))[1] > 0:
         found.append("Biases are left in it: they are constants of the ledger, and may outweigh the picture.")
-    size, height = (recipe or {}).get("image_size"), student.preprocess.size[0]
-    if size and size != height:
+    return found
+
+
+def _of_sizes(student: Student, evaluation: Evaluation | None, recipe: dict[str, Any] | None) -> list[str]:
+    """Where it was aligned or measured on pictures of another size than its own."""
+    own, trained = student.preprocess.size, (recipe or {}).get("image_size")
+    measured = own if evaluation is None else tuple(evaluation.model["size"])
+    found = []
+    if trained and (trained, trained) != own:
+        found.append(f"It was aligned on pictures of {trained} px, but its preprocessing makes {own[0]} px.")
+    if measured != own:
         found.append(
-            f"It was aligned on pictures of {size} px, but its preprocessing makes {height} px: what is said of it "
-            f"here holds at {size} px."
+            f"It was measured on pictures of {measured[0]} px, but its preprocessing makes {own[0]} px: the figures "
+            f"here hold at {measured[0]} px."
         )
     return found
 

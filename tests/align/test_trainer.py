@@ -58,6 +58,13 @@ def test_same_seed_same_losses_and_student_learns(run, shards, tmp_path):
     assert student.history.alignment.curve[0]["raw_cosine"] == pytest.approx(1, abs=1e-4)
 
 
+def test_the_student_keeps_the_size_that_it_was_trained_at(run, shards, tmp_path):
+    recipe = dataclasses.replace(RECIPE, image_size=48, phases=(dataclasses.replace(PHASES[1], pictures=4),))
+    aligned(run, shards, tmp_path / "out", recipe)
+    before, after = load(run).preprocess, load(tmp_path / "out").preprocess
+    assert before.size == (64, 64) and after == before.at(48)
+
+
 def test_batch_statistics_are_learned_from_the_batches_and_saved(cnn, shards, tmp_path):
     aligned(cnn, shards, tmp_path / "out", CNN_RECIPE)
     before, after = (load_file(path / "model.safetensors") for path in (cnn, tmp_path / "out"))

@@ -97,6 +97,27 @@ def test_what_is_less_localised_than_its_teacher_is_said_so(made, evaluation):
     assert "more than its teacher's" not in limits
 
 
+@pytest.mark.parametrize(
+    ("trained", "measured", "said"),
+    [
+        (64, 64, []),
+        (48, 64, ["It was aligned on pictures of 48 px, but its preprocessing makes 64 px."]),
+        (
+            64,
+            96,
+            ["It was measured on pictures of 96 px, but its preprocessing makes 64 px: the figures here hold at 96"],
+        ),
+        (48, 48, ["aligned on pictures of 48 px", "the figures here hold at 48 px"]),
+    ],
+)
+def test_the_card_names_the_size_that_was_measured(made, evaluated, trained, measured, said):
+    evaluation = read_evaluation(evaluated(size=[measured, measured]))
+    card = card_of(made, "org/name", BASE, TERMS, evaluation=evaluation, recipe={**RECIPE, "image_size": trained})
+    limits = sections(card)["Limits"]
+    assert limits.count("its preprocessing makes 64 px") == len(said)
+    assert all(words in limits for words in said)
+
+
 def test_more_on_the_object_than_its_teacher_needs_the_paired_interval(made, evaluation):
     gain = Measurement("localisation", "energy_in_mask_gain", "both", "explanation", "", 0.11, -0.02, 0.24, 7)
     for low, said in ((-0.02, True), (0.03, False)):
