@@ -65,7 +65,7 @@ def _headlines(metric: str, place: int) -> tuple[Headline, ...]:
 
 @measures(
     *(
-        Metric(one.contrast, "localisation", headlines=_headlines(one.contrast, 2) if name == "signed_share" else ())
+        Metric(one.contrast, "localisation", headlines=_headlines(one.contrast, -1) if name == "signed_share" else ())
         for name, one in MEASURES.items()
     ),
     *(Metric(f"{name}_gain", "localisation") for one in MEASURES.values() for name in (one.row, one.contrast)),

@@ -111,12 +111,13 @@ def student_first(table: Table) -> Table:
 
 
 def turned(table: Table) -> Table:
-    """Metrics down and methods across: a page is narrow."""
+    """Metrics down and methods across: a page is narrow. Metrics that none of these methods has are left out."""
     models, methods, *metrics = zip(*table.rows, strict=True)
     heads = [(f"{model.text}: {method.text}", "") for model, method in zip(models, methods, strict=True)]
     rows = [
         (Cell(f"{name} ({hint})" if hint else name, name), *cells)
         for (name, hint), cells in zip(table.columns[2:], metrics, strict=True)
+        if any(cell.text for cell in cells)
     ]
     return Table((("metric", ""), *heads), tuple(rows))
 
