@@ -8,6 +8,7 @@ from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import ClassDecisions
 from bcosify.evaluate.metrics.perturbation import (
     FILLS,
+    FRACTIONS,
     area,
     average_drop,
     infidelity,
@@ -87,6 +88,28 @@ def test_curves_do_not_depend_on_the_batch_size(subject_of):
     ]
     torch.testing.assert_close(curves[0], curves[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(curves[0], curves[2], atol=1e-5, rtol=1e-5)
+
+
+def test_curves_of_equal_order_share_their_passes(subject_of):
+    seen = []
+
+    class Counted(Share):
+        def forward(self, pictures):
+            seen.append(len(pictures))
+            return super().forward(pictures)
+
+    subject, images, maps = subject_of(Counted()), draw(3, 3, 8, 8), draw(3, 8, 8, seed=1)
+    decisions = ClassDecisions(torch.zeros(3, dtype=torch.long))
+    other = torch.cat([maps[:2] * 7, draw(1, 8, 8, seed=2)])  # two of equal order, one of another
+    known = {}
+    first = removal_curve(subject, images, maps, decisions, "most", unit=2, known=known)
+    once = len({round(16 * share) for share in FRACTIONS})  # of 16 regions, two shares take the same away
+    assert sum(seen) == 3 * once == len(known)
+    shared = removal_curve(subject, images, other, decisions, "most", unit=2, known=known)
+    assert 3 * once < sum(seen) <= 4 * once
+    alone = removal_curve(subject, images, other, decisions, "most", unit=2)
+    torch.testing.assert_close(shared, alone)
+    assert torch.equal(shared[:2], first[:2]) and not torch.allclose(shared[2], first[2])
 
 
 @pytest.mark.parametrize("fill", FILLS)
