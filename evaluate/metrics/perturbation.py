@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
@@ -83,14 +83,14 @@ def ranks(values: Tensor, order: Order, seed: int = 0) -> Tensor:
     return torch.empty_like(sorted_ids).scatter_(1, sorted_ids, places)
 
 
-def _perturbed(
-    subject: Subject, images: Tensor, owners: Tensor, removed: Tensor, unit: int, fill: str
-) -> Iterator[Tensor]:
-    """Batches (<= batch size, 3, H, W) of M pictures: images (B, 3, H, W) of `owners` (M,) without `removed` (M, R)."""
+def _perturbed(subject: Subject, images: Tensor, removed: Tensor, unit: int, fill: str) -> Iterator[Tensor]:
+    """Batches (<= batch size, 3, H, W) of images (B, 3, H, W) without `removed` (B, S, R), picture by picture."""
     number, _ = regions(images.shape[-2:], unit)
+    owners = torch.arange(len(images)).repeat_interleave(removed.shape[1])
+    flat = removed.flatten(0, 1)
     for rows in torch.arange(len(owners)).split(subject.batch_size):
         shown = images[owners[rows]]
-        yield shown.where(~removed[rows][:, number][:, None], FILLS[fill](subject, shown))
+        yield shown.where(~flat[rows][:, number][:, None], FILLS[fill](subject, shown))
 
 
 # --------------------------------------------------------------------------------------------------------------- curves
@@ -107,33 +107,19 @@ def removal_curve(
     unit: int = 16,
     fill: str = "grey",
     seed: int = 0,
-    known: dict[Hashable, Tensor] | None = None,
 ) -> Tensor:
     """(N, F) confidence after a share of the regions was taken away in the order of maps (N, H, W).
 
     Args:
         images: (N, 3, H, W) normalised.
         fractions: shares in [0, 1]; each is rounded to whole regions.
-        known: confidences of other curves with the same subject, pictures, decisions, unit and fill: what was taken
-            away before, by whatever map, is not measured again. New ones are added.
     """
     rank = ranks(pooled(maps, unit), order, seed)
     counts = torch.tensor([round(share * rank.shape[1]) for share in fractions])
-    removed = (rank[:, None] < counts[None, :, None]).flatten(0, 1)
-    owners = torch.arange(len(images)).repeat_interleave(len(fractions))
-    known = {} if known is None else known
-    # A digest of the regions: at a pixel each, thousands of curves would not fit into memory.
-    names = [
-        (owner, hashlib.sha256(row.tobytes()).digest())
-        for owner, row in zip(owners.tolist(), removed.cpu().numpy(), strict=True)
-    ]
-    new = {name: place for place, name in enumerate(names) if name not in known}
-    if new:
-        places = torch.tensor(list(new.values()))
-        shown = _perturbed(subject, images, owners[places], removed[places], unit, fill)
-        confidences = decisions.rows(owners[places]).confidence(outputs_of(subject, shown))
-        known.update(zip(new, confidences, strict=True))
-    return torch.stack([known[name] for name in names]).view(len(images), len(fractions))
+    removed = rank[:, None] < counts[None, :, None]
+    outputs = outputs_of(subject, _perturbed(subject, images, removed, unit, fill))
+    every = decisions.rows(torch.arange(len(images)).repeat_interleave(len(fractions)))
+    return every.confidence(outputs).view(len(images), len(fractions))
 
 
 def area(curves: Tensor, fractions: tuple[float, ...]) -> Tensor:
@@ -194,9 +180,8 @@ def subset_drops(
     places = torch.rand(len(images), len(shares), count, total, generator=generator).argsort(-1).argsort(-1)
     sizes = torch.tensor([min(max(1, round(share * total)), total) for share in shares])
     subsets = places < sizes[None, :, None, None]
-    owners = torch.arange(len(images)).repeat_interleave(len(shares) * count)
-    outputs = outputs_of(subject, _perturbed(subject, images, owners, subsets.flatten(0, 2), unit, fill))
-    without = decisions.rows(owners).scores(outputs)
+    outputs = outputs_of(subject, _perturbed(subject, images, subsets.flatten(1, 2), unit, fill))
+    without = decisions.rows(torch.arange(len(images)).repeat_interleave(len(shares) * count)).scores(outputs)
     whole = decisions.scores(outputs_of(subject, images.split(subject.batch_size)))
     return subsets, whole[:, None, None] - without.view(len(images), len(shares), count)
 
@@ -266,23 +251,12 @@ def _removal(notes: Notes, task: Explained, model: str, method: str, variant: st
     fractions = (0.0, *FRACTIONS, 1.0)
     quarter = fractions.index(0.25)
     around = task.once(("ends", model, fill), lambda: _ends(task, model, fill))
-    known: dict[Hashable, Tensor] = task.once(("removed", model, size, fill), dict)
     names: tuple[tuple[Order, str, str], ...] = (
         ("most", "deletion_auc", "removed_most_25"),
         ("least", "insertion_auc", "removed_least_25"),
     )
     for order, of_area, of_quarter in names:
-        inner = removal_curve(
-            task.subjects[model],
-            task.pictures.images,
-            task.maps[model, method],
-            task.decisions,
-            order,
-            unit=size,
-            fill=fill,
-            seed=task.settings.seed,
-            known=known,
-        )
+        inner = _curve(task, model, task.maps[model, method], order, size, fill)
         curves = torch.cat([around[:, :1], inner, around[:, 1:]], 1)
         row = Measurement("faithfulness", of_area, model, method, variant)
         notes.measure(row, lambda curves=curves: area(curves, fractions))
@@ -291,6 +265,18 @@ def _removal(notes: Notes, task: Explained, model: str, method: str, variant: st
             points = [bootstrap(column, task.settings.seed) for column in curves.T]
             value, low, high = (tuple(getattr(point, name) for point in points) for name in ("value", "low", "high"))
             notes.curves.append(Curve(model, method, variant, order, fractions, value, low, high))
+
+
+def _curve(task: Explained, model: str, maps: Tensor, order: Order, unit: int, fill: str) -> Tensor:
+    """`removal_curve`, run once for all methods of the model that take the same regions in the same order."""
+    subject, images, seed = task.subjects[model], task.pictures.images, task.settings.seed
+    rank = ranks(pooled(maps, unit), order, seed)
+    places = hashlib.sha256(rank.cpu().numpy().tobytes()).digest()
+
+    def run() -> Tensor:
+        return removal_curve(subject, images, maps, task.decisions, order, unit=unit, fill=fill, seed=seed)
+
+    return task.once(("curve", model, unit, fill, places), run)
 
 
 def _ends(task: Explained, model: str, fill: str) -> Tensor:

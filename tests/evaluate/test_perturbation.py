@@ -6,6 +6,7 @@ import pytest
 import torch
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import ClassDecisions
+from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.metrics.perturbation import (
     FILLS,
     FRACTIONS,
@@ -21,6 +22,7 @@ from bcosify.evaluate.metrics.perturbation import (
     subset_drops,
 )
 from bcosify.evaluate.metrics.randomisation import cascade, rank_correlation
+from bcosify.evaluate.suite import Explained, Pictures, Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -90,7 +92,7 @@ def test_curves_do_not_depend_on_the_batch_size(subject_of):
     torch.testing.assert_close(curves[0], curves[2], atol=1e-5, rtol=1e-5)
 
 
-def test_curves_of_equal_order_share_their_passes(subject_of):
+def test_methods_of_equal_order_share_their_passes(subject_of):
     seen = []
 
     class Counted(Share):
@@ -100,16 +102,23 @@ def test_curves_of_equal_order_share_their_passes(subject_of):
 
     subject, images, maps = subject_of(Counted()), draw(3, 3, 8, 8), draw(3, 8, 8, seed=1)
     decisions = ClassDecisions(torch.zeros(3, dtype=torch.long))
-    other = torch.cat([maps[:2] * 7, draw(1, 8, 8, seed=2)])  # two of equal order, one of another
-    known = {}
-    first = removal_curve(subject, images, maps, decisions, "most", unit=2, known=known)
-    once = len({round(16 * share) for share in FRACTIONS})  # of 16 regions, two shares take the same away
-    assert sum(seen) == 3 * once == len(known)
-    shared = removal_curve(subject, images, other, decisions, "most", unit=2, known=known)
-    assert 3 * once < sum(seen) <= 4 * once
-    alone = removal_curve(subject, images, other, decisions, "most", unit=2)
-    torch.testing.assert_close(shared, alone)
-    assert torch.equal(shared[:2], first[:2]) and not torch.allclose(shared[2], first[2])
+    task = Explained(
+        Pictures(images, ("a", "b", "c")), {}, decisions, {"teacher": subject}, {}, unit=2, settings=Settings()
+    )
+
+    def curve(maps, order, **changes):
+        return perturbation._curve(task, "teacher", maps, order, **{"unit": 2, "fill": "grey", **changes})
+
+    first, once = curve(maps, "most"), sum(seen)
+    assert once == 3 * len(FRACTIONS)
+    assert torch.equal(curve(7 * maps, "most"), first) and sum(seen) == once
+    other = torch.cat([maps[:2], -maps[2:]])  # one picture of another order is another curve
+    others = [(other, "most", "grey"), (maps, "least", "grey"), (maps, "most", "blur")]
+    for number, (shown, way, fill) in enumerate(others, 2):
+        found = curve(shown, way, fill=fill)
+        assert sum(seen) == number * once
+        alone = removal_curve(subject_of(Share()), images, shown, decisions, way, unit=2, fill=fill)
+        torch.testing.assert_close(found, alone)
 
 
 @pytest.mark.parametrize("fill", FILLS)
