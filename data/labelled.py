@@ -144,15 +144,19 @@ def read_pictures(
     limit, transform = pixel_limit(max_pixels), preprocess.transform()
     drawn = range(len(index)) if count is None or count >= len(index) else map(int, order(len(index), seed, 0))
 
-    def mask_of(i: int) -> Tensor:
-        return _mask(index, i, preprocess, transform, limit)
+    images: dict[int, Tensor] = {}  # of a drawn few, which are kept as they are checked, and so decoded once
+    seen: dict[int, Tensor] = {}
 
     def check(i: int) -> None:
-        if masks and not (mask_of(i) > 0.5).any():
-            name = f"{index.key(i)} in {index.file(i).path}"
-            raise _Broken(name, "nothing of what the model sees is in its mask", "cannot be used")
-        if not masks:
-            _picture(index, i, limit)
+        picture = _picture(index, i, limit)
+        if masks:
+            mask = _mask(index, i, picture.size, preprocess, transform, limit)
+            if not (mask > 0.5).any():
+                name = f"{index.key(i)} in {index.file(i).path}"
+                raise _Broken(name, "nothing of what the model sees is in its mask", "cannot be used")
+            seen[i] = mask
+        if count is not None:
+            images[i] = transform(picture)
 
     positions, skipped = _readable(drawn, len(index) if count is None else count, check)
     lazy = Decoded(index, positions, transform, limit)
@@ -161,9 +165,9 @@ def read_pictures(
         digest += f" {hashlib.sha256(repr(positions).encode()).hexdigest()}"
     labels, names = _labels(index, positions, label) if label else (None, None)
     return Pictures(
-        lazy if count is None else torch.cat(list(lazy.split(64))),
+        lazy if count is None else torch.stack([images[i] for i in positions]),
         tuple(index.key(i) for i in positions),
-        torch.stack([mask_of(i) for i in positions]) if masks else None,
+        torch.stack([seen[i] for i in positions]) if masks else None,
         labels,
         names,
         digest=digest,
@@ -230,10 +234,14 @@ def _picture(index: ShardIndex, i: int, limit: int, kind: str | None = None) -> 
 
 
 def _mask(
-    index: ShardIndex, i: int, preprocess: Preparation, transform: Callable[[Image.Image], Tensor], limit: int
+    index: ShardIndex,
+    i: int,
+    size: tuple[int, int],
+    preprocess: Preparation,
+    transform: Callable[[Image.Image], Tensor],
+    limit: int,
 ) -> Tensor:
-    """(H, W) in [0, 1], through the picture's own resizing and cropping."""
-    size = _picture(index, i, limit).size
+    """(H, W) in [0, 1], through the resizing and cropping of its picture, which has `size` (width, height)."""
     kind = next((name for name in MASKS if name in index.extensions(i)), None)
     if kind is not None:
         mask = _levels(_picture(index, i, limit, kind), f"{index.key(i)}.{kind} in {index.file(i).path}")

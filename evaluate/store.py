@@ -8,17 +8,17 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..core.errors import CheckpointError, DataError, NotApplicable
 from ..core.files import new_file
 from .estimates import Estimate, bootstrap
+from .progress import Progress
 from .record import FILE, Curve, Evaluation, Measurement, Seconds, read_evaluation
 
 __all__ = ["Notes", "check_work", "clear"]
@@ -31,7 +31,7 @@ class Notes:
     """
 
     def __init__(self, facts: dict[str, Any], folder: Path | None, seed: int, progress: bool) -> None:
-        self.facts, self.folder, self.seed, self.progress = facts, folder, seed, progress
+        self.facts, self.folder, self.seed, self.progress = facts, folder, seed, Progress(progress)
         before = _before(folder, facts)
         self.measurements: list[Measurement] = list(before.measurements)
         self.curves: list[Curve] = list(before.curves)
@@ -52,12 +52,14 @@ class Notes:
         """Does a step that was not done before, and keeps what it found at once."""
         if self.done(name):
             return
+        self.progress.begin(name)
         wall, cpu = time.perf_counter(), time.process_time()
         run()
         took = Seconds(name, round(time.perf_counter() - wall, 2), round(time.process_time() - cpu, 2))
         self.seconds.append(took)
         if self.folder is not None:
             self.evaluation().write(self.folder)
+        self.progress.end(name, took.wall)
 
     def done(self, name: str) -> bool:
         return any(known.step == name for known in self.seconds)
@@ -110,9 +112,6 @@ class Notes:
             self.measurements.append(row.holding(estimate))
         except NotApplicable as error:
             self.absent(row, str(error))
-
-    def bar(self, items: Iterable[Any], title: str) -> Iterator[Any]:
-        return tqdm(items, desc=title, disable=not self.progress, leave=False)  # type: ignore[return-value]
 
 
 def check_work(folder: Path | None) -> None:

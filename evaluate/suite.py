@@ -12,7 +12,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from .contrast import OTHERS, others_of
 from .decisions import Decisions, decide
 from .features import cache_key, features_of
 from .metrics.controls import less_trained
+from .progress import announced
 from .record import Evaluation
-from .registry import Step, steps_of
+from .registry import Job, steps_of
 from .store import Notes
 from .subject import Subject, outputs_of
 from .task import OURS, Compared, Explained, Settings
@@ -72,11 +74,29 @@ def evaluate_subjects(
         "settings": {**dataclasses.asdict(settings), "unit": unit},
     }
     notes = Notes(facts, work, settings.seed, progress)
-    notes.step("fidelity", lambda: _fidelity(notes, teacher, student, fidelity_on, texts))
-    explained = _explained(notes, teacher, student, explained_on, settings, unit, untrained)
-    for needs, steps in itertools.groupby(steps_of("pictures", "model", "maps"), key=lambda step: step.needs):
-        _run(notes, explained, needs, list(steps))
+    explained, seconds = _decided(teacher, student, explained_on, settings, unit, untrained)
+    # Steps are named before there are maps; those of maps that turn out not to apply are not taken.
+    names = _named(notes, explained)
+    done = sum(map(notes.done, names))
+    counts = (len(explained_on), len(fidelity_on))
+    notes.progress.start(len(names), done, announced(settings, seconds, len(names), done, *counts))
+    try:
+        notes.step("fidelity", lambda: _fidelity(notes, teacher, student, fidelity_on, texts))
+        _add_maps(notes, explained)
+        for name, job in _jobs(notes, explained):
+            notes.step(name, job)
+    finally:
+        notes.progress.stop()
     return notes.evaluation(), explained
+
+
+def _named(notes: Notes, explained: Explained) -> list[str]:
+    """The names of all steps, were there maps of every method."""
+    pairs = explained.settings.pairs
+    whole = dataclasses.replace(explained, maps=dict.fromkeys(pairs))
+    maps = [f"maps: {model}, {method}" for model, method in pairs]
+    others = [f"maps: {_another(*pair)}" for pair in pairs if _has_another(explained, pair)]
+    return ["fidelity", *maps, *others, *(name for name, _ in _jobs(notes, whole))]
 
 
 def _fidelity(notes: Notes, teacher: Subject, student: Subject, pictures: Pictures, texts: Tensor | None) -> None:
@@ -84,7 +104,8 @@ def _fidelity(notes: Notes, teacher: Subject, student: Subject, pictures: Pictur
     subjects = {subject.name: subject for subject in (teacher, student)}
     features = {}
     for name, subject in subjects.items():
-        batches = notes.bar(pictures.images.split(subject.batch_size), f"features, {name}")
+        count = -(-len(pictures) // subject.batch_size)
+        batches = notes.progress.within(pictures.images.split(subject.batch_size), count, f"features of the {name}")
         key = None if pictures.digest is None else cache_key(subject, pictures.digest)
         features[name] = features_of(subject, batches, key)
     compared = Compared(pictures, subjects, features, texts, notes.seed)
@@ -93,33 +114,38 @@ def _fidelity(notes: Notes, teacher: Subject, student: Subject, pictures: Pictur
             job()
 
 
-def _run(notes: Notes, explained: Explained, needs: str, steps: list[Step]) -> None:
-    """Steps that need the same: all of them for one model or pair, then for the next."""
+def _jobs(notes: Notes, explained: Explained) -> Iterator[Job]:
+    """Of steps that need the same: all of them for one model or pair, then for the next."""
     each: dict[str, Callable[[], Any]] = {
         "pictures": lambda: [()],
         "model": lambda: [(model,) for model in explained.subjects],
-        "maps": lambda: notes.bar(explained.maps, "faithfulness"),
+        "maps": lambda: explained.maps,
     }
-    for which in each[needs]():
-        for step in steps:
-            for name, job in step.run(notes, explained, *which):
-                notes.step(name, job)
+    for needs, group in itertools.groupby(steps_of("pictures", "model", "maps"), key=lambda step: step.needs):
+        steps = list(group)
+        for which in each[needs]():
+            for step in steps:
+                yield from step.run(notes, explained, *which)
 
 
-def _explained(
-    notes: Notes,
+def _decided(
     teacher: Subject,
     student: Subject,
     pictures: Pictures,
     settings: Settings,
     unit: int,
     untrained: Mapping[str, Callable[[], Subject]] | None,
-) -> Explained:
-    """Maps of every method for the same decisions: the teacher's own, or the labels where these are classes."""
+) -> tuple[Explained, dict[str, float]]:
+    """The decisions that are explained, without maps yet: the teacher's own, or the labels where these are classes.
+
+    Also about how many seconds one picture's forward pass takes, for each model.
+    """
     subjects = {"teacher": teacher, "student": student}
-    outputs = {
-        name: outputs_of(subject, pictures.images.split(subject.batch_size)) for name, subject in subjects.items()
-    }
+    outputs, seconds = {}, {}
+    for name, subject in subjects.items():
+        start = time.perf_counter()
+        outputs[name] = outputs_of(subject, pictures.images.split(subject.batch_size))
+        seconds[name] = (time.perf_counter() - start) / len(pictures)
     theirs, ours = outputs.values()
     if theirs.shape[1] != ours.shape[1]:
         raise DataError(
@@ -130,20 +156,33 @@ def _explained(
         raise DataError("The teacher's outputs hold NaN or infinity: its weights are broken, or the pictures are.")
     labels = pictures.labels if pictures.labels_are_classes else None
     decisions = decide(theirs, teacher.classifier, labels, teacher.output)
-    maps: dict[tuple[str, str], Tensor] = {}
-    for model, name in notes.bar(settings.pairs, "maps"):
-        make = functools.partial(maps_of, find_method(name), subjects[model], pictures.images, decisions, settings.seed)
-        if (found := notes.maps(model, name, make)) is not None:
-            maps[model, name] = found
-    others: dict[tuple[str, str], Tensor] = {}
-    # Without masks there is no contrast to measure, and the page shows that of our own.
-    for model, name in notes.bar([pair for pair in maps if find_method(pair[1]).cheap], "maps of another class"):
-        if pictures.masks is not None or name == OURS:
-            make = functools.partial(_other_map, name, subjects[model], pictures.images, decisions, theirs, settings)
-            with contextlib.suppress(NotApplicable):  # the contrast's own row says why there is none
-                others[model, name] = notes.kept(f"{model}-{name}-another", make)
     controls = less_trained(student, settings.seed) | dict(untrained or {}) if settings.controls else {}
-    return Explained(pictures, outputs, decisions, subjects, maps, unit, settings, others, controls)
+    return Explained(pictures, outputs, decisions, subjects, {}, unit, settings, {}, controls), seconds
+
+
+def _add_maps(notes: Notes, explained: Explained) -> None:
+    """Makes the maps of every method for the same decisions, and of another class where that is cheap."""
+    settings, subjects, decisions = explained.settings, explained.subjects, explained.decisions
+    images = explained.pictures.images
+    for model, name in settings.pairs:
+        make = functools.partial(maps_of, find_method(name), subjects[model], images, decisions, settings.seed)
+        if (found := notes.maps(model, name, make)) is not None:
+            explained.maps[model, name] = found
+    for model, name in explained.maps:
+        if _has_another(explained, (model, name)):
+            theirs = explained.outputs["teacher"]
+            make = functools.partial(_other_map, name, subjects[model], images, decisions, theirs, settings)
+            with contextlib.suppress(NotApplicable):  # the contrast's own row says why there is none
+                explained.other_maps[model, name] = notes.kept(_another(model, name), make)
+
+
+def _has_another(explained: Explained, pair: tuple[str, str]) -> bool:
+    """Whether another class is explained too. Without masks there is no contrast; the page shows that of our own."""
+    return find_method(pair[1]).cheap and (explained.pictures.masks is not None or pair[1] == OURS)
+
+
+def _another(model: str, method: str) -> str:
+    return f"{model}-{method}-another"
 
 
 def _other_map(

@@ -15,6 +15,7 @@ from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_
 from ..convert.layers import scheduled_layers
 from ..convert.memory import laid_out
 from ..convert.output import output_kind
+from ..core.devices import find_device
 from ..core.errors import TargetError
 from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import ANY_COUNT, COUNT, SEED, SIDE, ranged
@@ -97,6 +98,7 @@ def evaluate(
         DataError, TargetError, CheckpointError, SourceError: before anything is written.
     """
     out = None if out is None else Path(out)
+    place = find_device(device)
     if out is not None:
         check_free(out, overwrite, written, paths_in(model, data, masks, weights))
     settings = Settings(
@@ -122,7 +124,7 @@ def evaluate(
     )
     # In the record as `skipped`: they are in none of its numbers.
     skipped = [one._asdict() for one in dict.fromkeys([*fidelity_on.skipped, *explained_on.skipped])]
-    teacher, ours = _subjects(student, weights, preprocess, batch_size, device)
+    teacher, ours = _subjects(student, weights, preprocess, batch_size, place)
     texts = None
     if student.text is not None and fidelity_on.label_names:
         texts = embed_texts(student.text, fidelity_on.label_names)
@@ -163,15 +165,14 @@ def evaluate(
 
 
 def _subjects(
-    student: Student, weights: str | Path | None, preprocess: Preprocess, batch_size: int, device: str
+    student: Student, weights: str | Path | None, preprocess: Preprocess, batch_size: int, device: torch.device
 ) -> list[Subject]:
     """The teacher and the student, on the device."""
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     teacher, output = teacher_of(student, None if weights is None else Path(weights)), output_kind(student)
     return [
         Subject(
             name,
-            laid_out(found.eval().requires_grad_(False)).to(place),
+            laid_out(found.eval().requires_grad_(False)).to(device),
             partial(token_grid, student.source),
             preprocess.mean,
             preprocess.std,

@@ -244,7 +244,7 @@ def _gridpg(notes: Notes, task: Explained) -> Iterator[Job]:
     """The same grids, chosen by the teacher alone, for every method."""
     for protocol, side in task.settings.protocols:
         variant = f"{protocol} {side}x{side}"
-        for model, method in notes.bar(task.maps, f"GridPG, {variant}"):
+        for model, method in task.maps:
             row = Measurement("localisation", "gridpg", model, method, variant)
             value = partial(_grid_scores, task, protocol, side, model, find_method(method))
             yield f"GridPG {variant}: {model}, {method}", partial(notes.measure, row, value)

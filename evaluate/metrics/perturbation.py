@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -255,16 +256,7 @@ def _removal(notes: Notes, task: Explained, model: str, method: str, variant: st
         ("least", "insertion_auc", "removed_least_25"),
     )
     for order, of_area, of_quarter in names:
-        inner = removal_curve(
-            task.subjects[model],
-            task.pictures.images,
-            task.maps[model, method],
-            task.decisions,
-            order,
-            unit=size,
-            fill=fill,
-            seed=task.settings.seed,
-        )
+        inner = _curve(task, model, task.maps[model, method], order, size, fill)
         curves = torch.cat([around[:, :1], inner, around[:, 1:]], 1)
         row = Measurement("faithfulness", of_area, model, method, variant)
         notes.measure(row, lambda curves=curves: area(curves, fractions))
@@ -273,6 +265,18 @@ def _removal(notes: Notes, task: Explained, model: str, method: str, variant: st
             points = [bootstrap(column, task.settings.seed) for column in curves.T]
             value, low, high = (tuple(getattr(point, name) for point in points) for name in ("value", "low", "high"))
             notes.curves.append(Curve(model, method, variant, order, fractions, value, low, high))
+
+
+def _curve(task: Explained, model: str, maps: Tensor, order: Order, unit: int, fill: str) -> Tensor:
+    """`removal_curve`, run once for all methods of the model that take the same regions in the same order."""
+    subject, images, seed = task.subjects[model], task.pictures.images, task.settings.seed
+    rank = ranks(pooled(maps, unit), order, seed)
+    places = hashlib.sha256(rank.cpu().numpy().tobytes()).digest()
+
+    def run() -> Tensor:
+        return removal_curve(subject, images, maps, task.decisions, order, unit=unit, fill=fill, seed=seed)
+
+    return task.once(("curve", model, unit, fill, places), run)
 
 
 def _ends(task: Explained, model: str, fill: str) -> Tensor:

@@ -13,8 +13,11 @@ import torch
 from bcosify.cli.main import main
 from bcosify.convert import load
 from bcosify.core.errors import DataError, DataWarning
+from bcosify.data import labelled
 from bcosify.data.labelled import find_pictures, read_pictures
 from PIL import Image
+
+from tiny import tiny_teacher
 
 TINY = ("timm:test_vit", "--no-pretrained", "--image-size", "64")
 QUICK = ("--against", "grad-cam", "--grids", "1", "--pictures", "4", "--batch-size", "4")
@@ -118,6 +121,18 @@ def test_bad_input_is_said_and_nothing_is_written(student, tmp_path, capsys, mem
     assert main(given) == 1
     assert said.replace("SHARD", str(shard)) in capsys.readouterr().err
     assert not (tmp_path / "report").exists() and [path.name for path in tmp_path.iterdir()] == ["objects.tar"]
+
+
+def test_explained_pictures_are_decoded_once(shard, monkeypatch):
+    index, decoded = labelled.find_pictures(shard), []
+    decode = labelled.decode
+    monkeypatch.setattr(labelled, "decode", lambda data, *more: decoded.append(len(data)) or decode(data, *more))
+    preprocess = tiny_teacher("test_resnet").preprocess
+    found = labelled.read_pictures(index, preprocess, count=3, masks=True)
+    assert len(decoded) == 6 and found.masks.shape == (3, *preprocess.size)  # three pictures and three masks
+    lazy = labelled.read_pictures(index, preprocess)
+    every = dict(zip(lazy.keys, torch.cat(list(lazy.images.split(4))), strict=True))
+    assert all(torch.equal(image, every[key]) for key, image in zip(found.keys, found.images, strict=True))
 
 
 def test_a_box_counts_as_a_mask_and_a_broken_picture_is_named(student, tmp_path):

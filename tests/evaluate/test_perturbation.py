@@ -6,8 +6,10 @@ import pytest
 import torch
 from bcosify.evaluate.baselines import find_method, maps_of
 from bcosify.evaluate.decisions import ClassDecisions
+from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.metrics.perturbation import (
     FILLS,
+    FRACTIONS,
     area,
     average_drop,
     infidelity,
@@ -20,6 +22,7 @@ from bcosify.evaluate.metrics.perturbation import (
     subset_drops,
 )
 from bcosify.evaluate.metrics.randomisation import cascade, rank_correlation
+from bcosify.evaluate.suite import Explained, Pictures, Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -87,6 +90,35 @@ def test_curves_do_not_depend_on_the_batch_size(subject_of):
     ]
     torch.testing.assert_close(curves[0], curves[1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(curves[0], curves[2], atol=1e-5, rtol=1e-5)
+
+
+def test_methods_of_equal_order_share_their_passes(subject_of):
+    seen = []
+
+    class Counted(Share):
+        def forward(self, pictures):
+            seen.append(len(pictures))
+            return super().forward(pictures)
+
+    subject, images, maps = subject_of(Counted()), draw(3, 3, 8, 8), draw(3, 8, 8, seed=1)
+    decisions = ClassDecisions(torch.zeros(3, dtype=torch.long))
+    task = Explained(
+        Pictures(images, ("a", "b", "c")), {}, decisions, {"teacher": subject}, {}, unit=2, settings=Settings()
+    )
+
+    def curve(maps, order, **changes):
+        return perturbation._curve(task, "teacher", maps, order, **{"unit": 2, "fill": "grey", **changes})
+
+    first, once = curve(maps, "most"), sum(seen)
+    assert once == 3 * len(FRACTIONS)
+    assert torch.equal(curve(7 * maps, "most"), first) and sum(seen) == once
+    other = torch.cat([maps[:2], -maps[2:]])  # one picture of another order is another curve
+    others = [(other, "most", "grey"), (maps, "least", "grey"), (maps, "most", "blur")]
+    for number, (shown, way, fill) in enumerate(others, 2):
+        found = curve(shown, way, fill=fill)
+        assert sum(seen) == number * once
+        alone = removal_curve(subject_of(Share()), images, shown, decisions, way, unit=2, fill=fill)
+        torch.testing.assert_close(found, alone)
 
 
 @pytest.mark.parametrize("fill", FILLS)
