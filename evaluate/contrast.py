@@ -28,17 +28,19 @@ class Measure:
     Attributes:
         value: (maps (B, H, W), masks (B, H, W)) -> (B,).
         row, contrast: what it and its class contrast are called in an evaluation.
+        gain: what the student's less its teacher's is called there; of contrasts, it is `contrast`_gain.
     """
 
     value: Callable[[Tensor, Tensor], Tensor]
     row: str
     contrast: str
+    gain: str
 
 
 MEASURES = {
-    "in_mask": Measure(energy_in_mask, "energy_in_mask", "energy_in_mask_contrast"),
-    "signed_share": Measure(signed_in_mask, "signed_share", "signed_contrast"),
-    "pointing": Measure(pointing_game, "pointing_game", "pointing_contrast"),
+    "in_mask": Measure(energy_in_mask, "energy_in_mask", "energy_in_mask_contrast", "energy_in_mask_gain"),
+    "signed_share": Measure(signed_in_mask, "signed_share", "signed_contrast", "signed_share_gain"),
+    "pointing": Measure(pointing_game, "pointing_game", "pointing_contrast", "pointing_gain"),
 }
 # The decisions that a map is compared with that of: any other class, and the second most likely one.
 OTHERS = ("random class", "runner-up")

@@ -68,7 +68,7 @@ def _headlines(metric: str, place: int) -> tuple[Headline, ...]:
         Metric(one.contrast, "localisation", headlines=_headlines(one.contrast, -1) if name == "signed_share" else ())
         for name, one in MEASURES.items()
     ),
-    *(Metric(f"{name}_gain", "localisation") for one in MEASURES.values() for name in (one.row, one.contrast)),
+    *(Metric(name, "localisation") for one in MEASURES.values() for name in (one.gain, f"{one.contrast}_gain")),
     needs="pictures",
     place=12,
 )
@@ -79,9 +79,8 @@ def _contrasts(notes: Notes, task: Explained) -> Iterator[Job]:
 
 def _measure_contrasts(notes: Notes, task: Explained) -> None:
     for pair in task.maps:
-        if find_method(pair[1]).cheap:
-            for kind in OTHERS:
-                _contrast_rows(notes, task, pair, kind, task.maps[pair], partial(_other_maps, task, pair, kind))
+        for kind in OTHERS:
+            _contrast_rows(notes, task, pair, kind, task.maps[pair], partial(_other_maps, task, pair, kind))
 
 
 def _contrast_rows(
@@ -102,11 +101,14 @@ def _other_maps(task: Explained, pair: tuple[str, str], kind: str) -> Tensor:
     if kind == RANDOM and pair in task.other_maps:
         return task.other_maps[pair]
     model, method = pair
+    way = find_method(method)
+    if not way.cheap:
+        raise NotApplicable(f"maps of another class would take {way.passes} more passes a picture")
 
     def make() -> Tensor:
         wanted = others_of(kind, task.decisions, task.outputs["teacher"], task.settings.seed)
         images = task.pictures.images
-        return maps_of(find_method(method), task.subjects[model], images, wanted, task.settings.seed)
+        return maps_of(way, task.subjects[model], images, wanted, task.settings.seed)
 
     return task.once((pair, kind), make)
 
@@ -115,7 +117,7 @@ def _measure_gains(notes: Notes, task: Explained) -> None:
     masks = task.pictures.masks
     teacher, student = ("teacher", OURS), ("student", OURS)
     for one in MEASURES.values():
-        gain = Measurement("localisation", f"{one.row}_gain", "both", OURS)
+        gain = Measurement("localisation", one.gain, "both", OURS)
         contrast = dataclasses.replace(gain, metric=f"{one.contrast}_gain", variant=RANDOM)
         missing = NO_MASKS if masks is None else ""
         if not {teacher, student} <= {*task.maps}:
