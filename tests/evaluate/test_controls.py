@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import tarfile
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bcosify.convert import BcosConfig, convert, set_strength
+from bcosify.convert import BcosConfig, convert, original, set_strength
 from bcosify.core.errors import DataError, DataWarning, NotApplicable
 from bcosify.data.labelled import find_pictures, read_pictures
 from bcosify.evaluate import suite
@@ -21,6 +22,7 @@ from bcosify.evaluate.estimates import bootstrap
 from bcosify.evaluate.metrics.controls import less_trained
 from bcosify.evaluate.metrics.localisation import energy_in_mask, signed_in_mask
 from bcosify.evaluate.suite import Pictures, Settings
+from bcosify.evaluate.verb import _untrained
 from bcosify.evaluate.verdict import verdict
 from PIL import Image
 
@@ -113,6 +115,20 @@ def test_shuffled_students_are_others_and_leave_the_student_alone(subjects):
     assert all(torch.equal(tensor, before[key]) for key, tensor in student.model.state_dict().items())
 
 
+def test_the_untrained_student_has_its_teachers_weights_at_its_own_strengths(tiny_subject, monkeypatch):
+    monkeypatch.setattr(original, "reload_teacher", lambda source, weights: tiny_teacher())
+    student, images = convert(tiny_teacher(), BcosConfig()), pictures().images
+    set_strength(student.model, 1.5, 0.5)
+    converted = copy.deepcopy(student.model).eval()
+    with torch.no_grad():
+        for parameter in student.model.parameters():
+            parameter.mul_(1.2)
+        untrained = _untrained(student, None, tiny_subject(model=student.model, name="student"))
+        trained, found, expected = (model.eval()(images) for model in (student.model, untrained.model, converted))
+    assert untrained.name == "untrained" and torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, trained, atol=1e-2)
+
+
 def test_controls_that_are_methods_do_not_know_the_class(subjects):
     teacher, images = subjects[0], pictures().images
     one, two = (ClassDecisions(torch.full((5,), number)) for number in (3, 7))
@@ -201,3 +217,18 @@ def test_masks_of_numbers_are_refused_and_empty_ones_skipped(tmp_path):
         assert len(masks_of(shard(tmp_path / "b.tar", [half(255), half(0)]))) == 1
     with pytest.raises(DataError, match="None of the 1 pictures can be read.*nothing of what the model sees"):
         masks_of(shard(tmp_path / "c.tar", [half(0)]))
+
+
+def test_masks_of_another_size_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"mask has 20x40 pixels, its picture 40x40"):
+        masks_of(shard(tmp_path / "a.tar", [half(255).resize((20, 40))]))
+
+
+def test_a_mask_of_two_objects_of_one_class_holds_both(tmp_path):
+    two = np.zeros((40, 40), np.uint8)
+    two[:, :8], two[:, 32:] = 255, 255
+    mask = masks_of(shard(tmp_path / "a.tar", [Image.fromarray(two)])).float()
+    left, right = torch.zeros_like(mask), torch.zeros_like(mask)
+    left[..., 2], right[..., -3] = 1, 1
+    assert float(energy_in_mask(left, mask)) == float(energy_in_mask(right, mask)) == 1
+    assert float(energy_in_mask(left - right, mask)) == 1 and float(signed_in_mask(left - right, mask)) == 0
