@@ -53,6 +53,20 @@ def test_gradient_methods_of_a_linear_model_are_its_contributions(linear, name):
     torch.testing.assert_close(maps_of(find_method(name), subject, images, decisions), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_smoothgrad_of_a_square_is_its_mean_under_noise(subject_of):
+    """x times the gradient of x squared is 2 x squared, and 2 (x squared + variance) on average under noise."""
+
+    class Square(nn.Module):
+        def forward(self, images):
+            return images.pow(2).flatten(1).sum(1, keepdim=True)
+
+    images = draw(2, 3, 24, 24) * torch.tensor([1.0, 3.0])[:, None, None, None]
+    maps = maps_of(find_method("smoothgrad"), subject_of(Square()), images, ClassDecisions(torch.zeros(2).long()))
+    more = (maps - 2 * images.pow(2).sum(1)).mean((1, 2))
+    deviation = 0.15 * (images.amax((1, 2, 3)) - images.amin((1, 2, 3)))
+    torch.testing.assert_close(more, 6 * deviation**2, atol=0, rtol=0.15)
+
+
 def test_occlusion_and_lime_of_a_linear_model_are_the_squares_drops(linear):
     """Both compare with grey, and spread a square's drop over its pixels."""
     subject, images, decisions, weights = linear
