@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -18,7 +19,7 @@ from torch import nn
 from toys import Linear
 
 captum = pytest.importorskip("captum.attr")
-NEEDS_TOKENS = {"grad-cam", "attention", "rollout"}
+NEEDS_TOKENS = {"grad-cam", "attention", "rollout", "chefer", "legrad"}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -51,6 +52,20 @@ def test_gradient_methods_of_a_linear_model_are_its_contributions(linear, name):
     subject, images, decisions, weights = linear
     wanted = (weights[decisions.classes] * images).sum(1)
     torch.testing.assert_close(maps_of(find_method(name), subject, images, decisions), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_smoothgrad_of_a_square_is_its_mean_under_noise(subject_of):
+    """x times the gradient of x squared is 2 x squared, and 2 (x squared + variance) on average under noise."""
+
+    class Square(nn.Module):
+        def forward(self, images):
+            return images.pow(2).flatten(1).sum(1, keepdim=True)
+
+    images = draw(2, 3, 24, 24) * torch.tensor([1.0, 3.0])[:, None, None, None]
+    maps = maps_of(find_method("smoothgrad"), subject_of(Square()), images, ClassDecisions(torch.zeros(2).long()))
+    more = (maps - 2 * images.pow(2).sum(1)).mean((1, 2))
+    deviation = 0.15 * (images.amax((1, 2, 3)) - images.amin((1, 2, 3)))
+    torch.testing.assert_close(more, 6 * deviation**2, atol=0, rtol=0.15)
 
 
 def test_occlusion_and_lime_of_a_linear_model_are_the_squares_drops(linear):
@@ -165,7 +180,85 @@ def test_raw_attention_shows_the_patch_that_the_class_token_looks_at(tiny_subjec
     assert (top // size) * rows + left // size == 5
 
 
-@pytest.mark.parametrize("name", ["attention", "rollout"])
+@pytest.fixture(scope="module")
+def unfused(tiny_subject):
+    """A ViT's subject, and (blocks to keep, images, classes) -> its matrices and the score's gradients by autograd.
+
+    Nothing that the methods use: the layers' own unfused products, with a zero added to each matrix.
+    """
+    subject = tiny_subject("test_vit")
+
+    def slow(depth, images, classes):
+        model = copy.deepcopy(subject.model)
+        model.blocks = model.blocks[:depth]
+        seen, zeros = [], []
+
+        def add(module, args, output):
+            seen.append(output.detach())
+            zeros.append(torch.zeros_like(output, requires_grad=True))
+            return output + zeros[-1]
+
+        for block in model.blocks:
+            block.attn.fused_attn = False
+            block.attn.attn_drop.register_forward_hook(add)
+        score = sum(row[c] for row, c in zip(model(images), classes, strict=True))
+        return seen, torch.autograd.grad(score, zeros)
+
+    return subject, slow
+
+
+def enlarged(rows, prefix=1):
+    """A token's value (B, N) on every pixel of a picture of 64, as all methods enlarge grids."""
+    side = math.isqrt(rows.shape[1] - prefix)
+    return F.interpolate(rows[:, prefix:].reshape(-1, 1, side, side), (64, 64), mode="bilinear")[:, 0]
+
+
+def test_chefers_relevance_is_the_recursion_of_the_paper(unfused):
+    subject, slow = unfused
+    images, classes = draw(2, 3, 64, 64), torch.tensor([1, 3])
+    weights, gradients = slow(None, images, classes)
+    wanted = []
+    for picture in range(2):
+        relevance = torch.eye(weights[0].shape[-1])
+        for attention, gradient in zip(weights, gradients, strict=True):
+            heads = [(g * a).clamp(min=0) for g, a in zip(gradient[picture], attention[picture], strict=True)]
+            relevance = relevance + sum(heads) / len(heads) @ relevance
+        wanted.append(relevance[0])
+    found = maps_of(find_method("chefer"), subject, images, ClassDecisions(classes))
+    torch.testing.assert_close(found, enlarged(torch.stack(wanted)), atol=0, rtol=1e-3)
+
+
+def test_legrad_is_the_mean_over_models_that_end_at_each_layer(unfused):
+    subject, slow = unfused
+    images, classes = draw(2, 3, 64, 64), torch.tensor([1, 3])
+    depth = len(subject.model.blocks)
+    total = torch.zeros(2, 17)
+    for layers in range(1, depth + 1):
+        _, gradients = slow(layers, images, classes)
+        total += gradients[-1].clamp(min=0).mean((1, 2)) / depth
+    wanted = enlarged(total)
+    low, high = wanted.amin((1, 2), keepdim=True), wanted.amax((1, 2), keepdim=True)
+    found = maps_of(find_method("legrad"), subject, images, ClassDecisions(classes))
+    torch.testing.assert_close(found, (wanted - low) / (high - low), atol=1e-4, rtol=1e-3)
+
+
+def test_torchs_own_attention_has_a_gradient():
+    """Against the gradient by hand: what each token adds to the output, times what the score asks of it."""
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(16, 2, batch_first=True).eval().requires_grad_(False)
+    tokens, asked = draw(2, 5, 16).requires_grad_(), draw(2, 5, 16, seed=1)
+    plain, none = layer(tokens, tokens, tokens, need_weights=False)
+    with AttentionWeights(follow=True) as mode:
+        output, hidden = layer(tokens, tokens, tokens, need_weights=False)
+    assert none is None and hidden is None
+    torch.testing.assert_close(output, plain)
+    (found,) = mode.gradients((output * asked).sum())
+    values = F.linear(tokens, layer.in_proj_weight[32:], layer.in_proj_bias[32:]).unflatten(-1, (2, 8))
+    wanted = torch.einsum("bihd,bjhd->bhij", (asked @ layer.out_proj.weight).unflatten(-1, (2, 8)), values)
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad"])
 def test_attention_of_a_cnn_does_not_apply(tiny_subject, name):
     with pytest.raises(NotApplicable, match="no attention"):
         maps_of(find_method(name), tiny_subject("test_resnet"), draw(1, 3, 64, 64), ClassDecisions(torch.tensor([0])))

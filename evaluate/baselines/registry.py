@@ -1,0 +1,78 @@
+"""A method, and the list of all of them: each family's file puts its own on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ...core.errors import NotApplicable, TargetError, near_miss
+from ...core.pictures import fitted
+from ..decisions import Decisions
+from ..subject import Subject
+
+__all__ = ["METHODS", "Method", "find_method", "maps_of", "method"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way to explain a decision.
+
+    Attributes:
+        run: (subject, images (B, 3, H, W), decisions of B, seed) -> signed maps (B, H, W).
+        passes: forward and backward passes for one picture, roughly: how dear it is.
+        in_score_units: whether a region's contributions say by how much the score would fall without it.
+        shared: whether several decisions about one picture, standing side by side in a batch, share their passes.
+        control: it knows nothing of the decision, or is what calmer maps look like: what others should beat.
+        source: paper.
+    """
+
+    name: str
+    run: Callable[[Subject, Tensor, Decisions, int], Tensor]
+    passes: int
+    source: str
+    in_score_units: bool = True
+    shared: bool = False
+    control: bool = False
+
+    @property
+    def cheap(self) -> bool:
+        """Cheap enough for what explains every picture many times over."""
+        return self.passes <= 4
+
+
+METHODS: dict[str, Method] = {}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name; raises TargetError with what comes close."""
+    if name not in METHODS:
+        raise TargetError(f"no method is called {name!r}.{near_miss(name, METHODS)} There are: {', '.join(METHODS)}.")
+    return METHODS[name]
+
+
+def maps_of(method: Method, subject: Subject, images: Tensor, decisions: Decisions, seed: int = 0) -> Tensor:
+    """Maps (N, H, W) on the CPU, a batch at a time; each picture's is the same whatever the batch size.
+
+    Raises NotApplicable where the method has no meaning for the model, or gives maps that are not finite.
+    """
+    parts = []
+    for rows in torch.arange(len(images)).split(subject.batch_size):
+        batch = fitted(images[rows], subject.model)
+        parts.append(method.run(subject, batch, decisions.rows(rows), seed).detach().float().cpu())
+    maps = torch.cat(parts)
+    if wrong := int((~maps.isfinite()).flatten(1).any(1).sum()):
+        raise NotApplicable(f"{wrong} of {len(maps)} maps hold NaN or infinite contributions")
+    return maps
+
+
+def method(
+    name: str, passes: int, source: str, in_score_units: bool = True, shared: bool = False, control: bool = False
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    def keep(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        METHODS[name] = Method(name, run, passes, source, in_score_units, shared, control)
+        return run
+
+    return keep
