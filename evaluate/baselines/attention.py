@@ -61,7 +61,11 @@ class AttentionWeights(TorchFunctionMode):
     def _keep(self, weights: Tensor, viewed: bool = False) -> None:
         if self.follow:
             edge = get_gradient_edge(weights)
-            self.edges.append(GradientEdge(*edge.node.next_functions[0], None) if viewed else edge)
+            if viewed:
+                node, number = edge.node.next_functions[0]
+                assert node is not None  # a view has what it views behind it
+                edge = GradientEdge(node, number, None)
+            self.edges.append(edge)
         self.found.append(weights.detach())
 
     def gradients(self, score: Tensor) -> list[Tensor]:
@@ -75,8 +79,16 @@ SOFTMAX = (torch.softmax, F.softmax, Tensor.softmax)
 
 
 def _attention(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *_: Any, **named: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **named: Any,
 ) -> Tensor:
+    if is_causal or named.get("enable_gqa"):
+        raise NotApplicable("its attention is causal, or shares keys between heads")
     logits = query @ key.transpose(-1, -2) * (named.get("scale") or query.shape[-1] ** -0.5)
     if attn_mask is not None:
         logits = logits.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
