@@ -7,7 +7,7 @@ captum's are used where it has them; own code is for what no library carries.
 
 # Their order here is the order in which methods are listed.
 # isort: off
-from . import exact, gradients, perturbation, activations, attention, relevance, controls  # noqa: F401
+from . import exact, gradients, perturbation, activations, attention, eclip, relevance, controls  # noqa: F401
 from .attention import AttentionWeights, rollout
 from .registry import METHODS, Method, find_method, maps_of
 

@@ -22,7 +22,7 @@ from tiny import tiny_teacher
 from toys import Linear
 
 captum = pytest.importorskip("captum.attr")
-NEEDS_TOKENS = {"grad-cam", "attention", "rollout", "chefer", "legrad", "attn-lrp"}
+NEEDS_TOKENS = {"grad-cam", "attention", "rollout", "chefer", "legrad", "grad-eclip", "attn-lrp"}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -245,6 +245,60 @@ def test_legrad_is_the_mean_over_models_that_end_at_each_layer(unfused):
     torch.testing.assert_close(found, (wanted - low) / (high - low), atol=1e-4, rtol=1e-3)
 
 
+def test_grad_eclip_is_the_papers_equation(tiny_subject):
+    """By hooks on the last layer's own linear maps, and a loop over pictures and patches."""
+    subject = tiny_subject("test_vit")
+    model = copy.deepcopy(subject.model)
+    images, direction = draw(2, 3, 64, 64), F.normalize(draw(2, 1000), dim=1)
+    kept = {}
+
+    def keep(name):
+        return lambda module, args, output: kept.update({name: output if name == "qkv" else args[0]})
+
+    model.blocks[-1].attn.qkv.register_forward_hook(keep("qkv"))
+    model.blocks[-1].attn.proj.register_forward_hook(keep("seen"))
+    scores = (model(images.clone().requires_grad_()) * direction).sum()
+    (gradient,) = torch.autograd.grad(scores, kept["seen"])
+    query, key, value = kept["qkv"].detach().chunk(3, -1)
+    wanted = torch.zeros(2, 17)
+    for picture in range(2):
+        alike = torch.stack([F.cosine_similarity(query[picture, 0], key[picture, i], 0) for i in range(1, 17)])
+        alike = (alike - alike.min()) / (alike.max() - alike.min())
+        for i in range(1, 17):
+            wanted[picture, i] = (alike[i - 1] * (gradient[picture, 0] @ value[picture, i])).clamp(min=0)
+    found = maps_of(find_method("grad-eclip"), subject, images, DirectionDecisions(direction, torch.zeros(1000)))
+    assert wanted.max() > 0
+    torch.testing.assert_close(found, enlarged(wanted), atol=1e-6, rtol=1e-3)
+
+
+class _Torchs(nn.Module):
+    """timm's attention as torch's own layer, with the same weights."""
+
+    def __init__(self, attention):
+        super().__init__()
+        width = attention.proj.in_features
+        self.layer = nn.MultiheadAttention(width, attention.num_heads, batch_first=True)
+        state = {"in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias}
+        more = {f"out_proj.{name}": tensor for name, tensor in attention.proj.state_dict().items()}
+        self.layer.load_state_dict({**state, **more})
+
+    def forward(self, x, **_):
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad", "grad-eclip", "attn-lrp", "libragrad"])
+def test_a_models_map_is_the_same_with_torchs_own_attention(tiny_subject, name):
+    subject = tiny_subject("test_vit")
+    model = copy.deepcopy(subject.model)
+    for block in model.blocks:
+        block.attn = _Torchs(block.attn)
+    other = tiny_subject("test_vit", model=model)
+    images, decisions = draw(2, 3, 64, 64), ClassDecisions(torch.tensor([1, 3]))
+    wanted = maps_of(find_method(name), subject, images, decisions)
+    found = maps_of(find_method(name), other, images, decisions)
+    torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-3)
+
+
 def _through(value, share):
     return share * value + (1 - share) * value.detach()
 
@@ -330,9 +384,9 @@ def test_torchs_own_attention_has_a_gradient():
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad"])
+@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad", "grad-eclip"])
 def test_attention_of_a_cnn_does_not_apply(tiny_subject, name):
-    with pytest.raises(NotApplicable, match="no attention"):
+    with pytest.raises(NotApplicable, match="attention .* was seen"):
         maps_of(find_method(name), tiny_subject("test_resnet"), draw(1, 3, 64, 64), ClassDecisions(torch.tensor([0])))
 
 
