@@ -52,7 +52,7 @@ def evaluate(
         labels: key of a label in each sample's json (or its cls member): adds k-NN, linear probe and zero-shot.
         against: other methods, on the teacher, or on the student as student:METHOD; default input-x-gradient,
             integrated-gradients, grad-cam and occlusion; also smoothgrad, lime, rise, attention, rollout,
-            chefer, legrad; `all`, `none`.
+            chefer, legrad, grad-eclip, attn-lrp, libragrad; `all`, `none`.
         pictures: at most so many are explained, drawn by --seed.
         grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells).
         most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.

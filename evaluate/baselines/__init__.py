@@ -1,13 +1,13 @@
 """The methods that a user would otherwise reach for, all on the same tensors: maps (B, H, W) of signed contributions.
 
-`explanation` is our own: contributions in explanation mode, exact, of any model. On an unconverted model its rules are
-those of AttnLRP (Achtibat et al. 2024, arXiv 2402.05602) as a linearised gradient, and add up to the score.
+`explanation` is our own: contributions in explanation mode, exact, of any model. On an unconverted transformer it is
+the map of LibraGrad's rules (see `relevance`); AttnLRP's differ from them in attention, which it does not hold.
 captum's are used where it has them; own code is for what no library carries.
 """
 
 # Their order here is the order in which methods are listed.
 # isort: off
-from . import exact, gradients, perturbation, activations, attention, controls  # noqa: F401
+from . import exact, gradients, perturbation, activations, attention, eclip, relevance, controls  # noqa: F401
 from .attention import AttentionWeights, rollout
 from .registry import METHODS, Method, find_method, maps_of
 

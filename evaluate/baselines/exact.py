@@ -10,6 +10,6 @@ from ..subject import Subject
 from .registry import method
 
 
-@method("explanation", 2, "this project; on unconverted models AttnLRP's rules, arXiv 2402.05602")
+@method("explanation", 2, "this project; on unconverted transformers LibraGrad's rules, arXiv 2411.16760")
 def _explanation(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     return explain_scores(subject.model, images, decisions.target(), check=False).contributions[:, 0]

@@ -10,16 +10,19 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from bcosify.convert import convert
+from bcosify.convert.methods.bcos import BcosConfig
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import NotApplicable, TargetError
 from bcosify.evaluate.baselines import METHODS, AttentionWeights, find_method, maps_of, rollout
 from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions
 from torch import nn
 
+from tiny import tiny_teacher
 from toys import Linear
 
 captum = pytest.importorskip("captum.attr")
-NEEDS_TOKENS = {"grad-cam", "attention", "rollout", "chefer", "legrad"}
+NEEDS_TOKENS = {"grad-cam", "attention", "rollout", "chefer", "legrad", "grad-eclip", "attn-lrp"}
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -242,6 +245,129 @@ def test_legrad_is_the_mean_over_models_that_end_at_each_layer(unfused):
     torch.testing.assert_close(found, (wanted - low) / (high - low), atol=1e-4, rtol=1e-3)
 
 
+def test_grad_eclip_is_the_papers_equation(tiny_subject):
+    """By hooks on the last layer's own linear maps, and a loop over pictures and patches."""
+    subject = tiny_subject("test_vit")
+    model = copy.deepcopy(subject.model)
+    images, direction = draw(2, 3, 64, 64), F.normalize(draw(2, 1000), dim=1)
+    kept = {}
+
+    def keep(name):
+        return lambda module, args, output: kept.update({name: output if name == "qkv" else args[0]})
+
+    model.blocks[-1].attn.qkv.register_forward_hook(keep("qkv"))
+    model.blocks[-1].attn.proj.register_forward_hook(keep("seen"))
+    scores = (model(images.clone().requires_grad_()) * direction).sum()
+    (gradient,) = torch.autograd.grad(scores, kept["seen"])
+    query, key, value = kept["qkv"].detach().chunk(3, -1)
+    wanted = torch.zeros(2, 17)
+    for picture in range(2):
+        alike = torch.stack([F.cosine_similarity(query[picture, 0], key[picture, i], 0) for i in range(1, 17)])
+        alike = (alike - alike.min()) / (alike.max() - alike.min())
+        for i in range(1, 17):
+            wanted[picture, i] = (alike[i - 1] * (gradient[picture, 0] @ value[picture, i])).clamp(min=0)
+    found = maps_of(find_method("grad-eclip"), subject, images, DirectionDecisions(direction, torch.zeros(1000)))
+    assert wanted.max() > 0
+    torch.testing.assert_close(found, enlarged(wanted), atol=1e-6, rtol=1e-3)
+
+
+class _Torchs(nn.Module):
+    """timm's attention as torch's own layer, with the same weights."""
+
+    def __init__(self, attention):
+        super().__init__()
+        width = attention.proj.in_features
+        self.layer = nn.MultiheadAttention(width, attention.num_heads, batch_first=True)
+        state = {"in_proj_weight": attention.qkv.weight, "in_proj_bias": attention.qkv.bias}
+        more = {f"out_proj.{name}": tensor for name, tensor in attention.proj.state_dict().items()}
+        self.layer.load_state_dict({**state, **more})
+
+    def forward(self, x, **_):
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad", "grad-eclip", "attn-lrp", "libragrad"])
+def test_a_models_map_is_the_same_with_torchs_own_attention(tiny_subject, name):
+    subject = tiny_subject("test_vit")
+    model = copy.deepcopy(subject.model)
+    for block in model.blocks:
+        block.attn = _Torchs(block.attn)
+    other = tiny_subject("test_vit", model=model)
+    images, decisions = draw(2, 3, 64, 64), ClassDecisions(torch.tensor([1, 3]))
+    wanted = maps_of(find_method(name), subject, images, decisions)
+    found = maps_of(find_method(name), other, images, decisions)
+    torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-3)
+
+
+def _through(value, share):
+    return share * value + (1 - share) * value.detach()
+
+
+def slow_relevance(model, images, classes, key, value):
+    """A ViT written out, of whose gradient these shares go to keys and queries, and to values."""
+
+    def norm(layer, x):
+        deviation = (x.var(-1, correction=0, keepdim=True) + layer.eps).sqrt().detach()
+        return (x - x.mean(-1, keepdim=True)) / deviation * layer.weight + layer.bias
+
+    images = images.clone().requires_grad_()
+    tokens = model._pos_embed(model.patch_embed(images))
+    for block in model.blocks:
+        x = norm(block.norm1, tokens)
+        q, k, v = block.attn.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = _through(q, key), _through(k, key), _through(v, value)
+        seen = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        tokens = tokens + block.attn.proj(seen.transpose(1, 2).flatten(2))
+        x = block.mlp.fc1(norm(block.norm2, tokens))
+        tokens = tokens + block.mlp.fc2(x * (F.gelu(x) / x).detach())
+    logits = model.head(norm(model.norm, tokens)[:, 0])
+    torch.testing.assert_close(logits, model(images))
+    (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), images)
+    return (images * gradient).sum(1).detach()
+
+
+@pytest.mark.parametrize(("name", "key", "value"), [("attn-lrp", 1 / 4, 1 / 2), ("libragrad", 0, 1)])
+@pytest.mark.parametrize("fused", [True, False])
+def test_relevance_rules_of_a_vit_are_those_of_one_written_out(tiny_subject, name, key, value, fused):
+    subject = tiny_subject("test_vit", model=copy.deepcopy(tiny_subject("test_vit").model))
+    for block in subject.model.blocks:
+        block.attn.fused_attn = fused
+    images, classes = draw(2, 3, 64, 64), torch.tensor([1, 3])
+    wanted = slow_relevance(subject.model, images, classes, key, value)
+    found = maps_of(find_method(name), subject, images, ClassDecisions(classes))
+    torch.testing.assert_close(found, wanted, atol=1e-4 * float(wanted.abs().max()), rtol=1e-3)
+
+
+def test_libragrad_of_an_unconverted_model_is_our_explanation_and_attn_lrp_is_not(tiny_subject):
+    subject, decisions = tiny_subject("test_vit"), ClassDecisions(torch.tensor([1, 3]))
+    ours, libra, attn = (
+        maps_of(find_method(name), subject, draw(2, 3, 64, 64), decisions)
+        for name in ("explanation", "libragrad", "attn-lrp")
+    )
+    torch.testing.assert_close(libra, ours, atol=1e-4 * float(ours.abs().max()), rtol=1e-3)
+    assert (attn - ours).abs().mean() > 0.1 * ours.abs().mean()
+
+
+def test_relevance_rules_leave_weights_as_they_asked_for_gradients(tiny_subject):
+    model = copy.deepcopy(tiny_subject("test_vit").model)
+    subject = tiny_subject("test_vit", model=model)  # freezes it
+    images, decisions = draw(1, 3, 64, 64), ClassDecisions(torch.tensor([1]))
+    frozen = maps_of(find_method("attn-lrp"), subject, images, decisions)
+    model.requires_grad_(True)
+    torch.testing.assert_close(maps_of(find_method("attn-lrp"), subject, images, decisions), frozen)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_relevance_rules_say_where_they_do_not_apply(tiny_subject):
+    images, decisions = draw(1, 3, 64, 64), ClassDecisions(torch.tensor([1]))
+    with pytest.raises(NotApplicable, match="no attention was seen"):
+        maps_of(find_method("attn-lrp"), tiny_subject("test_resnet"), images, decisions)
+    student = tiny_subject("test_vit", model=convert(tiny_teacher(), BcosConfig()).model, name="student")
+    for name in ("attn-lrp", "libragrad"):
+        with pytest.raises(NotApplicable, match="its layers are converted"):
+            maps_of(find_method(name), student, images, decisions)
+
+
 def test_torchs_own_attention_has_a_gradient():
     """Against the gradient by hand: what each token adds to the output, times what the score asks of it."""
     torch.manual_seed(0)
@@ -258,9 +384,9 @@ def test_torchs_own_attention_has_a_gradient():
     torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad"])
+@pytest.mark.parametrize("name", ["attention", "rollout", "chefer", "legrad", "grad-eclip"])
 def test_attention_of_a_cnn_does_not_apply(tiny_subject, name):
-    with pytest.raises(NotApplicable, match="no attention"):
+    with pytest.raises(NotApplicable, match="attention .* was seen"):
         maps_of(find_method(name), tiny_subject("test_resnet"), draw(1, 3, 64, 64), ClassDecisions(torch.tensor([0])))
 
 
