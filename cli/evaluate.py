@@ -27,6 +27,7 @@ def evaluate(
     most_passes: int = 128,
     removals: list[str] | None = None,
     controls: bool = True,
+    protocol: str | None = None,
     out: Path = Path("report"),
     weights: Path | None = None,
     image_size: int | None = None,
@@ -60,6 +61,8 @@ def evaluate(
             default patches:grey.
         controls: leave out what shows how figures look where there is nothing to find: a Gaussian, edges, an averaged
             map, the untrained student, and students with shuffled blocks.
+        protocol: measure a published protocol instead, every setting as published: bcos-v2, aloe, idsds or libragrad.
+            It needs --labels with class numbers, and takes all of --data; of other methods those that --against names.
         out: folder for the report.
         weights: the teacher's state dict, where it was converted from a file.
         image_size: side in pixels, where it is not the model's own.
@@ -83,6 +86,7 @@ def evaluate(
         most_passes=most_passes,
         removals=removals,
         controls=controls,
+        protocol=protocol,
         out=out,
         weights=weights,
         image_size=image_size,
@@ -102,8 +106,12 @@ def _summary(evaluation: Evaluation) -> None:
     from ..evaluate.report.tables import Table, fidelity_table, method_tables, student_first, turned
     from ..evaluate.verdict import verdict
 
-    said = verdict(evaluation)
-    console.print(str(said), style="bold red" if said.doubtful else "bold")
+    if "protocol" in evaluation.settings:
+        console.print(f"{evaluation.settings['protocol']}: {evaluation.settings['source']}", style="bold")
+        console.print(evaluation.settings["differs"])
+    else:
+        said = verdict(evaluation)
+        console.print(str(said), style="bold red" if said.doubtful else "bold")
     # A terminal is narrow: metrics down, and a few methods across.
     maps = {
         f"{section}, continued" if start else section: turned(Table(table.columns, rows[start : start + ACROSS]))

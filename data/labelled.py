@@ -107,6 +107,10 @@ class Decoded:
     def __len__(self) -> int:
         return len(self.positions)
 
+    def rows(self, index: Sequence[int]) -> Decoded:
+        """Some of the pictures, in that order."""
+        return dataclasses.replace(self, positions=[self.positions[i] for i in index])
+
     def split(self, split_size: int, /) -> Iterator[Tensor]:
         for start in range(0, len(self), split_size):
             batch = self.positions[start : start + split_size]

@@ -28,30 +28,36 @@ class Estimate(NamedTuple):
     n: int
 
 
-def bootstrap(values: Tensor, seed: int = 0, level: float = 0.95) -> Estimate:
+def bootstrap(
+    values: Tensor, seed: int = 0, level: float = 0.95, statistic: Callable[[Tensor], Tensor] | None = None
+) -> Estimate:
     """The mean of `values` (N,) with the percentile bootstrap's interval (Efron 1979); the same for the same seed.
+
+    `statistic`, (R, N, ...) -> (R,), takes the place of the mean: `values` (N, ...) are then resampled in whole rows.
 
     Raises NotApplicable where there are none, or some are NaN or infinite: their mean would be a number about fewer
     pictures than it says.
     """
-    values = values.detach().double().cpu().flatten()
+    values = values.detach().double().cpu()
+    values = values.flatten() if statistic is None else values
+    take = statistic or (lambda drawn: drawn.mean(1))
     if not len(values):
         raise NotApplicable("no picture is left to measure this on")
     if wrong := int((~values.isfinite()).sum()):
-        raise NotApplicable(f"{wrong} of {len(values)} values are not finite")
-    mean = float(values.mean())
+        raise NotApplicable(f"{wrong} of {values.numel()} values are not finite")
+    value = float(take(values[None]))
     if len(values) == 1:
-        return Estimate(mean, None, None, 1)
+        return Estimate(value, None, None, 1)
     generator = torch.Generator().manual_seed(seed)
-    rows = max(1, AT_ONCE // len(values))
-    means = torch.cat(
+    rows = max(1, AT_ONCE // values.numel())
+    found = torch.cat(
         [
-            values[torch.randint(len(values), (min(rows, RESAMPLES - start), len(values)), generator=generator)].mean(1)
+            take(values[torch.randint(len(values), (min(rows, RESAMPLES - start), len(values)), generator=generator)])
             for start in range(0, RESAMPLES, rows)
         ]
     )
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=means.dtype)).tolist()
-    return Estimate(mean, low, high, len(values))
+    low, high = torch.quantile(found, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=found.dtype)).tolist()
+    return Estimate(value, low, high, len(values))
 
 
 def jackknife(statistic: Callable[[Tensor], Tensor], n: int, seed: int = 0) -> Estimate:

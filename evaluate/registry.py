@@ -26,7 +26,19 @@ if TYPE_CHECKING:
     from .estimates import Estimate
     from .store import Notes
 
-__all__ = ["METRICS", "Headline", "Job", "Metric", "Step", "all_metrics", "headlines", "measures", "metric", "steps_of"]
+__all__ = [
+    "METRICS",
+    "Headline",
+    "Job",
+    "Metric",
+    "Step",
+    "all_metrics",
+    "declare",
+    "headlines",
+    "measures",
+    "metric",
+    "steps_of",
+]
 
 # What a step is called with, after the notes:
 #   features   Compared: both models' features of the pictures for fidelity. All of these are one resumable step.
@@ -79,14 +91,19 @@ METRICS: dict[str, Metric] = {}
 STEPS: list[Step] = []
 
 
+def declare(*metrics: Metric) -> None:
+    """Registers metrics that no step of a plain evaluation measures."""
+    for one in metrics:
+        if one.name in METRICS:
+            raise ValueError(f"two metrics are called {one.name!r}; give one of them another name")
+        METRICS[one.name] = one
+
+
 def measures(*metrics: Metric, needs: Needs, place: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function that measures several metrics: (notes, *what it needs) -> (name, job) pairs."""
 
     def keep(run: Callable[..., Any]) -> Callable[..., Any]:
-        for one in metrics:
-            if one.name in METRICS:
-                raise ValueError(f"two metrics are called {one.name!r}; give one of them another name")
-            METRICS[one.name] = one
+        declare(*metrics)
         STEPS.append(Step(metrics, needs, place, run))
         return run
 

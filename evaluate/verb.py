@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from ..convert.layers import scheduled_layers
 from ..convert.memory import laid_out
 from ..convert.output import output_kind
 from ..core.devices import find_device
-from ..core.errors import TargetError
+from ..core.errors import DataError, TargetError
 from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import ANY_COUNT, COUNT, SEED, SIDE, ranged
 from ..core.versions import versions
 from ..data.labelled import class_indices, find_pictures, read_pictures
 from .baselines import METHODS, find_method
+from .protocols import Protocol, check_labels, evaluate_protocol, find_protocol
 from .record import REPORT, Evaluation, written
 from .report import gallery_of, report_page
 from .store import check_work, clear
@@ -57,6 +59,7 @@ def evaluate(
     most_passes: int = 128,
     removals: Sequence[str] | None = None,
     controls: bool = True,
+    protocol: str | None = None,
     out: str | Path | None = None,
     weights: str | Path | None = None,
     image_size: int | None = None,
@@ -83,6 +86,8 @@ def evaluate(
         most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
         removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement.
         controls: also measure models and maps that know less, beside every figure (see `metrics.controls`).
+        protocol: measure a published protocol instead, with its settings: one of `PROTOCOLS`. It needs `labels`, which
+            are class numbers, and uses all of `data`; `against` is then nothing unless given.
         out: also write evaluation.json and report.html to this folder. `out`.run then keeps every step that is done, so
             that the same call goes on after an interruption.
         weights: the teacher's state dict, where it was converted from a file.
@@ -99,6 +104,21 @@ def evaluate(
     """
     out = None if out is None else Path(out)
     place = find_device(device)
+    published = None if protocol is None else find_protocol(protocol)
+    if published is not None:
+        _check_fixed(
+            published,
+            labels,
+            {
+                "masks": masks,
+                "pictures": pictures,
+                "grids": grids,
+                "most_passes": most_passes,
+                "removals": removals,
+                "controls": controls,
+            },
+        )
+        against = against or ["none"]
     if out is not None:
         check_free(out, overwrite, written, paths_in(model, data, masks, weights))
     settings = Settings(
@@ -116,15 +136,41 @@ def evaluate(
     preprocess = student.preprocess.at(image_size)
     index = find_pictures(data)
     output = output_kind(student)
+    if published is not None and not output.chooses:
+        raise DataError(f"--protocol {protocol} is about classes, and the model has none. Leave --protocol out.")
     classes = output.count if output.chooses else 0
     fidelity_on = class_indices(read_pictures(index, preprocess, label=labels, max_pixels=max_pixels), classes)
     shown = index if masks is None else find_pictures(masks)
-    explained_on = read_pictures(
-        shown, preprocess, count=pictures, masks=masks is not None, seed=seed, max_pixels=max_pixels
-    )
+    if published is None:
+        explained_on = read_pictures(
+            shown, preprocess, count=pictures, masks=masks is not None, seed=seed, max_pixels=max_pixels
+        )
+    elif masks is None:
+        explained_on = None
+    else:
+        explained_on = read_pictures(
+            shown, preprocess, count=published.masked, masks=True, label=labels, seed=seed, max_pixels=max_pixels
+        )
+        explained_on = class_indices(explained_on, classes)
+    if published is not None:
+        check_labels(published, fidelity_on, explained_on)
     # In the record as `skipped`: they are in none of its numbers.
-    skipped = [one._asdict() for one in dict.fromkeys([*fidelity_on.skipped, *explained_on.skipped])]
+    skipped = [one._asdict() for one in dict.fromkeys([*fidelity_on.skipped, *(explained_on or fidelity_on).skipped])]
     teacher, ours = _subjects(student, weights, preprocess, batch_size, place)
+    model_facts = {
+        "reference": student.source.reference,
+        "method": student.method,
+        "size": preprocess.size,
+        "teacher_weights": weights_digest(teacher.model),
+        "student_weights": weights_digest(ours.model),
+        "versions": versions(),
+    }
+    data_facts = {
+        "data": index.digest,
+        "masks": None if masks is None else shown.digest,
+        "labels": labels,
+        **({"skipped": skipped} if skipped else {}),
+    }
     texts = None
     if student.text is not None and fidelity_on.label_names:
         texts = embed_texts(student.text, fidelity_on.label_names)
@@ -132,36 +178,41 @@ def evaluate(
     work = None if out is None else out.with_name(f"{out.name}.run")
     check_work(work)
     with _report_folder(out, overwrite) as folder:
-        evaluation, explained = evaluate_subjects(
-            teacher,
-            ours,
-            fidelity_on,
-            explained_on,
-            settings,
-            model={
-                "reference": student.source.reference,
-                "method": student.method,
-                "size": preprocess.size,
-                "teacher_weights": weights_digest(teacher.model),
-                "student_weights": weights_digest(ours.model),
-                "versions": versions(),
-            },
-            data={
-                "data": index.digest,
-                "masks": None if masks is None else shown.digest,
-                "labels": labels,
-                **({"skipped": skipped} if skipped else {}),
-            },
-            texts=texts,
-            untrained={"untrained": partial(_untrained, student, weights, ours)} if controls else None,
-            work=work,
-            progress=progress,
-        )
+        options = {"model": model_facts, "data": data_facts, "work": work, "progress": progress}
+        if published is None:
+            assert explained_on is not None
+            untrained = {"untrained": partial(_untrained, student, weights, ours)} if controls else None
+            evaluation, explained = evaluate_subjects(
+                teacher, ours, fidelity_on, explained_on, settings, texts=texts, untrained=untrained, **options
+            )
+        else:
+            evaluation = evaluate_protocol(
+                published, (teacher, ours), fidelity_on, explained_on, settings.methods, seed=seed, **options
+            )
+            explained = None
         if folder is not None:
             _write(folder, evaluation, explained, student, preprocess, len(fidelity_on), len(skipped))
     if work is not None:
         clear(work)
     return evaluation
+
+
+def _check_fixed(protocol: Protocol, labels: str | None, given: Mapping[str, object]) -> None:
+    """Raises TargetError where a protocol has no labels, or where options ask for other settings than it has."""
+    if labels is None:
+        raise TargetError(
+            f"--protocol {protocol.name} measures labels, and none are given. Pass --labels cls, or the key of the "
+            "class number in each sample's json."
+        )
+    if given["masks"] is not None and not protocol.masked:
+        raise TargetError(f"--protocol {protocol.name} uses no masks. Leave --masks out.")
+    defaults = inspect.signature(evaluate).parameters
+    if told := [name for name, value in given.items() if name != "masks" and value != defaults[name].default]:
+        words = ", ".join("--no-controls" if name == "controls" else f"--{name.replace('_', '-')}" for name in told)
+        raise TargetError(
+            f"--protocol {protocol.name} has settings of its own, and {words} would change them. Leave "
+            f"{words} out, or --protocol."
+        )
 
 
 def _subjects(
@@ -208,7 +259,7 @@ def _report_folder(out: Path | None, overwrite: bool) -> Iterator[Path | None]:
 def _write(
     folder: Path,
     evaluation: Evaluation,
-    explained: Explained,
+    explained: Explained | None,
     student: Student,
     preprocess: Preprocess,
     count: int,
@@ -216,9 +267,16 @@ def _write(
 ) -> None:
     """evaluation.json and report.html; `count` pictures were used for fidelity, and `skipped` could not be read."""
     evaluation.write(folder)
-    gallery = gallery_of(explained, output_kind(student))
+    gallery = [] if explained is None else gallery_of(explained, output_kind(student))
     title = f"{student.source.reference}, {student.method} student"
-    about = f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained, at {preprocess.size[0]} px."
+    what = (
+        f"{count:,} pictures for fidelity, {len(explained.pictures):,} explained"
+        if explained
+        else f"{count:,} pictures"
+    )
+    about = f"{what}, at {preprocess.size[0]} px."
+    if explained is None:
+        about += f" Protocol {evaluation.settings['protocol']}: {evaluation.settings['source']}."
     about += f" {skipped:,} could not be read." if skipped else ""
     (folder / REPORT).write_text(report_page(evaluation, gallery, title, about), "utf-8")
 

@@ -33,7 +33,7 @@ from ..decisions import Decisions
 from ..estimates import bootstrap
 from ..fills import FILLS
 from ..record import Curve, Measurement
-from ..registry import Headline, Job, Metric, measures
+from ..registry import Headline, Job, Metric, declare, measures
 from ..subject import Subject, outputs_of
 from ..task import OURS
 
@@ -48,6 +48,7 @@ __all__ = [
     "infidelity",
     "masked_confidence",
     "removal_curve",
+    "removal_outputs",
     "sensitivity_n",
     "subset_drops",
 ]
@@ -114,12 +115,27 @@ def removal_curve(
         images: (N, 3, H, W) normalised.
         fractions: shares in [0, 1]; each is rounded to whole regions.
     """
+    outputs = removal_outputs(subject, images, maps, order, fractions=fractions, unit=unit, fill=fill, seed=seed)
+    every = decisions.rows(torch.arange(len(images)).repeat_interleave(len(fractions)))
+    return every.confidence(outputs).view(len(images), len(fractions))
+
+
+def removal_outputs(
+    subject: Subject,
+    images: Tensor,
+    maps: Tensor,
+    order: Order,
+    *,
+    fractions: tuple[float, ...] = FRACTIONS,
+    unit: int = 16,
+    fill: str = "grey",
+    seed: int = 0,
+) -> Tensor:
+    """(N·F, D) the outputs that `removal_curve` is made from, picture by picture."""
     rank = ranks(pooled(maps, unit), order, seed)
     counts = torch.tensor([round(share * rank.shape[1]) for share in fractions])
     removed = rank[:, None] < counts[None, :, None]
-    outputs = outputs_of(subject, _perturbed(subject, images, removed, unit, fill))
-    every = decisions.rows(torch.arange(len(images)).repeat_interleave(len(fractions)))
-    return every.confidence(outputs).view(len(images), len(fractions))
+    return outputs_of(subject, _perturbed(subject, images, removed, unit, fill))
 
 
 def area(curves: Tensor, fractions: tuple[float, ...]) -> Tensor:
@@ -346,3 +362,12 @@ def _drawn(task: Explained, model: str) -> tuple[Tensor, Tensor]:
         unit=task.unit,
         seed=settings.seed,
     )
+
+
+# Of a protocol (see `protocols`): the label on pictures without their most, or their least, influential patches.
+declare(
+    Metric("mif_accuracy", "faithfulness", better=-1, title="MIF accuracy"),
+    Metric("lif_accuracy", "faithfulness", title="LIF accuracy"),
+    Metric("mif_confidence", "faithfulness", better=-1, title="MIF confidence"),
+    Metric("lif_confidence", "faithfulness", title="LIF confidence"),
+)

@@ -96,6 +96,36 @@ def test_a_student_is_measured_and_two_evaluations_are_compared(student, shard, 
     assert "one and two were not measured with the same settings" in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_protocol_is_measured_with_its_own_settings_and_says_them(student, shard, tmp_path, capsys):
+    given = ["evaluate", str(student), "--data", str(shard), "--labels", "class", "--out", str(tmp_path / "out")]
+    assert main([*given, "--protocol", "idsds", "--against", "input-x-gradient"]) == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "idsds: Hesse et al. 2024, arXiv 2407.11910" in printed and "fine-tuned with patches taken away" in printed
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["settings"] | {"protocol": "idsds", "side": 4, "fill": "mean"} == record["settings"]
+    rows = [(one["model"], one["method"], one["variant"], one["n"]) for one in record["measurements"]]
+    assert rows == [
+        ("teacher", "explanation", "idsds", 6),
+        ("teacher", "input-x-gradient", "idsds", 6),
+        ("student", "explanation", "idsds", 6),
+    ]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Protocol idsds" in page and "single deletion" in page
+    # Few pictures, of which the model decides none rightly: the row says why there are no grids.
+    assert main([*given, "--protocol", "bcos-v2", "--overwrite"]) == 0
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {one["reason"] for one in record["measurements"]} == {
+        "0 of 6 pictures are classified rightly with a sigmoid above 0.5, and they are not of 4 classes"
+    }
+
+
+def test_a_protocol_without_labels_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    words = ["evaluate", str(tmp_path / "nowhere"), "--data", "nothing.tar", "--out", str(tmp_path / "report")]
+    assert main([*words, "--protocol", "bcos-v2"]) != 0
+    assert "--protocol bcos-v2 measures labels" in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("members", "words", "said"),
     [
@@ -109,6 +139,15 @@ def test_a_student_is_measured_and_two_evaluations_are_compared(student, shard, 
         ({"cls": lambda i: b"3.0"}, ("--labels", "cls"), "Write a whole number from 0 for every sample, or a name"),
         ({}, ("--against", "gradcam"), "no method is called 'gradcam'. Did you mean 'grad-cam'"),
         ({}, ("--against", "tutor:lime"), "there is no model 'tutor'"),
+        ({}, ("--protocol", "bcos"), "no protocol is called 'bcos'. Did you mean 'bcos-v2'"),
+        ({}, ("--protocol", "aloe"), "--protocol aloe measures labels, and none are given. Pass --labels cls"),
+        ({"json": facts}, ("--protocol", "aloe", "--labels", "class", "--grids", "5"), "and --grids would change them"),
+        ({"json": facts}, ("--protocol", "idsds", "--labels", "class", "--masks", "SHARD"), "idsds uses no masks"),
+        (
+            {"json": facts},
+            ("--protocol", "idsds", "--labels", "group"),
+            "number of each picture's class, and the labels",
+        ),
         ({}, ("--removals", "rows:grey"), "no unit 'rows'"),
         ({}, ("--removals", "pixels:gray"), "no fill is called 'gray'"),
         ({}, ("--data", "missing.tar"), "missing.tar"),
