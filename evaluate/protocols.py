@@ -29,7 +29,7 @@ from .decisions import ClassDecisions, Decisions
 from .estimates import bootstrap
 from .metrics.completeness import completeness_error
 from .metrics.localisation import Grids, grid_scores, native_maps, pooled, runs_on, windowed_maps
-from .metrics.perturbation import removal_outputs
+from .metrics.perturbation import Order, removal_outputs
 from .metrics.segmentation import average_precision
 from .metrics.single_deletion import deletion_drops, single_deletion
 from .record import Evaluation, Measurement
@@ -352,7 +352,8 @@ class Libragrad(Protocol):
         for images, wanted, rows in given.parts():
             maps, labels = given.explain(method, images, wanted), given.labels[rows]
             unit = self._unit(given.subject, images)
-            for order, name in (("most", "mif"), ("least", "lif")):
+            names: dict[Order, str] = {"most": "mif", "least": "lif"}
+            for order, name in names.items():
                 outputs = removal_outputs(
                     given.subject, images, maps, order, fractions=self.shares, unit=unit, fill=self.fill
                 )

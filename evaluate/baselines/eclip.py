@@ -56,7 +56,8 @@ class AttentionCalls(TorchFunctionMode):
             given = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             parts = [given[name] for name in ("query", "key", "value")]
             if parts[0].shape == parts[1].shape == parts[2].shape and parts[0].dim() == 4:
-                self.found.append(AttentionCall(*(part.detach().transpose(1, 2).flatten(2) for part in parts), output))
+                query, key, value = (part.detach().transpose(1, 2).flatten(2) for part in parts)
+                self.found.append(AttentionCall(query, key, value, output))
         if func is F.multi_head_attention_forward:
             given = inspect.signature(func).bind(*args, **(kwargs or {})).arguments
             if given["query"].shape == given["key"].shape and given["query"].dim() == 3:
@@ -72,11 +73,11 @@ def _projected(given: dict[str, Any], output: Tensor) -> AttentionCall:
     else:
         weights = given["in_proj_weight"].chunk(3)
     biases = [None] * 3 if given["in_proj_bias"] is None else given["in_proj_bias"].chunk(3)
-    parts = [
+    query, key, value = (
         F.linear(given[name].detach(), weight, bias).transpose(0, 1).detach()
         for name, weight, bias in zip(names, weights, biases, strict=True)
-    ]
-    return AttentionCall(*parts, output, given["out_proj_weight"].detach())
+    )
+    return AttentionCall(query, key, value, output, given["out_proj_weight"].detach())
 
 
 @method("grad-eclip", 2, "Zhao et al. 2025, arXiv 2502.18816; last attention", in_score_units=False)
