@@ -112,13 +112,14 @@ def _layers(found: list[Tensor], pictures: int) -> list[Tensor]:
     return layers
 
 
-def _from_tokens(subject: Subject, images: Tensor, attention: Tensor) -> Tensor:
-    """The class token's row of attention (B, N, N) over patches, or the mean row where no token stands before them."""
+def _from_tokens(subject: Subject, images: Tensor, attention: Tensor, class_token: bool = True) -> Tensor:
+    """The class token's row of attention (B, N, N) over patches, or the patches' mean row: where there is none, or it
+    does not count."""
     rows, columns = patch_grid(subject, images)
     prefix = attention.shape[-1] - rows * columns
     if prefix < 0:
         raise NotApplicable(f"its attention is between {attention.shape[-1]} tokens, not {rows} x {columns} patches")
-    row = attention[:, 0] if prefix else attention.mean(1)
+    row = attention[:, 0] if prefix and class_token else attention[:, prefix:].mean(1)
     return enlarged(row[:, prefix:].unflatten(1, (rows, columns))[:, None], images)
 
 
@@ -149,7 +150,7 @@ def _chefer(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -
     relevance = torch.eye(layers[0].shape[-1]).to(layers[0]).expand(len(images), -1, -1)
     for layer, gradient in zip(layers, gradients, strict=True):
         relevance = relevance + (gradient * layer).relu().mean(1) @ relevance
-    return _from_tokens(subject, images, relevance)
+    return _from_tokens(subject, images, relevance, class_token=bool(gradients[-1][:, :, 0].any()))
 
 
 @method("legrad", 2, "Bousselham et al. 2024, arXiv 2404.03214, equations 3 to 8", in_score_units=False)
@@ -162,6 +163,7 @@ def _legrad(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -
     blocks = [model.get_submodule(name) for name in names]
     tokens: list[Tensor] = []
     ends: list[int] = []
+    ending: list[Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         ends.append(len(mode.found))
@@ -169,8 +171,8 @@ def _legrad(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -
         if module is not blocks[-1] or len(tokens) != len(blocks) or len({one.shape for one in tokens}) > 1:
             return None
         # The model's end sees the tokens of all layers at once, as if they were so many pictures.
-        stacked = torch.cat(tokens)
-        return (stacked, *output[1:]) if isinstance(output, tuple) else stacked
+        ending.append(torch.cat(tokens).detach().requires_grad_())
+        return (ending[0].clone(), *output[1:]) if isinstance(output, tuple) else ending[0].clone()
 
     with torch.enable_grad(), AttentionWeights(follow=True) as mode, hooked([(block, keep) for block in blocks]):
         outputs = main_output(model(images.requires_grad_()))
@@ -178,11 +180,11 @@ def _legrad(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -
     if ends != list(range(1, len(blocks) + 1)) or len(outputs) != len(blocks) * len(images):
         raise NotApplicable(f"{len(layers)} attentions over all tokens and {len(blocks)} blocks: not one in each")
     rows = torch.arange(len(images), device=images.device).repeat(len(blocks))
-    scores = decisions.rows(rows).scores(outputs).view(len(blocks), len(images)).sum(1)
+    (asked,) = torch.autograd.grad(decisions.rows(rows).scores(outputs).sum(), ending)
     total = torch.zeros_like(layers[0][:, 0])
-    for i, score in enumerate(scores):
-        (gradient,) = torch.autograd.grad(score, mode.edges[i], retain_graph=True)
-        total += gradient.view_as(layers[i]).relu().mean(1) / len(blocks)
+    for layer, edge, output, grad in zip(layers, mode.edges, tokens, asked.split(len(images)), strict=False):
+        (gradient,) = torch.autograd.grad(output, edge, grad, retain_graph=True)
+        total += gradient.view_as(layer).relu().mean(1) / len(blocks)
     # A token's share is what all others see of it, not the class token alone.
     seen = _from_tokens(subject, images, total.mean(1, keepdim=True).expand_as(total))
     low, high = (seen.flatten(1).aminmax(dim=1)[i][:, None, None] for i in range(2))

@@ -97,6 +97,8 @@ def _grad_eclip(subject: Subject, images: Tensor, decisions: Decisions, seed: in
     if prefix < 1:
         raise NotApplicable(f"{call.query.shape[1]} tokens, {rows} x {columns} patches: it has no class token")
     (gradient,) = torch.autograd.grad(score, call.output)
+    if not call.seen(gradient)[:, 0].any():
+        raise NotApplicable("its score does not depend on what the class token sees last, if it has one")
     contributions = (call.seen(gradient)[:, :1] * call.value[:, prefix:]).sum(-1)
     alike = F.cosine_similarity(call.query[:, :1], call.key[:, prefix:], -1)
     low, high = alike.amin(1, keepdim=True), alike.amax(1, keepdim=True)

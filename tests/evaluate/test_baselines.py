@@ -271,6 +271,16 @@ def test_grad_eclip_is_the_papers_equation(tiny_subject):
     torch.testing.assert_close(found, enlarged(wanted), atol=1e-6, rtol=1e-3)
 
 
+def test_where_patches_are_averaged_chefers_row_is_theirs_and_grad_eclip_does_not_apply(tiny_subject):
+    subject = tiny_subject("test_vit", model=copy.deepcopy(tiny_subject("test_vit").model))
+    subject.model.global_pool = "avg"
+    images, decisions = draw(1, 3, 64, 64), ClassDecisions(torch.tensor([1]))
+    with pytest.raises(NotApplicable, match="does not depend on what the class token sees"):
+        maps_of(find_method("grad-eclip"), subject, images, decisions)
+    # A patch that is only relevant for itself has its own 1 in the mean row of 16.
+    assert maps_of(find_method("chefer"), subject, images, decisions).min() >= 1 / 16
+
+
 class _Torchs(nn.Module):
     """timm's attention as torch's own layer, with the same weights."""
 
