@@ -42,4 +42,4 @@ def export(
     console.print(f"compared with the model: largest difference {written.error:.1e} of the largest output")
     show_agreement(written.agreement)
     console.print(f"wrote {written.out} ({written.bytes / 1e6:.1f} MB)")
-    return {**dataclasses.asdict(written), "agreement": written.agreement.words, "out": str(written.out)}
+    return {**dataclasses.asdict(written), "out": str(written.out)}
