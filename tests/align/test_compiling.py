@@ -58,7 +58,7 @@ def test_a_ramp_of_b_and_beta_needs_one_program_a_kind_of_block(name, objective,
     compile_blocks(teacher, ours.taps, moving=False)
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     torch.manual_seed(1)
-    for k in range(1, 9):  # eighths are exact in float32, so buffers and their rounded mirrors agree
+    for k in range(1, 9, 2):  # eighths are exact in float32, so buffers and their rounded mirrors agree
         pictures = torch.randn(2, 3, 64, 64)
         for model in (compiled, plain):
             set_strength(model, 1 + k / 8, 1 - k / 8)
