@@ -14,6 +14,8 @@ from .task import OURS, Settings
 __all__ = ["Progress", "announced", "in_words", "passes_of"]
 
 DISTINCT = 14  # pictures that two removal curves of seven shares need
+SINGLE = 17  # of a picture, for single deletion
+NOISY = 5  # maps of a picture, for max-sensitivity
 DECISIONS = 3  # that a cheap method explains of each picture: the teacher's, another one's, and the runner-up's
 
 
@@ -63,14 +65,16 @@ def passes_of(settings: Settings, models: Sequence[str], explained: int, fidelit
     """
     passes = dict.fromkeys(models, float(fidelity))
     for model in models:
-        passes[model] += min(explained, settings.subset_pictures) * len(settings.shares) * settings.subsets
+        subsets = len(settings.shares) * settings.subsets
+        passes[model] += min(explained, settings.subset_pictures) * (subsets + SINGLE)
     for model, name in settings.pairs:
         method = find_method(name)
         cost = 1 if method.control and method.cheap else 3 * method.passes  # forward and backward
         again = DECISIONS if method.cheap else 1
         passes[model] += explained * (again * cost + DISTINCT * len(settings.removals) + 1)
         if method.cheap:
-            passes[model] += min(explained, settings.cascade_pictures) * cost * settings.cascade_steps
+            passes[model] += min(explained, settings.cascade_pictures) * cost * (settings.cascade_steps + NOISY)
+            passes[model] += min(explained, settings.subset_pictures) * cost  # two objects
         passes[model] += _of_grids(settings, method, cost)
     if settings.controls and "student" in passes:  # three models that know less, two decisions each
         passes["student"] += 3 * 2 * 3 * find_method(OURS).passes * explained

@@ -36,7 +36,8 @@ class Settings:
         controls: also measure what there is nothing to find in: see `metrics.controls`, and `CONTROLS` of `baselines`.
         cascade_pictures, cascade_steps: of the randomisation check.
         shares, subsets: sizes and number of the random subsets.
-        subset_pictures: of sensitivity-n and infidelity, which need shares x subsets passes of each: the first so many.
+        subset_pictures: of sensitivity-n and infidelity, which need shares x subsets passes of each, of single deletion
+            and of two objects: the first so many.
     """
 
     methods: tuple[tuple[str, str], ...] = ()

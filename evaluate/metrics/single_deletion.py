@@ -67,6 +67,8 @@ def single_deletion(maps: Tensor, drops: Tensor, side: int = SIDE) -> Tensor:
 
 @metric("single_deletion", "faithfulness", needs="maps", place=33)
 def _measured(task: Explained, model: str, method: str) -> Tensor:
-    images, decisions = task.pictures.images, task.decisions
+    """Of the first pictures: each takes 17 passes, which all methods of a model share."""
+    images = task.pictures.images[: task.settings.subset_pictures]
+    decisions = task.decisions.rows(torch.arange(len(images)))
     drops = task.once(("single deletion", model), lambda: deletion_drops(task.subjects[model], images, decisions))
-    return single_deletion(task.maps[model, method], drops)
+    return single_deletion(task.maps[model, method][: len(images)], drops)

@@ -15,6 +15,7 @@ from bcosify.convert import load
 from bcosify.core.errors import DataError, DataWarning
 from bcosify.data import labelled
 from bcosify.data.labelled import find_pictures, read_pictures
+from bcosify.evaluate.protocols import taken
 from PIL import Image
 
 from tiny import tiny_teacher
@@ -117,6 +118,12 @@ def test_a_protocol_is_measured_with_its_own_settings_and_says_them(student, sha
     assert {one["reason"] for one in record["measurements"]} == {
         "0 of 6 pictures are classified rightly with a sigmoid above 0.5, and they are not of 4 classes"
     }
+
+
+def test_a_grid_reads_its_own_pictures_from_the_shards(student, shard):
+    lazy = read_pictures(find_pictures(str(shard)), load(student).preprocess).images
+    every = torch.cat(list(lazy.split(4)))
+    assert torch.equal(taken(lazy, [4, 1, 1]), every[[4, 1, 1]]) and torch.equal(taken(every, [5]), every[[5]])
 
 
 def test_a_protocol_without_labels_is_refused_before_anything_is_loaded(tmp_path, capsys):
