@@ -9,16 +9,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..core.errors import DataError, NotApplicable
 from ..explain.targets import Target
+from .baselines import Method, maps_of
 from .decisions import ClassDecisions, Decisions, ValueDecisions
 from .metrics.localisation import energy_in_mask, pointing_game, signed_in_mask
+from .subject import Subject
 
-__all__ = ["MEASURES", "OTHERS", "Measure", "SideBySide", "contrast", "other_decisions", "others_of"]
+if TYPE_CHECKING:
+    from .task import Explained
+
+__all__ = ["MEASURES", "OTHERS", "Measure", "SideBySide", "contrast", "maps_of_others", "other_decisions", "others_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,15 @@ def others_of(kind: str, decisions: Decisions, outputs: Tensor, seed: int = 0) -
     return dataclasses.replace(decisions, classes=second.cpu())
 
 
+def maps_of_others(kind: str, way: Method, subject: Subject, task: Explained) -> Tensor:
+    """(N, H, W): the maps of another decision of a kind in `OTHERS` about each picture of `task`, of any model.
+
+    Raises NotApplicable where there is no such decision.
+    """
+    wanted = others_of(kind, task.decisions, task.outputs["teacher"], task.settings.seed)
+    return maps_of(way, subject, task.pictures.images, wanted, task.settings.seed)
+
+
 def other_decisions(decisions: Decisions, classes: int, seed: int = 0) -> Decisions:
     """For each of N decisions another one, drawn by `seed` alone: the same for every model that is compared.
 
@@ -100,12 +115,12 @@ class SideBySide:
 
 
 def contrast(decided: Tensor, other: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """What maps (B, H, W) of the decision and of another one have inside masks (B, H, W) in [0, 1]: (B,) each.
+    """What maps (B, H, W) of the decision and of another one have inside masks (B, H, W), cut at one half: (B,) each.
 
     Returns:
         in_mask: share of the positive contribution inside the mask, in [0, 1].
         signed_share: sum inside the mask over the sum of sizes, in [-1, 1].
-        pointing: whether the largest contribution is inside, in [0, 1]; the mask is cut at one half.
+        pointing: whether the largest contribution is inside, in [0, 1].
         other_NAME: the same of the other map. NAME_contrast: the first minus the second, picture by picture.
     """
     values = {}

@@ -9,13 +9,15 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from .baselines import Method, find_method
+from .metrics.max_sensitivity import DRAWS
+from .metrics.perturbation import FRACTIONS
+from .metrics.single_deletion import SIDE
 from .task import OURS, Settings
 
 __all__ = ["Progress", "announced", "in_words", "passes_of"]
 
-DISTINCT = 14  # pictures that two removal curves of seven shares need
-SINGLE = 17  # of a picture, for single deletion
-NOISY = 5  # maps of a picture, for max-sensitivity
+DISTINCT = 2 * len(FRACTIONS)  # pictures that two removal curves need
+SINGLE = SIDE**2 + 1  # of a picture, for single deletion
 DECISIONS = 3  # that a cheap method explains of each picture: the teacher's, another one's, and the runner-up's
 
 
@@ -73,7 +75,7 @@ def passes_of(settings: Settings, models: Sequence[str], explained: int, fidelit
         again = DECISIONS if method.cheap else 1
         passes[model] += explained * (again * cost + DISTINCT * len(settings.removals) + 1)
         if method.cheap:
-            passes[model] += min(explained, settings.cascade_pictures) * cost * (settings.cascade_steps + NOISY)
+            passes[model] += min(explained, settings.cascade_pictures) * cost * (settings.cascade_steps + DRAWS)
             passes[model] += min(explained, settings.subset_pictures) * cost  # two objects
         passes[model] += _of_grids(settings, method, cost)
     if settings.controls and "student" in passes:  # three models that know less, two decisions each

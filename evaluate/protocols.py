@@ -29,7 +29,8 @@ from .decisions import ClassDecisions, Decisions
 from .estimates import bootstrap
 from .metrics.completeness import completeness_error
 from .metrics.localisation import Grids, grid_scores, native_maps, pooled, runs_on, windowed_maps
-from .metrics.perturbation import Order, removal_outputs
+from .metrics.perturbation import Order, ranks, removal_outputs
+from .metrics.perturbation import pooled as patches
 from .metrics.segmentation import average_precision
 from .metrics.single_deletion import deletion_drops, single_deletion
 from .record import Evaluation, Measurement
@@ -124,6 +125,12 @@ def taken(images: Any, index: Sequence[int]) -> Tensor:
 # -------------------------------------------------------------------------------------------------------------- GridPG
 
 
+OTHER_GRIDS = (
+    "Pictures are preprocessed as the model's own configuration says. Grids are drawn by another random generator, so "
+    "they are other grids than the paper's. Intervals are ours, over grids."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class BcosV2(Protocol):
     """GridPG of B-cos networks, version 2."""
@@ -138,10 +145,7 @@ class BcosV2(Protocol):
 
     name = "bcos-v2"
     source = "Boehle et al. 2024, arXiv 2306.10898, and the settings of its public code: 250 grids of 2 x 2"
-    differs = (
-        "Pictures are preprocessed as the model's own configuration says. Grids are drawn by another random "
-        "generator, so they are other grids than the paper's. Intervals are ours, over grids."
-    )
+    differs = OTHER_GRIDS
 
     def measure(self, notes: Notes, given: Labelled, method: Method) -> None:
         values: list[Tensor] = []
@@ -175,10 +179,7 @@ class Aloe(Protocol):
 
     name = "aloe"
     source = "ALOE (CVPR 2026) and the settings of its public code: 512 batches of 32 grids of 2 x 2"
-    differs = (
-        "Pictures are preprocessed as the model's own configuration says. Grids are drawn by another random "
-        "generator, so they are other grids than the paper's. Intervals are ours, over grids."
-    )
+    differs = OTHER_GRIDS
 
     def measure(self, notes: Notes, given: Labelled, method: Method) -> None:
         def values() -> Tensor:
@@ -354,9 +355,8 @@ class Libragrad(Protocol):
             unit = self._unit(given.subject, images)
             names: dict[Order, str] = {"most": "mif", "least": "lif"}
             for order, name in names.items():
-                outputs = removal_outputs(
-                    given.subject, images, maps, order, fractions=self.shares, unit=unit, fill=self.fill
-                )
+                rank = ranks(patches(maps, unit), order)
+                outputs = removal_outputs(given.subject, images, rank, self.shares, unit, self.fill)
                 every = wanted.rows(torch.arange(len(images)).repeat_interleave(len(self.shares)))
                 right = (outputs.argmax(1) == labels.repeat_interleave(len(self.shares))).float()
                 found.setdefault(f"{name}_accuracy", []).append(right.view(len(images), -1).mean(1))

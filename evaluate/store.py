@@ -64,11 +64,13 @@ class Notes:
     def done(self, name: str) -> bool:
         return any(known.step == name for known in self.seconds)
 
-    def maps(self, model: str, method: str, make: Callable[[], Tensor]) -> Tensor | None:
-        """The maps that `make` gives, or gave before; None where there are none, which then is a row."""
-        name, path = f"maps: {model}, {method}", None
+    def maps(self, model: str, method: str, make: Callable[[], Tensor], of: str = "") -> Tensor | None:
+        """The maps that `make` gives, or gave before, of the decisions or of what `of` says; None where there are none,
+        which of the decisions is a row."""
+        name = ", ".join(filter(None, (f"maps: {model}", method, of)))
+        path = None
         if self.folder is not None:
-            path = self.folder / f"maps-{model}-{method}.safetensors"
+            path = self.folder / f"{'-'.join(filter(None, ('maps', model, method, of)))}.safetensors".replace(" ", "-")
         if self.done(name):
             return load_file(path)["maps"] if path is not None and path.is_file() else None
         found: list[Tensor] = []
@@ -77,7 +79,8 @@ class Notes:
             try:
                 found.append(make())
             except NotApplicable as error:
-                self.absent(Measurement("faithfulness", "maps", model, method), str(error))
+                if not of:
+                    self.absent(Measurement("faithfulness", "maps", model, method), str(error))
                 return
             if path is not None:
                 with new_file(path) as scratch:
@@ -85,20 +88,6 @@ class Notes:
 
         self.step(name, run)
         return found[0] if found else None
-
-    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
-        """The maps that `make` gives, or that are kept under this name."""
-        path = None if self.folder is None else self.folder / f"maps-{name}.safetensors"
-        if path is not None and self.done(f"maps: {name}") and path.is_file():
-            return load_file(path)["maps"]
-        found: list[Tensor] = []
-        self.step(f"maps: {name}", lambda: found.append(make()))
-        if not found:
-            return make()  # done before, and kept nowhere
-        if path is not None:
-            with new_file(path) as scratch:
-                save_file({"maps": found[0].contiguous()}, scratch)
-        return found[0]
 
     def absent(self, row: Measurement, reason: str) -> None:
         """Keeps that there is no such number, and why."""

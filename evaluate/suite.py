@@ -8,7 +8,6 @@ soon as it is done (`store`), so that what was stopped can go on.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,11 +18,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core.errors import DataError, NotApplicable
+from ..core.errors import DataError
 from ..data.labelled import Pictures
 from .baselines import find_method, maps_of
-from .contrast import OTHERS, others_of
-from .decisions import Decisions, decide
+from .contrast import OTHERS, maps_of_others
+from .decisions import decide
 from .features import cache_key, features_of
 from .metrics.controls import less_trained
 from .progress import announced
@@ -34,6 +33,8 @@ from .subject import Subject, outputs_of
 from .task import OURS, Compared, Explained, Settings
 
 __all__ = ["Explained", "Pictures", "Settings", "evaluate_subjects"]
+
+ANOTHER = "another class"
 
 
 def evaluate_subjects(
@@ -95,7 +96,7 @@ def _named(notes: Notes, explained: Explained) -> list[str]:
     pairs = explained.settings.pairs
     whole = dataclasses.replace(explained, maps=dict.fromkeys(pairs))
     maps = [f"maps: {model}, {method}" for model, method in pairs]
-    others = [f"maps: {_another(*pair)}" for pair in pairs if _has_another(explained, pair)]
+    others = [f"maps: {', '.join(pair)}, {ANOTHER}" for pair in pairs if _has_another(explained, pair)]
     return ["fidelity", *maps, *others, *(name for name, _ in _jobs(notes, whole))]
 
 
@@ -170,23 +171,13 @@ def _add_maps(notes: Notes, explained: Explained) -> None:
             explained.maps[model, name] = found
     for model, name in explained.maps:
         if _has_another(explained, (model, name)):
-            theirs = explained.outputs["teacher"]
-            make = functools.partial(_other_map, name, subjects[model], images, decisions, theirs, settings)
-            with contextlib.suppress(NotApplicable):  # the contrast's own row says why there is none
-                explained.other_maps[model, name] = notes.kept(_another(model, name), make)
+            way = find_method(name)
+            make = functools.partial(maps_of_others, OTHERS[0], way, subjects[model], explained)
+            # Where there is none, the contrast's own row says why.
+            if (found := notes.maps(model, name, make, ANOTHER)) is not None:
+                explained.other_maps[model, name] = found
 
 
 def _has_another(explained: Explained, pair: tuple[str, str]) -> bool:
     """Whether another class is explained too. Without masks there is no contrast; the page shows that of our own."""
     return find_method(pair[1]).cheap and (explained.pictures.masks is not None or pair[1] == OURS)
-
-
-def _another(model: str, method: str) -> str:
-    return f"{model}-{method}-another"
-
-
-def _other_map(
-    name: str, subject: Subject, images: Tensor, decisions: Decisions, outputs: Tensor, settings: Settings
-) -> Tensor:
-    wanted = others_of(OTHERS[0], decisions, outputs, settings.seed)
-    return maps_of(find_method(name), subject, images, wanted, settings.seed)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from ..core.errors import DataError
+from ..core.errors import DataError, NotApplicable
 from ..data.labelled import Pictures
 from .baselines import CONTROLS, find_method
 from .decisions import Decisions
@@ -34,7 +34,7 @@ class Settings:
             size than this.
         confident: the teacher's least probability for a picture to be in a grid.
         controls: also measure what there is nothing to find in: see `metrics.controls`, and `CONTROLS` of `baselines`.
-        cascade_pictures, cascade_steps: of the randomisation check.
+        cascade_pictures, cascade_steps: of the randomisation check; max-sensitivity is of as many pictures.
         shares, subsets: sizes and number of the random subsets.
         subset_pictures: of sensitivity-n and infidelity, which need shares x subsets passes of each, of single deletion
             and of two objects: the first so many.
@@ -107,6 +107,13 @@ class Explained:
     def confidence(self, model: str) -> Tensor:
         """(N,) on the whole pictures."""
         return self.decisions.confidence(self.outputs[model])
+
+    @property
+    def masks(self) -> Tensor:
+        """(N, H, W) of the pictures; raises NotApplicable where they have none."""
+        if self.pictures.masks is None:
+            raise NotApplicable("the pictures have no masks; pass --masks SHARDS")
+        return self.pictures.masks
 
     def once(self, name: object, make: Callable[[], T]) -> T:
         """What `make` gives, made once for all metrics that ask for it by this name."""

@@ -141,21 +141,18 @@ def evaluate(
     classes = output.count if output.chooses else 0
     fidelity_on = class_indices(read_pictures(index, preprocess, label=labels, max_pixels=max_pixels), classes)
     shown = index if masks is None else find_pictures(masks)
-    if published is None:
+    explained_on = None
+    if published is None or masks is not None:
+        count, label = (pictures, None) if published is None else (published.masked, labels)
         explained_on = read_pictures(
-            shown, preprocess, count=pictures, masks=masks is not None, seed=seed, max_pixels=max_pixels
-        )
-    elif masks is None:
-        explained_on = None
-    else:
-        explained_on = read_pictures(
-            shown, preprocess, count=published.masked, masks=True, label=labels, seed=seed, max_pixels=max_pixels
+            shown, preprocess, count=count, masks=masks is not None, label=label, seed=seed, max_pixels=max_pixels
         )
         explained_on = class_indices(explained_on, classes)
     if published is not None:
         check_labels(published, fidelity_on, explained_on)
     # In the record as `skipped`: they are in none of its numbers.
-    skipped = [one._asdict() for one in dict.fromkeys([*fidelity_on.skipped, *(explained_on or fidelity_on).skipped])]
+    broken = [*fidelity_on.skipped, *(() if explained_on is None else explained_on.skipped)]
+    skipped = [one._asdict() for one in dict.fromkeys(broken)]
     teacher, ours = _subjects(student, weights, preprocess, batch_size, place)
     model_facts = {
         "reference": student.source.reference,

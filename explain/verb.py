@@ -184,10 +184,10 @@ def explain(
         "patch": patch,
         "zero_shot": zero_shot,
     }
-    views = None if views is None else views_of(views)
+    several = None if views is None or views_of(views).count == 1 else views_of(views)
     scores = partial(explain_scores, check=check, tolerance=tolerance)
-    if views is not None and views.count > 1:
-        scores = partial(explain_views, views=views, check=check, tolerance=tolerance)
+    if several is not None:
+        scores = partial(explain_views, views=several, check=check, tolerance=tolerance)
     if isinstance(model, nn.Module):
         if not isinstance(pictures, Tensor) or any(value is not None for value in (*options.values(), labels)):
             raise TargetError(
@@ -209,7 +209,7 @@ def explain(
     if not reads_colours(opened.model):
         trace_forward(opened.model, opened.preprocess.size)  # says what it reads
     files = _files(pictures)
-    about = _about(opened, views)
+    about = About(several, agreement_of(opened) if isinstance(opened, Student) else None)
     names = list(unique(map(_stem, files), _as_disks_see_it))
     size = BATCH if batch_size is None else batch_size
     ledgers = Ledgers()
@@ -244,11 +244,6 @@ class About:
         """For each panel."""
         agreed = () if self.agreement is None else (self.agreement.words,)
         return agreed if self.views is None else (f"{self.views}", *agreed)
-
-
-def _about(opened: Student | Teacher, views: Views | None) -> About:
-    several = views if views is not None and views.count > 1 else None
-    return About(several, agreement_of(opened) if isinstance(opened, Student) else None)
 
 
 def _check_skipped(skipped: Sequence[Skipped], count: int, folder: Path | None) -> None:
@@ -385,7 +380,7 @@ def _explained(
     explanation = scores(question.network, inputs, question.target)
     network: Any = question.network
     others: dict[str, Tensor] = network.extra_maps(inputs) if hasattr(network, "extra_maps") else {}
-    if about.views is not None:
+    if about.views is not None and folder is not None:
         others = {**others, "views": torch.stack([pictures for pictures, _, _ in about.views.of(inputs)], 1)}
     facts = question.names(explanation.outputs)
     rows: list[ScoreLedger] = []

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from ..core.errors import OptionError, TargetError, near_miss
 from .attribution import Explanation, explain_scores
-from .self_explaining import main_output, vectors
 from .targets import Target, settled, target_of
 
 __all__ = ["Views", "explain_views", "views_of"]
@@ -130,12 +129,11 @@ def explain_views(
 
     Example: explain_views(student.model, pictures, TopTarget(), 9).contributions
     """
-    views = views_of(views)
-    output = _output(model, images)
-    fixed: Target = settled(target_of(target), output)
+    asked: Target = target_of(target)
     found: list[Explanation] = []
-    for pictures, rows, columns in views.of(images):
-        one = explain_scores(model, pictures, fixed, **options)
+    for pictures, rows, columns in views_of(views).of(images):
+        one = explain_scores(model, pictures, asked, **options)
+        asked = asked if found else settled(asked, one.outputs)  # the first view is the picture itself
         if one.contributions.shape[-2:] != images.shape[-2:]:
             size = " x ".join(map(str, one.contributions.shape[-2:]))
             raise TargetError(f"views: {type(model).__name__} is explained on {size}, not on its pictures' pixels.")
@@ -150,11 +148,6 @@ def explain_views(
             )
         )
     return dataclasses.replace(_mean(found), outputs=found[0].outputs)
-
-
-@torch.no_grad()
-def _output(model: nn.Module, images: Tensor) -> Tensor:
-    return vectors(main_output(model(images)), images)
 
 
 def _moved_back(maps: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...convert.taps import find_blocks
 from ...core.errors import NotApplicable
 from ..baselines import find_method, maps_of
-from ..contrast import MEASURES, OTHERS, others_of
+from ..contrast import MEASURES, OTHERS, Measure, maps_of_others
 from ..record import Measurement
 from ..registry import Headline, Job, Metric, measures
 from ..subject import Subject
@@ -36,24 +37,25 @@ if TYPE_CHECKING:
 __all__ = ["less_trained"]
 
 RANDOM, RUNNER_UP = OTHERS
-NO_MASKS = "the pictures have no masks; pass --masks SHARDS"
 
 
 def less_trained(student: Subject, seed: int = 0) -> dict[str, Callable[[], Subject]]:
     """Name -> makes the student with what it learnt shuffled away: in its last block, and in all of them."""
 
-    def shuffled(blocks: int | None) -> Subject:
-        model = copy.deepcopy(student.model)
-        names = find_blocks(model)
-        if blocks is None:
-            shuffle_weights(model, seed)
-        elif not names:
+    def last_block(model: nn.Module) -> nn.Module:
+        if not (names := find_blocks(model)):
             raise NotApplicable("the model has no blocks")
-        else:
-            shuffle_weights(model.get_submodule(names[-1]), seed)
+        return model.get_submodule(names[-1])
+
+    def shuffled(part: Callable[[nn.Module], nn.Module]) -> Subject:
+        model = copy.deepcopy(student.model)
+        shuffle_weights(part(model), seed)
         return dataclasses.replace(student, name="shuffled", model=model)
 
-    return {"last block random": partial(shuffled, 1), "all blocks random": partial(shuffled, None)}
+    return {
+        "last block random": partial(shuffled, last_block),
+        "all blocks random": partial(shuffled, lambda model: model),
+    }
 
 
 def _headlines(metric: str, place: int) -> tuple[Headline, ...]:
@@ -80,60 +82,57 @@ def _contrasts(notes: Notes, task: Explained) -> Iterator[Job]:
 def _measure_contrasts(notes: Notes, task: Explained) -> None:
     for pair in task.maps:
         for kind in OTHERS:
-            _contrast_rows(notes, task, pair, kind, task.maps[pair], partial(_other_maps, task, pair, kind))
+            own = partial(task.maps.__getitem__, pair)
+            _contrast_rows(notes, task, pair, kind, own, partial(_other_maps, task, pair, kind))
 
 
 def _contrast_rows(
-    notes: Notes, task: Explained, pair: tuple[str, str], kind: str, maps: Tensor, other: Callable[[], Tensor]
+    notes: Notes,
+    task: Explained,
+    pair: tuple[str, str],
+    kind: str,
+    maps: Callable[[], Tensor],
+    other: Callable[[], Tensor],
 ) -> None:
     """For each measure, what `maps` (N, H, W) of the decisions have in the masks minus what those of others have."""
-    masks = task.pictures.masks
     for one in MEASURES.values():
         row = Measurement("localisation", one.contrast, *pair, kind)
-        if masks is None:
-            notes.absent(row, NO_MASKS)
-        else:
-            notes.measure(row, lambda one=one: one.value(maps, masks) - one.value(other(), masks))
+        notes.measure(row, lambda one=one: _difference(one, task.masks, maps(), other()))
+
+
+def _inside(one: Measure, masks: Tensor, maps: Tensor) -> Tensor:
+    return one.value(maps, masks)  # masks come first where this is called: without them, no map is made
+
+
+def _difference(one: Measure, masks: Tensor, maps: Tensor, others: Tensor) -> Tensor:
+    return one.value(maps, masks) - one.value(others, masks)
 
 
 def _other_maps(task: Explained, pair: tuple[str, str], kind: str) -> Tensor:
     """Maps (N, H, W) of other decisions about the same pictures; raises NotApplicable where there are none."""
     if kind == RANDOM and pair in task.other_maps:
         return task.other_maps[pair]
-    model, method = pair
-    way = find_method(method)
+    way = find_method(pair[1])
     if not way.cheap:
         raise NotApplicable(f"maps of another class would take {way.passes} more passes a picture")
-
-    def make() -> Tensor:
-        wanted = others_of(kind, task.decisions, task.outputs["teacher"], task.settings.seed)
-        images = task.pictures.images
-        return maps_of(way, task.subjects[model], images, wanted, task.settings.seed)
-
-    return task.once((pair, kind), make)
+    return task.once((pair, kind), lambda: maps_of_others(kind, way, task.subjects[pair[0]], task))
 
 
 def _measure_gains(notes: Notes, task: Explained) -> None:
-    masks = task.pictures.masks
-    teacher, student = ("teacher", OURS), ("student", OURS)
+    def own(model: str) -> Tensor:
+        if (model, OURS) not in task.maps:
+            raise NotApplicable("one of the two has no explanation")
+        return task.maps[model, OURS]
+
+    def contrasted(one: Measure, masks: Tensor, model: str) -> Tensor:
+        return _difference(one, masks, own(model), _other_maps(task, (model, OURS), RANDOM))
+
     for one in MEASURES.values():
         gain = Measurement("localisation", one.gain, "both", OURS)
+        notes.measure(gain, lambda one=one: _difference(one, task.masks, own("student"), own("teacher")))
         contrast = dataclasses.replace(gain, metric=f"{one.contrast}_gain", variant=RANDOM)
-        missing = NO_MASKS if masks is None else ""
-        if not {teacher, student} <= {*task.maps}:
-            missing = missing or "one of the two has no explanation"
-        if missing or masks is None:
-            for row in (gain, contrast):
-                notes.absent(row, missing)
-            continue
-        ours, theirs = (one.value(task.maps[pair], masks) for pair in (student, teacher))
-        notes.measure(gain, lambda ours=ours, theirs=theirs: ours - theirs)
-
-        def difference(one=one, ours=ours, theirs=theirs, masks=masks) -> Tensor:
-            others = [one.value(_other_maps(task, pair, RANDOM), masks) for pair in (student, teacher)]
-            return (ours - others[0]) - (theirs - others[1])
-
-        notes.measure(contrast, difference)
+        two = partial(contrasted, one)
+        notes.measure(contrast, lambda two=two: two(task.masks, "student") - two(task.masks, "teacher"))
 
 
 @measures(needs="pictures", place=45)
@@ -144,30 +143,17 @@ def _less_trained(notes: Notes, task: Explained) -> Iterator[Job]:
 
 def _measure_control(notes: Notes, task: Explained, name: str, make: Callable[[], Subject]) -> None:
     """One model at a time: its exact maps of the same decisions, in the masks, and their class contrast."""
-    masks, images, seed = task.pictures.masks, task.pictures.images, task.settings.seed
-    rows = [Measurement("localisation", one.row, name, OURS) for one in MEASURES.values()]
-    rows += [Measurement("localisation", one.contrast, name, OURS, RANDOM) for one in MEASURES.values()]
-    if masks is None:
-        for row in rows:
-            notes.absent(row, NO_MASKS)
-        return
-    try:
-        subject = make()
-        method = find_method(OURS)
-        maps = maps_of(method, subject, images, task.decisions, seed)
-    except NotApplicable as error:
-        for row in rows:
-            notes.absent(row, str(error))
-        return
+    way, subject = find_method(OURS), functools.cache(make)
+
+    @functools.cache
+    def maps() -> Tensor:
+        return maps_of(way, subject(), task.pictures.images, task.decisions, task.settings.seed)
+
+    @functools.cache
+    def others() -> Tensor:
+        return maps_of_others(RANDOM, way, subject(), task)
+
     for one in MEASURES.values():
         row = Measurement("localisation", one.row, name, OURS)
-        notes.measure(row, lambda one=one: one.value(maps, masks))
-
-    def other() -> Tensor:
-        def made() -> Tensor:
-            wanted = others_of(RANDOM, task.decisions, task.outputs["teacher"], seed)
-            return maps_of(method, subject, images, wanted, seed)
-
-        return task.once((name, OURS, RANDOM), made)
-
-    _contrast_rows(notes, task, (name, OURS), RANDOM, maps, other)
+        notes.measure(row, lambda one=one: _inside(one, task.masks, maps()))
+    _contrast_rows(notes, task, (name, OURS), RANDOM, maps, others)

@@ -110,8 +110,12 @@ def agreement(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
 def confident_agreement(student: Tensor, teacher: Tensor, above: float = 0.5) -> Tensor:
     """(M,) top-1 agreement of logits (N, K), on the M <= N pictures to which the teacher's softmax gives a class more
     than `above`; what it says of the others is little to agree with."""
-    sure = teacher.float().softmax(1).amax(1) > above
-    return agreement(student, teacher)["top1_agreement"][sure]
+    return agreement(student, teacher)["top1_agreement"][_sure(teacher, above)]
+
+
+def _sure(teacher: Tensor, above: float = 0.5) -> Tensor:
+    """(N,) whether logits (N, K) give a class a softmax above `above`."""
+    return teacher.float().softmax(1).amax(1) > above
 
 
 def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> Tensor:
@@ -122,11 +126,14 @@ def calibration_error(confidence: Tensor, right: Tensor, bins: int = 15) -> Tens
     return gaps.abs().sum() / max(1, len(confidence))
 
 
+SURE = "teacher sure"
+
+
 def _calibration(outputs: tuple[Tensor, Tensor], confident: bool, seed: int) -> Estimate:
     """Of the student's own confidence, as a guess of whether it decides like its teacher."""
-    ours, theirs = outputs[0].float().softmax(1), outputs[1].float().softmax(1)
-    rows = theirs.amax(1) > 0.5 if confident else torch.ones(len(theirs), dtype=torch.bool)
-    confidence, right = ours.amax(1)[rows], (ours.argmax(1) == theirs.argmax(1)).double()[rows]
+    ours, theirs = outputs
+    rows = _sure(theirs) if confident else slice(None)
+    confidence, right = ours.float().softmax(1).amax(1)[rows], agreement(ours, theirs)["top1_agreement"][rows]
     if not len(confidence):
         raise NotApplicable("no picture is left to measure this on")
     return jackknife(lambda kept: calibration_error(confidence[kept], right[kept]), len(confidence), seed)
@@ -237,16 +244,19 @@ def _fidelity(notes: Notes, task: Compared) -> None:
             notes.absent(row(metric), same)
         else:
             notes.measure(row(metric), lambda metric=metric: agreement(*outputs)[metric])
-    sure = row("top1_agreement", "teacher sure")
-    if not subject.classifier or same:
-        notes.absent(sure, same or "the model has no classes")
-    elif subject.output == LABELS:
-        notes.absent(sure, "its labels do not exclude each other, so none has a share of all")
-    else:
-        notes.measure(sure, lambda: confident_agreement(*outputs))
-        for variant, confident in (("", False), ("teacher sure", True)):
-            value = partial(_calibration, outputs, confident, task.seed)
-            notes.measure(row("calibration_error", variant), value)
+    reason = "" if subject.classifier else "the model has no classes"
+    if subject.classifier and subject.output == LABELS:
+        reason = "its labels do not exclude each other, so none has a share of all"
+    measured = {
+        row("top1_agreement", SURE): lambda: confident_agreement(*outputs),
+        row("calibration_error"): partial(_calibration, outputs, False, task.seed),
+        row("calibration_error", SURE): partial(_calibration, outputs, True, task.seed),
+    }
+    for one, value in measured.items():
+        if same or reason:
+            notes.absent(one, same or reason)
+        else:
+            notes.measure(one, value)
     if DENSE in theirs and DENSE in ours:
         notes.measure(row("dense_agreement"), lambda: dense_agreement(ours[DENSE], theirs[DENSE]))
 

@@ -220,10 +220,9 @@ def _in_masks(notes: Notes, task: Explained) -> None:
     masks = task.pictures.masks
     for (model, method), maps in task.maps.items():
         row = Measurement("localisation", "energy_in_mask", model, method)
+        notes.measure(row, lambda maps=maps: energy_in_mask(maps, task.masks))
         if masks is None:
-            notes.absent(row, "the pictures have no masks; pass --masks SHARDS")
             continue
-        notes.measure(row, lambda maps=maps: energy_in_mask(maps, masks))
         signed = dataclasses.replace(row, metric="signed_share")
         notes.measure(signed, lambda maps=maps: signed_in_mask(maps, masks))
         notes.measure(dataclasses.replace(row, metric="pointing_game"), lambda maps=maps: pointing_game(maps, masks))

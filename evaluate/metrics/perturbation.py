@@ -115,24 +115,16 @@ def removal_curve(
         images: (N, 3, H, W) normalised.
         fractions: shares in [0, 1]; each is rounded to whole regions.
     """
-    outputs = removal_outputs(subject, images, maps, order, fractions=fractions, unit=unit, fill=fill, seed=seed)
+    rank = ranks(pooled(maps, unit), order, seed)
+    outputs = removal_outputs(subject, images, rank, fractions, unit, fill)
     every = decisions.rows(torch.arange(len(images)).repeat_interleave(len(fractions)))
     return every.confidence(outputs).view(len(images), len(fractions))
 
 
 def removal_outputs(
-    subject: Subject,
-    images: Tensor,
-    maps: Tensor,
-    order: Order,
-    *,
-    fractions: tuple[float, ...] = FRACTIONS,
-    unit: int = 16,
-    fill: str = "grey",
-    seed: int = 0,
+    subject: Subject, images: Tensor, rank: Tensor, fractions: tuple[float, ...], unit: int, fill: str
 ) -> Tensor:
-    """(N·F, D) the outputs that `removal_curve` is made from, picture by picture."""
-    rank = ranks(pooled(maps, unit), order, seed)
+    """(N·F, D) outputs, picture by picture, after a share of the regions was taken away by their `rank` (N, R)."""
     counts = torch.tensor([round(share * rank.shape[1]) for share in fractions])
     removed = rank[:, None] < counts[None, :, None]
     return outputs_of(subject, _perturbed(subject, images, removed, unit, fill))

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...core.errors import NotApplicable
 from ..registry import metric
 
 if TYPE_CHECKING:
@@ -52,22 +51,16 @@ def rank_accuracy(maps: Tensor, masks: Tensor) -> Tensor:
     return ((place < area[:, None]) & inside).sum(1) / area.clamp_min(1)
 
 
-def _masks(task: Explained) -> Tensor:
-    if task.pictures.masks is None:
-        raise NotApplicable("the pictures have no masks; pass --masks SHARDS")
-    return task.pictures.masks
-
-
 @metric("average_precision", "localisation", needs="maps", place=13)
 def _average_precision(task: Explained, model: str, method: str) -> Tensor:
-    return average_precision(task.maps[model, method], _masks(task))
+    return average_precision(task.maps[model, method], task.masks)
 
 
 @metric("mean_iou", "localisation", needs="maps", title="mIoU", place=13)
 def _mean_iou(task: Explained, model: str, method: str) -> Tensor:
-    return mean_iou(task.maps[model, method], _masks(task))
+    return mean_iou(task.maps[model, method], task.masks)
 
 
 @metric("rank_accuracy", "localisation", needs="maps", place=13)
 def _rank_accuracy(task: Explained, model: str, method: str) -> Tensor:
-    return rank_accuracy(task.maps[model, method], _masks(task))
+    return rank_accuracy(task.maps[model, method], task.masks)

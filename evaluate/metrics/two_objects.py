@@ -119,9 +119,7 @@ def _two_objects(notes: Notes, task: Explained, model: str, method: str) -> None
 
 
 def _shares(task: Explained, model: str, method: str) -> dict[str, Tensor]:
-    masks, way, few = task.pictures.masks, find_method(method), task.settings.subset_pictures
-    if masks is None:
-        raise NotApplicable("the pictures have no masks; pass --masks SHARDS")
+    masks, way, few = task.masks, find_method(method), task.settings.subset_pictures
     if not way.cheap:
         raise NotApplicable(f"{way.passes} passes a picture are too many to explain it again")
     images = task.pictures.images[:few]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from bcosify.evaluate.metrics.max_sensitivity import DRAWS, RADIUS, max_sensitiv
 from bcosify.evaluate.metrics.segmentation import average_precision, mean_iou, rank_accuracy
 from bcosify.evaluate.metrics.single_deletion import deletion_drops, patch_numbers, rank_correlations, single_deletion
 from bcosify.evaluate.metrics.sparseness import gini
+from bcosify.evaluate.suite import Explained, Pictures, Settings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
@@ -132,7 +132,8 @@ def test_what_has_no_masks_or_no_units_says_so(subject_of):
     from bcosify.evaluate.metrics import completeness, segmentation
 
     maps = {("teacher", "explanation"): torch.ones(1, 2, 2)}
-    task: Any = SimpleNamespace(pictures=SimpleNamespace(masks=None), maps=maps)
+    bare: Any = Pictures(torch.zeros(1, 3, 2, 2), ("a",))
+    task: Any = Explained(bare, {}, ClassDecisions(torch.zeros(1).long()), {}, maps, 1, Settings())
     for value in (segmentation._average_precision, segmentation._mean_iou, segmentation._rank_accuracy):
         with pytest.raises(NotApplicable, match="--masks"):
             value(task, "teacher", "explanation")

@@ -76,8 +76,15 @@ def test_a_settled_target_asks_the_same_of_these_outputs_and_one_thing_of_others
     output, other = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(1))
     fixed = settled(target, output)
     assert torch.allclose(fixed.scores(output), target.scores(output), atol=1e-6)
-    # Nothing of it is chosen anew: it is as linear, or homogeneous, as before.
-    assert torch.allclose(fixed.scores(other.flip(0)), settled(target, output).scores(other.flip(0)))
+    # Nothing is chosen anew: each score of others is the score of what was chosen here.
+    unit = torch.nn.functional.normalize(output)
+    similarity = torch.nn.functional.normalize(other)[:, :4]  # the labels are the first four axes
+    wanted = {
+        TopTarget: lambda: other.gather(1, output.topk(2).indices),
+        SelfTarget: lambda: (other * unit).sum(1, keepdim=True),
+        ZeroShotTarget: lambda: similarity.gather(1, output[:, :4].topk(2).indices),
+    }[type(target)]()
+    assert torch.allclose(fixed.scores(other), wanted, atol=1e-6)
     assert not torch.allclose(fixed.scores(other), target.scores(other), atol=1e-3)
 
 
