@@ -4,13 +4,15 @@
 
 `--student` is the converted model, `--run` the folder of the run beside its result (a run that still goes on will do).
 `--measure` measures all columns of `columns.py` at the newest whole checkpoint and adds a row to
-benchmarks/results/long_run.jsonl. `--snapshot` saves that student in half precision. The picture docs/long-run.png and
+benchmarks/results/long_run.jsonl. `--snapshot` saves that student, to cool down by `bases/cnn-cooldown.yaml`: a run of
+a constant rate is better than it looks until its rate has gone down. The picture docs/long-run.png and
 the table in docs/recipes-long.md are always drawn anew: from those rows, and from the run's own metrics.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from bcosify.align.pictures import STATISTICS_PICTURES
 from bcosify.align.recipe import Recipe, load_recipe
 from bcosify.align.state import latest, restore
 from bcosify.convert import Student, load, save
-from bcosify.convert.layers import estimate_gains, scheduled_layers
+from bcosify.convert.layers import estimate_gains, fold_gains, scheduled_layers
 from bcosify.convert.original import teacher_of
 from bcosify.data.index import index_shards
 from bcosify.data.loader import held_out_batches
@@ -169,8 +171,10 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
     if args.snapshot is not None:
         made, pictures = newest_student(args.student, args.run, args.data)
-        made.model.half()
-        save(made, args.snapshot)
+        fold_gains(made.model)
+        recipe = load_recipe(str(args.run / "recipe.yaml"))
+        notes = {"continued from": {"recipe": dataclasses.asdict(recipe), "pictures": pictures}}
+        save(dataclasses.replace(made, history=dataclasses.replace(made.history, notes=notes)), args.snapshot)
         print(f"the student of {pictures:,} views: {args.snapshot}")
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     curve = evaluations(args.run)

@@ -216,8 +216,9 @@ def new_folder(out: Path, overwrite: bool = False, own: Own = none_of_it) -> Ite
         scratch.mkdir()
         mode = stat.S_IMODE(scratch.stat().st_mode)  # as the umask has it
         yield scratch
-        scratch.chmod(mode)  # what was copied into it may be the owner's alone
         for path in [*scratch.rglob("*"), scratch]:
+            # What was copied, or written by safetensors, may be the owner's alone.
+            path.chmod(mode if path.is_dir() else mode & 0o666)
             _flush(path)
         check_free(out, overwrite, own)  # again: the work may have taken hours
         _put(scratch, out)
@@ -228,7 +229,11 @@ def new_file(out: Path) -> Iterator[Path]:
     """A scratch path beside `out` to write; it replaces `out` when the block ends, and is gone when the block fails."""
     out = Path(out)
     with _aside(out) as scratch:
+        scratch.touch()
+        mode = stat.S_IMODE(scratch.stat().st_mode)  # as the umask has it
+        scratch.unlink()
         yield scratch
+        scratch.chmod(mode)  # safetensors and some others make files that are the owner's alone
         _flush(scratch)
         os.replace(scratch, out)
         _flush(out.parent)

@@ -387,15 +387,19 @@ def test_the_umask_is_honoured_and_scratch_places_are_nobody_elses(tmp_path):
         with new_folder(tmp_path / "folder") as scratch:
             assert stat.S_IMODE(scratch.parent.stat().st_mode) == 0o700
             (scratch / "file").write_text("")
+            save_file({"weight": torch.zeros(1)}, scratch / "weights")  # of mode 0600, whatever the umask is
         with new_file(tmp_path / "file") as first:
-            first.write_text("")
+            save_file({"weight": torch.zeros(1)}, first)
         with new_file(tmp_path / "file") as second:
             second.write_text("")
     finally:
         os.umask(before)
     assert first.parent != second.parent and str(os.getpid()) not in first.parent.name.split(".")
-    modes = {name: stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("folder", "folder/file", "file")}
-    assert modes == {"folder": 0o750, "folder/file": 0o640, "file": 0o640}
+    modes = {
+        name: stat.S_IMODE((tmp_path / name).stat().st_mode)
+        for name in ("folder", "folder/file", "folder/weights", "file")
+    }
+    assert modes == {"folder": 0o750, "folder/file": 0o640, "folder/weights": 0o640, "file": 0o640}
 
 
 # ------------------------------------------------------------------------------------------------- memory and time
