@@ -174,7 +174,7 @@ def main() -> None:
         fold_gains(made.model)
         recipe = load_recipe(str(args.run / "recipe.yaml"))
         notes = {"continued from": {"recipe": dataclasses.asdict(recipe), "pictures": pictures}}
-        save(dataclasses.replace(made, history=dataclasses.replace(made.history, notes=notes)), args.snapshot)
+        save(made.with_history(notes=notes), args.snapshot)
         print(f"the student of {pictures:,} views: {args.snapshot}")
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     curve = evaluations(args.run)

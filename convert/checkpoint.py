@@ -30,6 +30,7 @@ with what it holds before it is given memory (see `limits`).
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.errors import CheckpointError, PlanError, SourceError, first_line, translated
 from ..core.files import check_free, file_digest, finite, json_text, new_folder, read_json
@@ -76,24 +77,34 @@ PRECISIONS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NEWER_STRENGTHS = {"carry", "window", "spread"}
 
 
-def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
+def save(student: Student, out: str | Path, overwrite: bool = False, *, parameters: torch.dtype | None = None) -> Path:
     """Writes the folder `out` whole, or nothing.
 
+    Args:
+        parameters: the precision of the parameters in the file, where it is not the model's: `torch.float16` halves
+            the file. What is saved is then the student with its parameters rounded. Its buffers are as they were, and
+            it computes in the precision that it has now.
+
     Raises:
-        CheckpointError: `out` exists (without `overwrite`), the disk refuses, or `load` would not give the same model
-            again (see `rebuilt`).
+        CheckpointError: `out` exists (without `overwrite`), the disk refuses, `load` would not give the same model
+            again (see `rebuilt`), or a parameter is too large for that precision.
     """
     out = Path(out)
     check_free(out, overwrite, written)
     check_loadable(student)
+    computes = next(student.model.parameters()).dtype
+    if parameters is not None:
+        student = dataclasses.replace(student, model=_rounded(student.model, parameters))
     with new_folder(out, overwrite, written) as folder:
-        save_file(untied_state(student.model), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_stored(student.model, parameters), folder / WEIGHTS, metadata={"format": "pt"})
         picture = noise_pictures(1, student.preprocess.size)
         with torch.no_grad(), _in_eval_mode(student.model):
             output = output_of(student.model, fitted(picture, student.model))
         save_file({"input": picture, "output": output.detach().float().cpu()}, folder / PROBE)
         configs = {CONFIG: config_of(student)}
         record = finite(_record(student))
+        if parameters is not None:
+            record["computes"] = str(computes).removeprefix("torch.")
         if student.text is not None:
             (folder / TEXT).mkdir()
             student.text.save(folder / TEXT)
@@ -105,6 +116,25 @@ def save(student: Student, out: str | Path, overwrite: bool = False) -> Path:
         record["digest"] = _digest(record)
         (folder / RECORD).write_text(json.dumps(record, indent=2))
     return out
+
+
+def _rounded(model: nn.Module, precision: torch.dtype) -> nn.Module:
+    """A copy of `model` whose parameters are rounded to `precision`; CheckpointError where one is too large for it."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        rounded = parameter.data.to(precision).to(parameter.dtype)
+        if not torch.equal(rounded.isfinite(), parameter.data.isfinite()):
+            raise CheckpointError(f"{name} has values that are too large for {precision}. Nothing was written.")
+        parameter.data = rounded
+    return model
+
+
+def _stored(model: nn.Module, parameters: torch.dtype | None) -> dict[str, Tensor]:
+    """What the file of the weights holds."""
+    state = untied_state(model)
+    if parameters is not None:
+        state |= {name: state[name].to(parameters) for name, _ in model.named_parameters() if name in state}
+    return state
 
 
 def _text_files(folder: Path) -> list[Path]:
@@ -146,7 +176,7 @@ def load(reference: str | Path, *, check: bool = True, **hub: Any) -> Student:
     student = _skeleton(folder, record, check)
     if check:
         _check_files(folder, record)
-    _load_weights(student.model, folder)
+    _load_weights(student.model, folder, _computes(record))
     if check:
         _check_probe(folder, record, student.model)
     return student
@@ -240,6 +270,8 @@ def _check_output(record: dict[str, Any]) -> None:
         raise TypeError("labels must be texts")
     if not isinstance(record.get("named_by", ""), str) or record.get("output") not in (None, *KINDS):
         raise ValueError(f"named_by must be a text, and output one of {', '.join(KINDS)}, or null")
+    if record.get("computes") not in (None, *(str(precision).removeprefix("torch.") for precision in PRECISIONS)):
+        raise ValueError("computes must be the name of a precision")
 
 
 def _check_names(folder: Path, record: dict[str, Any]) -> None:
@@ -306,7 +338,12 @@ def _in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _load_weights(model: nn.Module, folder: Path) -> None:
+def _computes(record: dict[str, Any]) -> torch.dtype | None:
+    """The precision that the model computes in; None for that of its file."""
+    return None if record.get("computes") is None else getattr(torch, record["computes"])
+
+
+def _load_weights(model: nn.Module, folder: Path, computes: torch.dtype | None = None) -> None:
     path = folder / WEIGHTS
     wanted = {name: tuple(tensor.shape) for name, tensor in untied_state(model).items()}
     found = read_header(path).shapes
@@ -332,7 +369,9 @@ def _load_weights(model: nn.Module, folder: Path) -> None:
             "Nothing was loaded."
         )
     # Of the first weight: counters and strengths in the file say nothing about the model's precision.
-    model.to(state[next(name for name, _ in model.named_parameters())].dtype)
+    model.to(computes or state[next(name for name, _ in model.named_parameters())].dtype)
+    if computes is not None:
+        state |= {name: state[name].to(computes) for name, _ in model.named_parameters() if name in state}
     assign_weights(model, state)
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import CheckpointError, first_line
+from ..core.errors import CheckpointError, first_line, near_miss
 
 __all__ = [
     "ARCHITECTURE",
@@ -18,6 +18,7 @@ __all__ = [
     "WEIGHTS",
     "is_student",
     "is_text_file",
+    "shipped_students",
     "student_folder",
 ]
 
@@ -28,6 +29,9 @@ CONFIG, OPEN_CLIP, TEXT = "config.json", "open_clip_config.json", "text"
 # All that a repository is asked for. Never code, never a pickle.
 KINDS = ("json", "safetensors", "txt", "model", "jinja")
 FETCHED = (RECORD, CONFIG, OPEN_CLIP, WEIGHTS, PROBE, *(f"{TEXT}/*.{kind}" for kind in KINDS))
+# Students that this package carries, each in the folder of its name.
+BUNDLED, SHIPPED = "bundled:", ("bcos-efficientnet-lite0",)
+STUDENTS = Path(__file__).resolve().parents[1] / "students"
 REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 
 
@@ -40,8 +44,9 @@ def student_folder(reference: str | Path, *, revision: str | None = None, **opti
     """The folder of the student that `reference` names; a hub repository is fetched, or taken from the cache.
 
     Args:
-        reference: a folder, or `ORG/REPO[@rev]`. What exists as a folder is never looked for on the hub; `local-dir:`
-            and `hf-hub:` in front say which of both is meant, and `hf:` is allowed in front of all.
+        reference: a folder, `ORG/REPO[@rev]`, or `bundled:NAME` for a student that this package carries. What exists
+            as a folder is never looked for on the hub; `local-dir:` and `hf-hub:` in front say which of both is meant,
+            and `hf:` is allowed in front of all.
         revision: branch, tag or commit, where the reference names none.
         options: of `huggingface_hub.snapshot_download`: cache_dir, token, local_files_only, force_download.
 
@@ -49,6 +54,8 @@ def student_folder(reference: str | Path, *, revision: str | None = None, **opti
         CheckpointError: neither a folder nor a repository that can be had, or a repository of something else.
     """
     text = str(reference)
+    if text.startswith(BUNDLED):
+        return _shipped(text)
     name = text.removeprefix("hf:")
     place = name.removeprefix("hf-hub:").removeprefix("local-dir:")
     folder = Path(place).expanduser()
@@ -70,6 +77,8 @@ def is_student(reference: str) -> bool:
         CheckpointError: a name that can only be a student's, and cannot be had.
     """
     scheme, separator, _ = reference.partition(":")
+    if reference in shipped_students():
+        return True
     if separator and scheme not in ("hf", "hf-hub", "local-dir"):
         return False
     try:
@@ -80,6 +89,28 @@ def is_student(reference: str) -> bool:
         if not separator and not REPOSITORY.fullmatch(reference):  # no name of a repository: something else altogether
             return False
         raise
+
+
+def shipped_students() -> tuple[str, ...]:
+    """References of the students that this package carries: `bundled:NAME`."""
+    return tuple(f"{BUNDLED}{name}" for name in SHIPPED)
+
+
+def _shipped(reference: str) -> Path:
+    """The folder of a student that this package carries, whole."""
+    known = shipped_students()
+    if reference not in known:
+        raise CheckpointError(
+            f"{reference} is no converted model that comes with bcosify.{near_miss(reference, known)} There are: "
+            f"{', '.join(known)}."
+        )
+    folder = STUDENTS / reference.removeprefix(BUNDLED)
+    if missing := [name for name in (RECORD, WEIGHTS, PROBE) if not (folder / name).is_file()]:
+        raise CheckpointError(
+            f"{reference}: this installation of bcosify lacks {', '.join(missing)} of it. Run: pip install "
+            "--force-reinstall --no-deps bcosify"
+        )
+    return folder
 
 
 def _snapshot(reference: str, repository: str, revision: str | None, options: dict[str, Any]) -> Path:

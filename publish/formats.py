@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import Agreement, Student, agreement_of, fold, load
+from ..convert.hub import BUNDLED
 from ..convert.libraries import FEATURES, REGRESSION
 from ..convert.output import output_kind
 from ..core.errors import CheckpointError, first_line, near_miss, translated
@@ -105,7 +106,7 @@ def export(
     if out is None:
         if isinstance(model, Student):
             raise CheckpointError("out is missing: a Student has no name that the file could have. Pass out=FILE.")
-        out = f"{Path(str(model).partition('@')[0]).name}{FORMATS[format].suffix}"
+        out = f"{Path(str(model).partition('@')[0]).name.removeprefix(BUNDLED)}{FORMATS[format].suffix}"
     out = Path(out)
     check_free(out, overwrite, _written, paths_in(model))
     student = model if isinstance(model, Student) else load(model)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...core.errors import SourceError, near_miss
 from ...core.files import file_digest
+from ..hub import shipped_students
 from .base import Origin, Scheme, Source, Teacher
 from .timm.models import load as load_timm
 
@@ -46,8 +47,11 @@ class Bundle:
 
 def load(name: str, *, pretrained: bool = True, weights: Path | None = None, **model_args: Any) -> Teacher:
     """The teacher `bundled:name`; raises SourceError with the pip line where the package is missing."""
+    if f"bundled:{name}" in shipped_students():
+        raise SourceError(f"bundled:{name} is a converted model already. Use align, explain or inspect on it.")
     if name not in BUNDLED:
-        raise SourceError(f"no bundled model {name!r}.{near_miss(name, BUNDLED)} There are: {', '.join(BUNDLED)}.")
+        known = [*BUNDLED, *(reference.removeprefix("bundled:") for reference in shipped_students())]
+        raise SourceError(f"no bundled model {name!r}.{near_miss(name, known)} There are: {', '.join(known)}.")
     bundle = BUNDLED[name]
     teacher = load_timm(bundle.architecture, pretrained=False, weights=weights, **{**bundle.model_args, **model_args})
     if pretrained and weights is None:

@@ -52,6 +52,42 @@ def modes(model: nn.Module) -> list[bool]:
     return [module.training for module in model.modules()]
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet"])
+def test_parameters_in_half_precision_halve_the_file_and_not_the_computation(tiny, tmp_path, name):
+    student = convert(tiny(name))
+    set_strength(student.model, 1.3, 0.5)
+    pictures = torch.rand(2, 3, *student.preprocess.size) * 2 - 1
+    whole, half = (save(student, tmp_path / str(kind), parameters=kind) for kind in (None, torch.float16))
+    assert (half / WEIGHTS).stat().st_size < 0.6 * (whole / WEIGHTS).stat().st_size
+    again, wanted = load(half).model, copy.deepcopy(student.model)
+    for parameter in wanted.parameters():
+        parameter.data = parameter.data.half().float()
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    state = load_file(half / WEIGHTS)
+    assert {state[key].dtype for key, _ in again.named_parameters() if key in state} == {torch.float16}
+    assert all(torch.equal(value, dict(again.named_buffers())[key]) for key, value in student.model.named_buffers())
+    with torch.no_grad():
+        assert torch.equal(again(pictures), wanted(pictures))
+        assert not torch.equal(student.model(pictures), wanted(pictures))  # the one that was given is not rounded
+    twice = load(save(load(half), tmp_path / "again", parameters=torch.float16))
+    with torch.no_grad():
+        assert torch.equal(twice.model(pictures), again(pictures))
+
+
+def test_a_parameter_that_is_too_large_for_half_precision_is_named(tiny, tmp_path):
+    student = convert(tiny("test_vit"))
+    student.model.norm.weight.data[0] = 1e6
+    with pytest.raises(CheckpointError, match=r"norm.weight has values that are too large for torch.float16"):
+        save(student, tmp_path / "half", parameters=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("found", ["complex64", "nn", ["float32"], 16])
+def test_a_record_that_computes_in_no_precision_is_refused(folder, found):
+    with pytest.raises(CheckpointError, match="computes must be the name of a precision"):
+        load(resigned(folder, computes=found))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "test_efficientnet", "test_convnext"])
 def test_a_student_comes_back_bit_for_bit(tiny, tmp_path, name, dtype):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bcosify.convert.hub import is_student, student_folder
+from bcosify.convert import hub
+from bcosify.convert.hub import RECORD, SHIPPED, STUDENTS, is_student, shipped_students, student_folder
 from bcosify.core.errors import CheckpointError
 
 
@@ -49,6 +50,24 @@ def test_names_that_are_neither(place, name):
 @pytest.mark.parametrize("name", ["timm:resnet50", "open_clip:ViT-B-32/x", "bundled:dinov2_small", "dir:x", "resnet50"])
 def test_references_to_teachers_are_no_students(place, name):
     assert not is_student(name)
+
+
+def test_students_of_the_package_need_no_hub_and_no_folder():
+    assert shipped_students() == ("bundled:bcos-efficientnet-lite0",)
+    assert all(is_student(name) and (student_folder(name) / RECORD).is_file() for name in shipped_students())
+    assert {folder.name for folder in STUDENTS.iterdir() if folder.is_dir()} == set(SHIPPED)
+
+
+def test_a_package_without_its_student_says_how_to_have_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "STUDENTS", tmp_path)
+    assert is_student("bundled:bcos-efficientnet-lite0")
+    with pytest.raises(CheckpointError, match=r"lacks bcosify.json, .* Run: pip install --force-reinstall --no-deps"):
+        student_folder("bundled:bcos-efficientnet-lite0")
+
+
+def test_a_student_of_the_package_that_is_not_there_names_the_nearest():
+    with pytest.raises(CheckpointError, match="Did you mean 'bundled:bcos-efficientnet-lite0'"):
+        student_folder("bundled:bcos-efficientnet")
 
 
 def test_only_a_name_that_can_be_a_teachers_is_passed_on(place):
