@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,40 @@ from .console import console, show_table
 
 
 def demo(
-    out: Path = Path("demo-out"), recipe: str = "demo", overwrite: bool = False, json: bool = False
+    out: Path = Path("demo-out"),
+    recipe: str = "demo",
+    photo: list[Path] | None = None,
+    overwrite: bool = False,
+    json: bool = False,
 ) -> dict[str, Any]:
-    """Converts, aligns and explains a real model in a few minutes on a CPU, and writes one report.html.
+    """Shows on photographs what a finished student decides and why, aligns it for half a minute, and writes a page.
 
-    The model is EfficientNet-Lite0 with its ImageNet weights; the pictures are the photographs inside scikit-image. The
-    three that are explained are not trained on.
+    The student comes with this package; its teacher is EfficientNet-Lite0 with its ImageNet weights. The photographs
+    are those inside scikit-image, none of which was trained on.
+    Example: bcosify demo --photo cat.jpg
 
     Args:
-        out: folder for everything: shards, student, aligned student, report.html.
+        out: folder for everything: report.html, shards, the student that was aligned further.
         recipe: another recipe for the alignment.
+        photo: photographs of your own, which are shown first.
         overwrite: replace the folder if it exists.
-        json: print the table as JSON on stdout.
+        json: print what was found as JSON on stdout.
     """
     from ..align import demo as demonstrate
 
-    done = demonstrate(out, recipe, overwrite=overwrite, say=console.print)
-    shown = "picture model label second ahead score input constants".split()
+    done = demonstrate(out, recipe, photo=photo or (), overwrite=overwrite, say=console.print)
     show_table(
-        f"{done.reference}: teacher, start (B={done.b[0]:g}) and end (B={done.b[1]:g}, biases x {done.beta[1]:g})",
-        ["picture", "model", "decides", "ahead of", "by", "score", "input", "constants", "residual"],
-        [(*(row[key] for key in shown), f"{row['residual']:.0e}") for row in done.rows],
+        f"{done.student} (B={done.b:g}) and its teacher",
+        ["picture", "teacher", "student", "score", "pixels for", "against", "carried", "constants"],
+        [
+            (
+                one.name,
+                f"{one.teacher.label} ({one.teacher.probability:.0%})",
+                f"{one.student.label} ({one.student.probability:.0%})",
+                *dataclasses.astuple(one.ledgers[0])[1:6],
+            )
+            for one in done.shown
+        ],
     )
     console.print(f"wrote {done.report} in {done.seconds} s")
-    return {name: value for name, value in vars(done).items() if name != "report"}
+    return {name: value for name, value in dataclasses.asdict(done).items() if name != "report"}

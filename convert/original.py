@@ -28,8 +28,9 @@ def teacher_of(student: Student, weights: Path | None = None, converted: bool = 
     if at_start(student.model) and student.history.unchanged:
         model = copy.deepcopy(student.model)
     else:
-        model = reload_teacher(student.source, weights).model
-        check_teacher(student, model)
+        teacher = reload_teacher(student.source, weights)
+        check_teacher(student, teacher)
+        model = teacher.model
         if converted:
             apply_plan(model, student.plan, student.preprocess)
     return model.eval().requires_grad_(False)

@@ -118,7 +118,7 @@ def convert_teacher(teacher: Teacher, config: Any = "bcos", *, plan: Plan | None
             f"{student.start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; "
             "nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
-    return student.with_history(conversion=Conversion(error, _fingerprint(theirs[:1])))
+    return student.with_history(conversion=Conversion(error, _fingerprint(theirs[:1]), size))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -186,23 +186,30 @@ def _fingerprint(output: Tensor) -> tuple[float, ...]:
     return tuple(output[:: -(-len(output) // FINGERPRINT)].tolist())
 
 
-def check_teacher(student: Student, model: nn.Module) -> None:
-    """Raises SourceError where `model`, loaded again, is not what `student` was converted from.
+@torch.no_grad()
+def check_teacher(student: Student, teacher: Teacher) -> None:
+    """Raises SourceError where `teacher`, loaded again, is not what `student` was converted from.
 
-    Hub repositories and folders change. A student without a record of its teacher passes.
+    Hub repositories and folders change. A student without a record of its teacher passes. One that was aligned at
+    another size may not say at which size its teacher was recorded: then that was its teacher's own, or the student's.
     """
-    recorded = student.history.conversion.teacher
-    if recorded is None:
+    recorded = student.history.conversion
+    if recorded.teacher is None:
         return
-    wanted = torch.tensor(recorded)
-    with torch.no_grad():
-        output = output_of(model, fitted(noise_pictures(1, student.preprocess.size), model))
-    found = torch.tensor(_fingerprint(output))
-    if wanted.shape != found.shape or not relative_error(found, wanted) <= SAME_TEACHER:
+    own = (teacher.preprocess.size, student.preprocess.size)
+    if not any(
+        _is_known(teacher.model, recorded.teacher, size) for size in ([recorded.size] if recorded.size else own)
+    ):
         raise SourceError(
             f"{student.source.reference} is not the teacher that this student was converted from: it computes "
             "something else now, so its files were changed or replaced. Put the old ones back, or convert again."
         )
+
+
+def _is_known(model: nn.Module, fingerprint: Sequence[float], size: tuple[int, int]) -> bool:
+    output = output_of(model, fitted(noise_pictures(1, size), model))
+    wanted, found = torch.tensor(fingerprint), torch.tensor(_fingerprint(output))
+    return wanted.shape == found.shape and relative_error(found, wanted) <= SAME_TEACHER
 
 
 @torch.no_grad()

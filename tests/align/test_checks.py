@@ -125,7 +125,7 @@ def test_a_teacher_whose_folder_has_changed_is_refused(shards, tmp_path_factory)
         calibration=Calibration(1, {}, 0)
     )  # no longer its teacher, so that is loaded again
     run = save(student, tmp_path_factory.mktemp("run") / "student")
-    check_teacher(load(run), load_teacher(f"timm:local-dir:{folder}").model)
+    check_teacher(load(run), load_teacher(f"timm:local-dir:{folder}"))
     with torch.no_grad():
         model.blocks[0].mlp.fc1.weight.mul_(1.5)
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from bcosify.align.pictures import Pictures
 from bcosify.align.recipe import Phase, dump, from_values, list_recipes, load_recipe
 from bcosify.align.run import Learner
 from bcosify.align.trainer import AlignConfig, align
-from bcosify.convert import load, set_strength
+from bcosify.convert import check_teacher, load, set_strength
 from bcosify.convert.memory import laid_out
-from bcosify.core.errors import BcosifyError, CheckpointError, DataError, RecipeError
+from bcosify.convert.original import teacher_of
+from bcosify.core.errors import BcosifyError, CheckpointError, DataError, RecipeError, SourceError
 from bcosify.core.pictures import noise_pictures
 from safetensors.torch import load_file
 
@@ -63,6 +65,17 @@ def test_the_student_keeps_the_size_that_it_was_trained_at(run, shards, tmp_path
     aligned(run, shards, tmp_path / "out", recipe)
     before, after = load(run).preprocess, load(tmp_path / "out").preprocess
     assert before.size == (64, 64) and after == before.at(48)
+    found = load(tmp_path / "out")
+    conversion = found.history.conversion
+    assert conversion.size == (64, 64)  # by which its teacher is known again, here and where a folder does not say it
+    older = found.with_history(conversion=dataclasses.replace(conversion, size=None))
+    teacher = SimpleNamespace(model=teacher_of(load(run)), preprocess=before)
+    for student in (found, older):
+        check_teacher(student, teacher)
+    other = dataclasses.replace(conversion, teacher=tuple(-value for value in conversion.teacher))
+    for size in ((64, 64), None):
+        with pytest.raises(SourceError, match="is not the teacher"):
+            check_teacher(found.with_history(conversion=dataclasses.replace(other, size=size)), teacher)
 
 
 def test_batch_statistics_are_learned_from_the_batches_and_saved(cnn, shards, tmp_path):
