@@ -7,7 +7,7 @@
     bcosify.explain("runs/resnet50/aligned", ["cat.jpg"], target="tabby", out="maps")
 
 Options have the names that they have in the command (`bcosify VERB --help`); results are objects, and nothing is
-printed. `convert`, `align`, `explain`, `evaluate` and `publish` are packages too, with the parts of each stage.
+printed. `convert`, `align`, `explain`, `evaluate`, `publish` and `demo` are packages too, with the parts of each stage.
 `load` opens a converted model, and lets timm, transformers and open_clip open them too (see `bcosify.publish`).
 """
 
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .align import align as align
-    from .align import demo as demo
     from .convert import convert as convert
     from .convert import inspect as inspect
     from .data import shards as shards
+    from .demo import demo as demo
     from .evaluate import compare as compare
     from .evaluate import evaluate as evaluate
     from .explain import explain as explain
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
     __version__: str
 
 # Verbs that are packages: calling one calls its function of the same name.
-PACKAGES = ("align", "convert", "evaluate", "explain", "publish")
+PACKAGES = ("align", "convert", "demo", "evaluate", "explain", "publish")
 # The other names, and where they are.
 PLACES = {
     "compare": (".evaluate", "compare"),
-    "demo": (".align", "demo"),
     "export": (".publish", "export"),
     "inspect": (".convert", "inspect"),
     "load": (".publish", "load"),

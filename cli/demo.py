@@ -29,7 +29,7 @@ def demo(
         overwrite: replace the folder if it exists.
         json: print what was found as JSON on stdout.
     """
-    from ..align import demo as demonstrate
+    from ..demo import demo as demonstrate
 
     done = demonstrate(out, recipe, photo=photo or (), overwrite=overwrite, say=console.print)
     show_table(

@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "evaluate": {"data", "convert", "explain"},
     "align": {"data", "linearise", "convert", "explain", "evaluate.metrics.fidelity", "evaluate.report"},
     "publish": {"data", "convert", "explain", "evaluate", "align.recipe"},
-    "cli": {"data", "convert", "explain", "align", "evaluate", "publish", "recipes"},
+    "demo": {"data", "convert", "explain", "evaluate", "align"},
+    "students": set(),
+    "cli": {"data", "convert", "explain", "align", "evaluate", "publish", "demo", "recipes"},
 }
 HEAVY = ("transformers", "open_clip", "captum")
 

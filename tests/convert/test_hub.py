@@ -55,7 +55,7 @@ def test_references_to_teachers_are_no_students(place, name):
 def test_students_of_the_package_need_no_hub_and_no_folder():
     assert shipped_students() == ("bundled:bcos-efficientnet-lite0",)
     assert all(is_student(name) and (student_folder(name) / RECORD).is_file() for name in shipped_students())
-    assert {folder.name for folder in STUDENTS.iterdir() if folder.is_dir()} == set(SHIPPED)
+    assert {record.parent.name for record in STUDENTS.glob(f"*/{RECORD}")} == set(SHIPPED)
 
 
 def test_a_package_without_its_student_says_how_to_have_it(tmp_path, monkeypatch):

@@ -1,0 +1,178 @@
+"""What three models say of one photograph: the teacher, its class maps, and the student, with the student's ledgers.
+
+Every rectangle of a grid of cells is erased in turn, so that its share by the map stands beside what it really does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+
+from ..convert import Preprocess, Student, Teacher
+from ..convert.output import OutputKind, output_kind
+from ..evaluate.baselines import find_method, maps_of
+from ..evaluate.decisions import ClassDecisions
+from ..evaluate.fills import FILLS
+from ..evaluate.subject import Subject
+from ..explain import ClassTarget, Explanation, explain_scores, overlay
+
+__all__ = ["CELLS", "Shown", "show"]
+
+SIDE = 320  # pixels of a shown picture
+SMOOTH = 21  # pixels of it: one smoothing for every map
+CELLS = 5  # regions are rectangles of cells of a grid of so many a side
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Of a classifier: the class, its probability (softmax), and the next class."""
+
+    label: str
+    probability: float
+    second: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ledger:
+    """A score in four parts that add up to it: pixels for and against it, carried biases, constants."""
+
+    label: str
+    score: float
+    pixels_for: float
+    pixels_against: float
+    carried: float
+    constants: float
+    residual: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """A rectangle of cells, and what became of the score when its pixels were erased.
+
+    Attributes:
+        box: left, top, right, bottom in cells. share: what it adds to the score, by the map.
+        erased: the score with the region in the mean colour. decides: what the student then decides.
+    """
+
+    box: tuple[int, int, int, int]
+    share: float
+    erased: float
+    decides: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """A photograph and what the models say of it. `student` and the ledgers are of the student's own decision, and of
+    the class that comes next; `regions` are of its decision."""
+
+    name: str
+    teacher: Decision
+    class_maps: Decision
+    student: Decision
+    agrees: bool
+    ledgers: tuple[Ledger, Ledger]
+    regions: tuple[Region, ...]
+
+
+def show(
+    name: str, photograph: Image.Image, teacher: Teacher, class_maps: Student, student: Student
+) -> tuple[Shown, dict[str, Image.Image]]:
+    """What the models say of a photograph, and pictures of it: as it was `seen`, and one for each map.
+
+    The maps are `grad_cam` of the teacher, its `class_maps`, and the student's of its `decision` and of the `second`
+    class. Every model sees the photograph as it prepares it itself.
+    """
+    output = output_kind(student)
+    large, small = (opened.preprocess.transform()(photograph)[None] for opened in (teacher, student))
+    seen = _seen(teacher.preprocess, large[0])
+    original = _subject("teacher", teacher.model, teacher.preprocess)
+    with torch.no_grad():
+        decided = teacher.model(large)
+    cam = maps_of(find_method("grad-cam"), original, large, ClassDecisions(decided.argmax(1)))[0]
+    free = explain_scores(class_maps.model, large, ClassTarget(decided.argmax(1, keepdim=True)))
+    with torch.no_grad():
+        best, second = student.model(small)[0].topk(2).indices.tolist()
+    explanation = explain_scores(student.model, small, ClassTarget(torch.tensor([[best, second]])))
+    tiles = {
+        "seen": seen,
+        "grad_cam": _tile(seen, cam),
+        "class_maps": _tile(seen, free.contributions[0, 0]),
+        "decision": _tile(seen, explanation.contributions[0, 0]),
+        "second": _tile(seen, explanation.contributions[0, 1]),
+    }
+    facts = Shown(
+        name=name,
+        teacher=_decision(decided[0], output),
+        class_maps=_decision(free.outputs[0], output),
+        student=_decision(explanation.outputs[0], output),
+        agrees=int(decided.argmax()) == best,
+        ledgers=(_ledger(explanation, 0, output.name(best)), _ledger(explanation, 1, output.name(second))),
+        regions=_regions(_subject("student", student.model, student.preprocess), small, explanation, best, output),
+    )
+    return facts, tiles
+
+
+def _subject(name: str, model: nn.Module, preprocess: Preprocess) -> Subject:
+    return Subject(name, model, None, preprocess.mean, preprocess.std, classifier=True)
+
+
+def _decision(output: Tensor, names: OutputKind) -> Decision:
+    best, second = output.topk(2).indices.tolist()
+    return Decision(names.name(best), float(output.softmax(0)[best]), names.name(second))
+
+
+def _ledger(explanation: Explanation, score: int, label: str) -> Ledger:
+    """The parts of a score; pixels count for and against it by their direct contributions."""
+    direct, row = explanation.direct_contributions[0, score], explanation.row(0, score)
+    return Ledger(
+        label=label,
+        score=row["score"],
+        pixels_for=float(direct.clamp_min(0).sum()),
+        pixels_against=float(direct.clamp_max(0).sum()),
+        carried=row.get("carried", 0.0),
+        constants=sum(row["constants"].values()),
+        residual=row["residual"],
+    )
+
+
+@torch.no_grad()
+def _regions(
+    subject: Subject, image: Tensor, explanation: Explanation, decision: int, output: OutputKind
+) -> tuple[Region, ...]:
+    """Every rectangle of cells of `image` (1, 3, H, W): its exact share, and what erasing it really does."""
+    contributions = explanation.contributions[0, 0]
+    fill = FILLS["mean"](subject, image)
+    spans = [(start, stop) for start in range(CELLS) for stop in range(start + 1, CELLS + 1)]
+    boxes = [(left, top, right, bottom) for top, bottom in spans for left, right in spans]
+    masks = torch.stack([_mask(box, image.shape[-2:]) for box in boxes])
+    outputs = torch.cat([subject.model(torch.where(part[:, None], fill, image)) for part in masks.split(25)])
+    return tuple(
+        Region(box, float(contributions[mask].sum()), float(row[decision]), output.name(int(row.argmax())))
+        for box, mask, row in zip(boxes, masks, outputs, strict=True)
+    )
+
+
+def _mask(box: tuple[int, int, int, int], shape: Sequence[int]) -> Tensor:
+    """(H, W), true inside a box in cells."""
+    height, width = shape
+    left, top, right, bottom = box
+    rows, columns = (torch.arange(length) * CELLS // length for length in (height, width))
+    return ((rows >= top) & (rows < bottom))[:, None] & ((columns >= left) & (columns < right))
+
+
+def _tile(seen: Image.Image, contributions: Tensor) -> Image.Image:
+    """A map (H, W), enlarged to the picture that it lies over."""
+    large = F.interpolate(contributions[None, None], (SIDE, SIDE), mode="bilinear")[0, 0]
+    return overlay(seen, large, smooth=SMOOTH)
+
+
+def _seen(preprocess: Preprocess, normalised: Tensor) -> Image.Image:
+    """The picture as the model saw it."""
+    picture = to_pil_image(preprocess.denormalise(normalised).clamp(0, 1))
+    return picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
