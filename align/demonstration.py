@@ -220,7 +220,8 @@ def _explain(
                 }
             )
             caption = f"{kind}: {name_of(int(decisions[i]))}"
-            pictures[f"{name}:{kind}"] = data_url(panel(_seen(student, inputs[i]), explanation, caption, picture=i))
+            drawn = panel(_seen(student, inputs[i]), explanation, caption, picture=i, own_colours=kind == "end")
+            pictures[f"{name}:{kind}"] = data_url(drawn)
     return rows, pictures
 
 

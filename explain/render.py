@@ -37,7 +37,6 @@ COLOURS = np.array(
 )
 FOR, AGAINST, CARRIED, CONSTANT = (214, 40, 40), (33, 90, 190), (238, 154, 64), (150, 150, 156)
 FRAME = (255, 220, 0)
-CARRIED_TOO = "The maps show what comes from pixels and from carried biases, together."
 SQUARES = 30  # maps are averaged over squares of their width by this
 
 
@@ -144,7 +143,7 @@ def ledger_parts(
         Part(f"from {origin}: against", float(seen.clamp_max(0).sum()), AGAINST),
     ]
     if "carried" in row:
-        parts.append(Part("from carried biases", row["carried"], CARRIED))
+        parts.append(Part("from carried biases, in the maps too", row["carried"], CARRIED))
     parts.append(Part("from constants", sum(row["constants"].values()), CONSTANT))
     if not explanation.balanced()[picture, score]:
         parts.append(Part("unaccounted for", row["residual"], INK))
@@ -164,7 +163,8 @@ def added_up(score: float, values: Sequence[float]) -> tuple[str, list[str]]:
     decimals = min(9, max(0, 3 - math.floor(math.log10(size)))) if size else 2
     total, *rounded = (round(value * 10**decimals) for value in (score, *values))
     rounded[int(np.argmax(sizes))] += total - sum(rounded)
-    return f"{total / 10**decimals:,.{decimals}f}", [f"{one / 10**decimals:+,.{decimals}f}" for one in rounded]
+    texts = [f"{one / 10**decimals:{'+' if one else ''},.{decimals}f}" for one in rounded]
+    return f"{total / 10**decimals:,.{decimals}f}", texts
 
 
 def ledger_bar(parts: Sequence[Part], score: float, *, width: int = 1000, size: float = 13) -> Image.Image:
@@ -205,12 +205,14 @@ def _legend(parts: Sequence[Part], score: float, width: int, size: float) -> Ima
     """`score X = +A from ... -B from ...`, a square of its colour before each part, over as many lines as it takes."""
     total, numbers = added_up(score, [part.value for part in parts])
     side, gap = round(0.75 * size), round(1.3 * size)
-    entries = [label(f"score {total} =", width, size)]
-    for part, number in zip(parts, numbers, strict=True):
-        text = label(f"{number} {part.name}", width - 2 * side, size)
-        entry = Image.new("RGB", (text.width + round(1.4 * side), text.height), "white")
-        entry.paste(text, (round(1.4 * side), 0))
-        entry.paste(part.colour, (0, round(0.95 * size) - side, side, round(0.95 * size)))
+    marks = [(max(2, side // 3), INK), *((side, part.colour) for part in parts)]
+    texts = [f"score {total} =", *(f"{number} {part.name}" for number, part in zip(numbers, parts, strict=True))]
+    entries = []
+    for (across, colour), text in zip(marks, texts, strict=True):
+        words = label(text, width - 2 * side, size)
+        entry = Image.new("RGB", (across + side // 2 + words.width, words.height), "white")
+        entry.paste(words, (across + side // 2, 0))
+        entry.paste(colour, (0, round(0.95 * size) - side, across, round(0.95 * size)))
         entries.append(entry)
     lines: list[list[Image.Image]] = [[]]
     for entry in entries:
@@ -274,10 +276,9 @@ def panel(
     whole = len(tiles) * size + (len(tiles) - 1) * gap
     height = max(1, round(size * contributions.shape[-2] / contributions.shape[-1]))
     blank = Image.new("RGB", (size, 1), "white")
-    row, share = explanation.row(picture, score), float(explanation.constant_share[picture, score])
+    row = explanation.row(picture, score)
     parts = ledger_parts(explanation, picture, score, smooth=smooth)
-    if share > 0.5:
-        doubts = [f"Constants decide: they make {share:.0%} of this score, and no map shows them.", *doubts]
+    constants, decide = _constants(row["constants"], float(explanation.constant_share[picture, score]))
     rows = [
         paragraph(caption or f"score {score}", whole, 21 * unit),
         *([paragraph(standing, whole, 15 * unit)] if standing else []),
@@ -285,10 +286,13 @@ def panel(
         beside([_framed(tile.resize((size, height), Image.Resampling.LANCZOS), patch) for tile in tiles.values()], gap),
         beside([blank, _scale(limit * _pixels_a_place(explanation), places, size, letters), blank, blank], gap),
         ledger_bar(parts, row["score"], width=whole, size=letters),
-        *(paragraph(doubt, whole, letters, WARNING) for doubt in doubts),
-        *(paragraph(line, whole, letters) for line in lines),
-        *([paragraph(CARRIED_TOO, whole, letters, FAINT)] if "carried" in row else []),
-        paragraph(_largest(row["constants"]), whole, letters, FAINT),
+        stacked(
+            [
+                paragraph(constants, whole, letters, WARNING if decide else INK),
+                *(paragraph(doubt, whole, letters, WARNING) for doubt in doubts),
+                *(paragraph(line, whole, letters) for line in lines),
+            ]
+        ),
     ]
     inside = stacked(rows, round(7 * unit))
     canvas = Image.new("RGB", (inside.width + 2 * margin, inside.height + 2 * margin), "white")
@@ -351,13 +355,16 @@ def _bytes(values: np.ndarray) -> np.ndarray:
     return (values.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def _largest(shares: dict[str, float], most: int = 3) -> str:
-    """The constants that weigh most in a score."""
-    ranked = sorted(shares, key=lambda name: -abs(shares[name]))
-    if not ranked:
-        return "no constants"
-    shown = ", ".join(f"{name} {shares[name]:+.3g}" for name in ranked[:most])
-    return f"largest constants: {shown}" + (f" ({len(ranked)} in all)" if len(ranked) > most else "")
+def _constants(values: dict[str, float], share: float, most: int = 3) -> tuple[str, bool]:
+    """How much of a score constants make, by size, which are the largest, and whether they decide it."""
+    decide = share > 0.5
+    said = f"Constants make {share:.0%} of this score"
+    if decide:
+        said = f"Constants decide: they make {share:.0%} of this score, and no map shows them"
+    ranked = sorted(values, key=lambda name: -abs(values[name]))
+    if ranked:
+        said += "; largest: " + ", ".join(f"{name} {values[name]:+.3g}" for name in ranked[:most])
+    return said + (f" ({len(ranked)} in all)" if len(ranked) > most else ""), decide
 
 
 # ------------------------------------------------------------------------------------------------------------- pictures
