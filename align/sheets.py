@@ -2,9 +2,9 @@
 
 A classifier is explained in the class that its teacher gives the picture, a regression in its value, an embedding along
 the teacher's own feature, centred on the held-out pictures (its mean says nothing of one picture). The score is thus
-the same from the first sheet to the last. A sheet has a row for each picture: the picture, its signed contributions,
-W(x) in its own colours, and the ledger of the score. Nothing of it reaches the training: no gradient, mode, random
-state or statistic is left.
+the same from the first sheet to the last. A sheet has a panel for each picture: the picture, its signed contributions,
+also over the picture, W(x) in its own colours where it speaks for the score, and the ledger. Nothing of it reaches the
+training: no gradient, mode, random state or statistic is left.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from ..convert.libraries import FEATURES
@@ -26,6 +26,8 @@ from ..core.errors import BcosifyError
 from ..core.files import new_file
 from ..data.loader import held_out_batches
 from ..explain import ClassTarget, DirectionTarget, Target, explain_scores, panel
+from ..explain.lettering import stacked
+from ..explain.standing import probabilities_of, standing, standing_in_words
 from .pictures import Pictures
 
 __all__ = ["EXPLANATIONS", "ExplainedPictures", "explained_pictures"]
@@ -33,6 +35,7 @@ __all__ = ["EXPLANATIONS", "ExplainedPictures", "explained_pictures"]
 EXPLANATIONS = "explanations"  # folder inside a run's
 CENTRED_ON = 64  # pictures that an embedding's mean is taken over
 TILE = 224  # side of a tile of a sheet, in pixels
+HEIGHT = 504  # of a panel, and more only where a name takes many lines: sheets of a run are of one size
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +44,14 @@ class ExplainedPictures:
 
     Attributes:
         shown: (P, 3, S, S) uint8. pictures: the same, as the model takes them.
-        target: one score a picture. captions: its name, one a picture.
+        target: one score a picture. captions: its name, one a picture. output: what the models' output is.
     """
 
     shown: Tensor
     pictures: Tensor
     target: Target
     captions: tuple[str, ...]
+    output: OutputKind
 
     def write(self, model: nn.Module, out: Path) -> Image.Image | None:
         """Writes the sheet of `model` as it is now to `out`; where that fails it warns, and the run goes on."""
@@ -63,14 +67,17 @@ class ExplainedPictures:
     def sheet(self, model: nn.Module) -> Image.Image:
         """The explanations by `model`, a row for each picture. Raises LedgerError where one does not add up."""
         explanation = explain_scores(model, self.pictures, self.target, batch_size=1)
-        rows = [
-            panel(_picture(self.shown[i]), explanation, caption, picture=i, size=TILE)
-            for i, caption in enumerate(self.captions)
+        said = [""] * len(self.captions)
+        shares = probabilities_of(explanation.outputs, self.output)
+        if shares is not None and isinstance(self.target, ClassTarget):
+            classes = self.target.classes(explanation.outputs)[:, 0].tolist()
+            facts = [{"target": k, **standing(shares[i], k, self.output.name)} for i, k in enumerate(classes)]
+            said = [standing_in_words(one) for one in facts]
+        panels = [
+            panel(_picture(seen), explanation, caption, picture=i, standing=said[i], own_colours=True, size=TILE)
+            for i, (seen, caption) in enumerate(zip(self.shown, self.captions, strict=True))
         ]
-        sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-        for i, row in enumerate(rows):
-            sheet.paste(row, (0, i * row.height))
-        return sheet
+        return stacked([ImageOps.expand(one, (0, 0, 0, max(0, HEIGHT - one.height)), "white") for one in panels])
 
 
 @torch.no_grad()
@@ -87,14 +94,12 @@ def explained_pictures(teacher: nn.Module, pictures: Pictures, output: OutputKin
     shown, first = shown[:count], outputs[:count]
     if output.kind == FEATURES:
         directions = F.normalize(first - outputs.mean(0), dim=-1)[:, None]
-        return ExplainedPictures(
-            shown, normalised(shown), DirectionTarget(directions), ("the teacher's feature",) * len(shown)
-        )
+        captions = ("the teacher's feature",) * len(shown)
+        return ExplainedPictures(shown, normalised(shown), DirectionTarget(directions), captions, output)
     # Of several values of a regression the first is shown.
     classes = first.argmax(1) if output.chooses else first.new_zeros(len(first), dtype=torch.long)
-    return ExplainedPictures(
-        shown, normalised(shown), ClassTarget(classes[:, None]), tuple(map(output.name, classes.tolist()))
-    )
+    captions = tuple(map(output.name, classes.tolist()))
+    return ExplainedPictures(shown, normalised(shown), ClassTarget(classes[:, None]), captions, output)
 
 
 def _picture(pixels: Tensor) -> Image.Image:

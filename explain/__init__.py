@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..core.lazy import call_as_verb, lazy_exports
 from ..linearise import Linearised, dynamic_linear, gated, input_encoding
 from .attribution import Explanation, attribute, explain_scores
-from .render import overlay, panel, rgba, signed_map
+from .render import ledger_bar, ledger_parts, overlay, panel, rgba, signed_map, smoothed, smoothing
 from .self_explaining import SelfExplaining
 from .targets import (
     ClassTarget,
@@ -51,10 +51,14 @@ __all__ = [
     "find_class",
     "gated",
     "input_encoding",
+    "ledger_bar",
+    "ledger_parts",
     "overlay",
     "panel",
     "rgba",
     "signed_map",
+    "smoothed",
+    "smoothing",
 ]
 
 # The verb opens models, and `convert` reads the rules of this package: it is imported when it is first used.

@@ -59,6 +59,8 @@ class Explanation:
     here too, so the sum may differ from `carried_part` by as much."""
     direct_residual: Tensor | None = None
     """(B, K): scores - direct part - carried biases - constants that reach them through no carrier; None as above."""
+    places: tuple[int, int] | None = None
+    """(h, w) where the model explains itself: of how many places its maps are, each shared out over its pixels."""
 
     @property
     def direct_contributions(self) -> Tensor:
@@ -95,6 +97,12 @@ class Explanation:
     def constant_part(self) -> Tensor:
         """(B, K): the share of all constants in the scores."""
         return sum(self.constants.values(), torch.zeros_like(self.scores))
+
+    @property
+    def constant_share(self) -> Tensor:
+        """(B, K) in [0, 1]: the constant part's size over its own and that of the input's part."""
+        sizes = self.constant_part.abs(), self.input_part.abs()
+        return sizes[0] / (sizes[0] + sizes[1]).clamp_min(1e-12)
 
     def row(self, picture: int, score: int) -> dict[str, Any]:
         """The ledger of one score of one picture, as plain values: its parts by name, which add up to `score`.
@@ -271,7 +279,8 @@ def _read_off(model: Own, images: Tensor, target: Target) -> tuple[Explanation, 
         {**of_target, **{name: share.detach().expand(len(images), -1)[:, k] for name, share in constants.items()}}
         for k, of_target in enumerate(own)
     ]
-    return _explanation(whole, scores, contributions, shares), _cause(mode, scores)
+    explanation = _explanation(whole, scores, contributions, shares)
+    return dataclasses.replace(explanation, places=(maps.shape[-2], maps.shape[-1])), _cause(mode, scores)
 
 
 def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:
@@ -356,7 +365,7 @@ def _joined(parts: Sequence[Explanation]) -> Explanation:
         for field in dataclasses.fields(Explanation)
         if isinstance(getattr(parts[0], field.name), Tensor)
     }
-    return Explanation(**tensors, constants=named("constants"), carried=named("carried"))
+    return Explanation(**tensors, constants=named("constants"), carried=named("carried"), places=parts[0].places)
 
 
 def _check_pictures(model: nn.Module, images: Any) -> None:

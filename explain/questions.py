@@ -21,6 +21,7 @@ from ..core.errors import CheckpointError, DataError, TargetError, translated
 from ..core.files import check_file, read_text
 from ..data.pictures import read_picture
 from .self_explaining import main_output
+from .standing import probabilities_of, standing
 from .targets import (
     ClassTarget,
     DirectionTarget,
@@ -117,7 +118,12 @@ def _classes(opened: Student | Teacher, words: Classes | None) -> Question:
                 f"{outputs.shape[1]:,}: its head was replaced. Build the model with num_classes={outputs.shape[1]}, "
                 "or pass the module itself, with a target."
             )
-        return _named(target, outputs, output)
+        rows, shares = _named(target, outputs, output), probabilities_of(outputs, output)
+        if shares is None or not isinstance(target, TopTarget | ClassTarget):
+            return rows
+        return [
+            [facts | standing(shares[i], facts["target"], output.name) for facts in row] for i, row in enumerate(rows)
+        ]
 
     return Question(opened.model, target, names)
 
@@ -135,10 +141,13 @@ def _texts(opened: Student | Teacher, texts: list[str], templates: Templates) ->
 
     def names(outputs: Tensor) -> list[list[Facts]]:
         shares = probabilities(tower, target.scores(outputs))
-        return [
+        rows = [
             [{"target": one, "label": one, "probability": float(p)} for one, p in zip(texts, row, strict=True)]
             for row in shares
         ]
+        if len(texts) == 1:  # the softmax over one text is 1 whatever the picture
+            return rows
+        return [[facts | standing(shares[i], k) for k, facts in enumerate(row)] for i, row in enumerate(rows)]
 
     return Question(opened.model, target, names)
 
@@ -165,7 +174,7 @@ def _zero_shot(
                 for k in order
             ]
             for facts in row:
-                facts["probability"] = float(shares[i, facts["target"]])
+                facts |= standing(shares[i], facts["target"], output.name)
             row[0]["zero_shot"] = ranking
         return rows
 
@@ -197,11 +206,13 @@ def _patch(opened: Student | Teacher, place: str | tuple[int, int], direction: s
         raise TargetError(f"--patch {place} is no ROW,COLUMN of the grid of patches. Pass two numbers, such as 7,7.")
     network = PatchFeature(opened.model, partial(token_grid, opened.source), int(row), int(column)).eval()
     along = _fixed(network, SelfTarget(), ["self"]) if direction is None else _directions(network, direction)
-    return dataclasses.replace(along, names=lambda outputs: _at(place, along.names(outputs)))
+    return dataclasses.replace(along, names=lambda outputs: _at(place, network, along.names(outputs)))
 
 
-def _at(place: str, rows: list[list[Facts]]) -> list[list[Facts]]:
-    return [[{**facts, "label": f"patch {place}, {facts['label']}"} for facts in row] for row in rows]
+def _at(place: str, network: PatchFeature, rows: list[list[Facts]]) -> list[list[Facts]]:
+    """With the patch in their labels, and where it lies: row, column, and of how many rows and columns."""
+    where = [network.row, network.column, *(network.grid or ())]
+    return [[{**facts, "label": f"patch {place}, {facts['label']}", "patch": where} for facts in row] for row in rows]
 
 
 def _fixed(network: nn.Module, target: Target, names: Sequence[str]) -> Question:

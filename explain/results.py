@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,15 @@ from torch import Tensor
 from ..core.errors import DataError
 from ..core.files import json_text, read_json
 from .attribution import Explanation
+from .lettering import stacked
 from .render import panel
+from .standing import standing_in_words
 
 __all__ = ["ScoreLedger", "write_picture", "written"]
 
 # What NAME.npz holds, where the explanation has it.
 RECORDED = {"image", "target", "label", "score", "input", "constants", "residual"}  # of every ledger in NAME.json
+ITSELF = "the feature along itself"  # what `self` is called where there is room
 STORED = ("contributions", "direct", "encoded_inputs", "encoded_gradients")
 
 
@@ -31,7 +34,10 @@ class ScoreLedger:
     Attributes:
         image: the file.
         target: class number, or the name of what else is scored; `label`: in words.
-        probability: of the label among those that were asked for, where the model compares pictures with texts.
+        probability: of a classifier's class by its own logits; of a text among those that were asked for.
+        rank, among: 1 for the most probable, and of how many.
+        decision: target, label and probability of the most probable class.
+        patch: row and column of the patch that is explained, and of how many rows and columns.
         zero_shot: all labels, best first, in the first row of a picture.
         prototypes: of this class: the training pictures that its prototypes lie nearest to.
         score: input + constants + residual.
@@ -46,6 +52,10 @@ class ScoreLedger:
     target: int | str
     label: str
     probability: float | None = None
+    rank: int | None = None
+    among: int | None = None
+    decision: dict[str, Any] | None = None
+    patch: list[int] | None = None
     zero_shot: list[dict[str, Any]] | None = None
     prototypes: list[dict[str, Any]] | None = None
     score: float
@@ -71,7 +81,7 @@ def write_picture(
     picture: int,
     ledgers: Sequence[ScoreLedger],
     more: Mapping[str, Tensor] | None = None,
-    lines: Sequence[str] = (),
+    draw: Callable[..., Image.Image] = panel,
 ) -> None:
     """Writes NAME.png (a panel for each score), NAME.npz (raw maps) and NAME.json (the ledgers) into `folder`.
 
@@ -79,10 +89,21 @@ def write_picture(
         seen: the picture as the model saw it.
         explanation: of a batch; `picture` is the place in it.
         more: other maps of the batch, name -> (B, ...).
-        lines: what is written below each panel.
+        draw: `panel`, with what is the same for all pictures.
     """
-    panels = [panel(seen, explanation, one.label, lines, picture=picture, score=k) for k, one in enumerate(ledgers)]
-    _stacked(panels).save(folder / f"{name}.png")
+    panels = [
+        draw(
+            seen,
+            explanation,
+            one.label if one.target != "self" else one.label.replace("self", ITSELF),
+            picture=picture,
+            score=k,
+            standing=standing_in_words(one.row()),
+            patch=one.patch,
+        )
+        for k, one in enumerate(ledgers)
+    ]
+    stacked(panels).save(folder / f"{name}.png")
     maps = {key: getattr(explanation, key) for key in STORED} | dict(more or {})
     arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}
     np.savez_compressed(folder / f"{name}.npz", **arrays)
@@ -98,11 +119,3 @@ def written(folder: Path) -> set[str] | None:
             if isinstance(rows, list) and rows and all(isinstance(row, dict) and set(row) >= RECORDED for row in rows):
                 names |= {path.name, f"{path.stem}.png", f"{path.stem}.npz"}
     return names or None
-
-
-def _stacked(panels: Sequence[Image.Image]) -> Image.Image:
-    """One picture of several of the same width, from top to bottom."""
-    sheet = Image.new("RGB", (panels[0].width, sum(panel.height for panel in panels)), "white")
-    for i, one in enumerate(panels):
-        sheet.paste(one, (0, sum(above.height for above in panels[:i])))
-    return sheet

@@ -171,7 +171,12 @@ class PatchFeature(nn.Module):
 
     `tokens(model, images)` returns the features of all patches (B, C, rows, columns). With `SelfTarget` it is explained
     what made this patch's feature; with `DirectionTarget` or `SimilarityTarget`, what turned it towards a direction.
+
+    Attributes:
+        grid: rows and columns of the patches of the last pictures; None before there were any.
     """
+
+    grid: tuple[int, int] | None = None
 
     def __init__(self, model: nn.Module, tokens: Callable[[nn.Module, Tensor], Tensor], row: int, column: int) -> None:
         super().__init__()
@@ -181,7 +186,7 @@ class PatchFeature(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         grid = self.tokens(self.model, images)
-        rows, columns = grid.shape[-2:]
+        rows, columns = self.grid = (grid.shape[-2], grid.shape[-1])
         if not (0 <= self.row < rows and 0 <= self.column < columns):
             raise TargetError(
                 f"There is no patch {self.row},{self.column}: a picture of {images.shape[-2]}x{images.shape[-1]} has "

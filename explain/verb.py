@@ -31,6 +31,7 @@ from ..data.pictures import read_picture
 from ..data.progress import say
 from .attribution import Explanation, explain_scores
 from .questions import Facts, Question, ask
+from .render import panel
 from .results import ScoreLedger, write_picture, written
 from .targets import Target
 from .views import Views, explain_views, views_of
@@ -209,7 +210,9 @@ def explain(
     if not reads_colours(opened.model):
         trace_forward(opened.model, opened.preprocess.size)  # says what it reads
     files = _files(pictures)
-    about = About(several, agreement_of(opened) if isinstance(opened, Student) else None)
+    about = About(several)
+    if isinstance(opened, Student):
+        about = About(several, agreement_of(opened), aligned=opened.history.alignment is not None)
     names = list(unique(map(_stem, files), _as_disks_see_it))
     size = BATCH if batch_size is None else batch_size
     ledgers = Ledgers()
@@ -229,21 +232,24 @@ def explain(
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What holds for all explanations of a call: over which views they are means, and how far their model stands for
-    its teacher (None: it is no student)."""
+    """What holds for all explanations of a call: over which views they are means; of a student, how far it stands for
+    its teacher, and whether it is aligned."""
 
     views: Views | None
-    agreement: Agreement | None
+    agreement: Agreement | None = None
+    aligned: bool = False
 
     def row(self) -> dict[str, Any]:
         """For each ledger."""
         return {} if self.views is None else {"views": dataclasses.asdict(self.views)}
 
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """For each panel."""
-        agreed = () if self.agreement is None else (self.agreement.words,)
-        return agreed if self.views is None else (f"{self.views}", *agreed)
+    def panel(self, *args: Any, **options: Any) -> Image.Image:
+        """`render.panel`, with what it says of the model and of views."""
+        lines = [] if self.views is None else [f"{self.views}"]
+        doubts = []
+        if self.agreement is not None:
+            (doubts if self.agreement.low else lines).append(self.agreement.words)
+        return panel(*args, lines=lines, doubts=doubts, own_colours=self.aligned, **options)
 
 
 def _check_skipped(skipped: Sequence[Skipped], count: int, folder: Path | None) -> None:
@@ -391,6 +397,6 @@ def _explained(
         ]
         if folder is not None:
             seen = to_pil_image(preprocess.denormalise(inputs[i]).clamp(0, 1))
-            write_picture(folder, name, seen, explanation, i, ledgers, others, about.lines)
+            write_picture(folder, name, seen, explanation, i, ledgers, others, about.panel)
         rows += ledgers
     return rows

@@ -174,4 +174,4 @@ def _mean(parts: list[Explanation]) -> Explanation:
         for field in dataclasses.fields(Explanation)
         if isinstance(getattr(parts[0], field.name), Tensor)
     }
-    return Explanation(**tensors, constants=named("constants"), carried=named("carried"))
+    return Explanation(**tensors, constants=named("constants"), carried=named("carried"), places=parts[0].places)

@@ -29,6 +29,7 @@ from ..evaluate.record import FILE, Evaluation, read_evaluation
 from ..evaluate.subject import weights_digest
 from ..explain import explain_scores, panel
 from ..explain.questions import ask
+from ..explain.standing import standing_in_words
 from .card import Shown, card_of, load_lines
 from .licences import Licence, base_of, choose_licence
 
@@ -237,10 +238,12 @@ def _explained(student: Student, picture: Path | None, out: Path) -> Shown | Non
     explanation = explain_scores(student.model, fitted(inputs, student.model), question.target)
     if opened is None:
         return None
-    name = question.names(explanation.outputs)[0][0]["label"]
+    facts = question.names(explanation.outputs)[0][0]
+    name = facts["label"]
     caption = name if output_kind(student).count else "the feature along itself"
     seen = to_pil_image(preprocess.denormalise(opened).clamp(0, 1))
-    panel(seen, explanation, caption).save(out)
+    aligned = student.history.alignment is not None
+    panel(seen, explanation, caption, standing=standing_in_words(facts), own_colours=aligned).save(out)
     return Shown(caption, explanation.row(0, 0))
 
 

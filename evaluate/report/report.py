@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
@@ -19,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ...convert.output import OutputKind
 from ...core.pictures import fitted
-from ...explain import Explanation, explain_scores, signed_map
+from ...explain import Explanation, explain_scores, signed_map, smoothed, smoothing
 from ..decisions import ClassDecisions, ValueDecisions
 from ..record import Evaluation
 from ..suite import Explained
@@ -43,8 +42,6 @@ CARDS = {
     "ledger_residual": "unaccounted for, of a score",
 }
 LARGEST = 4
-# Maps are averaged over squares of their width by this, all of them alike.
-SMOOTH = 30
 OUTLINE = (("#000", 3.5), ("#fff", 1.5))
 SVG = "http://www.w3.org/2000/svg"
 # The parts of a score, in the order of the page's tables.
@@ -142,11 +139,8 @@ def _drawn(explained: Explained, pair: tuple[str, str], i: int) -> list[tuple[st
     if pair in explained.other_maps:
         maps["another class"] = explained.other_maps[pair][i]
     width = explained.maps[pair].shape[-1]
-    kernel = max(1, width // SMOOTH) | 1
-    averaged = [
-        F.avg_pool2d(one[None].float(), kernel, 1, kernel // 2, count_include_pad=False)[0] for one in maps.values()
-    ]
-    both = signed_map(torch.cat(averaged, -1))  # one picture, so one scale
+    averaged = [smoothed(one, smoothing(width)) for one in maps.values()]
+    both = signed_map(torch.cat(averaged, -1), smooth=1)  # one picture, so one scale
     cut = (both.crop((n * width, 0, (n + 1) * width, both.height)) for n in range(len(maps)))
     return [(name, data_url(one.quantize(128, dither=Image.Dither.NONE))) for name, one in zip(maps, cut, strict=True)]
 
