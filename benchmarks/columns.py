@@ -21,13 +21,14 @@ from bcosify.data.labelled import Pictures, find_pictures, read_pictures
 from bcosify.data.loader import held_out_batches
 from bcosify.data.names import expand
 from bcosify.data.views import to_model_input
-from bcosify.evaluate.contrast import MEASURES, SideBySide, contrast, other_decisions
-from bcosify.evaluate.decisions import Decisions, decide
+from bcosify.evaluate.contrast import MEASURES, contrast, other_decisions
+from bcosify.evaluate.decisions import Decisions, decide, side_by_side
 from bcosify.evaluate.estimates import bootstrap
 from bcosify.evaluate.metrics.fidelity import confident_agreement, fidelity
 from bcosify.evaluate.metrics.localisation import choose_grids, grid_scores, native_maps, pooled, runs_on, windowed_maps
 from bcosify.evaluate.subject import Subject, outputs_of
 from bcosify.explain import Explanation, explain
+from bcosify.explain.targets import SideBySide
 from torch import Tensor, nn
 
 CONFIDENT = 0.5  # the teacher's least probability of its class
@@ -137,10 +138,9 @@ def ledger(explanation: Explanation) -> dict[str, float]:
 
 
 def _maps_of_cells(model: nn.Module, images: Tensor, decisions: Decisions) -> Tensor:
-    """Maps (B, H, W), where all cells of a grid ask about the same picture one after the other: they share its pass."""
-    cells = SIDE**2
-    targets = SideBySide(tuple(decisions.rows(torch.arange(k, len(images), cells)).target() for k in range(cells)))
-    explanation = explain(model, fitted(images[::cells], model), targets, batch_size=BATCH, check=False)
+    """Maps (B·K, H, W) of B grids, whose K cells share a pass."""
+    targets = side_by_side(decisions, len(images))
+    explanation = explain(model, fitted(images, model), targets, batch_size=BATCH, check=False)
     return explanation.contributions.float().cpu().flatten(0, 1)
 
 

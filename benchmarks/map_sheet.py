@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 from bcosify.convert import Student, load, reload_teacher
 from bcosify.convert.output import output_kind
-from bcosify.evaluate.contrast import SideBySide, other_decisions
+from bcosify.evaluate.contrast import other_decisions
 from bcosify.evaluate.decisions import decide
 from bcosify.evaluate.subject import Subject, outputs_of
 from bcosify.explain import explain, overlay
+from bcosify.explain.targets import SideBySide
 from columns import BATCH, whole_objects
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn

@@ -34,13 +34,13 @@ def demo(
     done = demonstrate(out, recipe, photo=photo or (), overwrite=overwrite, say=console.print)
     show_table(
         f"{done.student} (B={done.b:g}) and its teacher",
-        ["picture", "teacher", "student", "score", "pixels for", "against", "carried", "constants"],
+        ["picture", "teacher", "student", "score", "pixels for", "against", "constants"],
         [
             (
                 one.name,
                 f"{one.teacher.label} ({one.teacher.probability:.0%})",
                 f"{one.student.label} ({one.student.probability:.0%})",
-                *dataclasses.astuple(one.ledgers[0])[1:6],
+                *dataclasses.astuple(one.ledgers[0])[1:5],
             )
             for one in done.shown
         ],

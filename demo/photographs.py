@@ -20,12 +20,12 @@ from ..evaluate.baselines import find_method, maps_of
 from ..evaluate.decisions import ClassDecisions
 from ..evaluate.fills import FILLS
 from ..evaluate.subject import Subject
-from ..explain import ClassTarget, Explanation, explain_scores, overlay
+from ..explain import ClassTarget, Explanation, explain_scores, overlay, smoothed
 
 __all__ = ["CELLS", "Shown", "show"]
 
 SIDE = 320  # pixels of a shown picture
-SMOOTH = 21  # pixels of it: one smoothing for every map
+SQUARES = 16  # a side of what maps are averaged over, before they are shown: one smoothing for all
 CELLS = 5  # regions are rectangles of cells of a grid of so many a side
 
 
@@ -40,14 +40,19 @@ class Decision:
 
 @dataclasses.dataclass(frozen=True)
 class Ledger:
-    """A score in four parts that add up to it: pixels for and against it, carried biases, constants."""
+    """A score as pixels for it, pixels against it, and constants, which add up to it but for `residual`.
+
+    For and against are sums over the map as it is shown. Of both together `carried` goes through biases that count in
+    proportion to their layer's input, and `direct` through none.
+    """
 
     label: str
     score: float
     pixels_for: float
     pixels_against: float
-    carried: float
     constants: float
+    direct: float
+    carried: float
     residual: float
 
 
@@ -85,8 +90,8 @@ def show(
 ) -> tuple[Shown, dict[str, Image.Image]]:
     """What the models say of a photograph, and pictures of it: as it was `seen`, and one for each map.
 
-    The maps are `grad_cam` of the teacher, its `class_maps`, and the student's of its `decision` and of the `second`
-    class. Every model sees the photograph as it prepares it itself.
+    The maps are `grad_cam` of the teacher, its `class_maps`, and the student's of its `decision`, of the `second`
+    class, and the `difference` of both. Every model sees the photograph as it prepares it itself.
     """
     output = output_kind(student)
     large, small = (opened.preprocess.transform()(photograph)[None] for opened in (teacher, student))
@@ -105,6 +110,7 @@ def show(
         "class_maps": _tile(seen, free.contributions[0, 0]),
         "decision": _tile(seen, explanation.contributions[0, 0]),
         "second": _tile(seen, explanation.contributions[0, 1]),
+        "difference": _tile(seen, explanation.contributions[0, 0] - explanation.contributions[0, 1]),
     }
     facts = Shown(
         name=name,
@@ -128,15 +134,15 @@ def _decision(output: Tensor, names: OutputKind) -> Decision:
 
 
 def _ledger(explanation: Explanation, score: int, label: str) -> Ledger:
-    """The parts of a score; pixels count for and against it by their direct contributions."""
-    direct, row = explanation.direct_contributions[0, score], explanation.row(0, score)
+    row, shown = explanation.row(0, score), _averaged(explanation.contributions[0, score]).double()
     return Ledger(
         label=label,
         score=row["score"],
-        pixels_for=float(direct.clamp_min(0).sum()),
-        pixels_against=float(direct.clamp_max(0).sum()),
-        carried=row.get("carried", 0.0),
+        pixels_for=float(shown.clamp_min(0).sum()),
+        pixels_against=float(shown.clamp_max(0).sum()),
         constants=sum(row["constants"].values()),
+        direct=row.get("direct", row["input"]),
+        carried=row.get("carried", 0.0),
         residual=row["residual"],
     )
 
@@ -167,9 +173,13 @@ def _mask(box: tuple[int, int, int, int], shape: Sequence[int]) -> Tensor:
 
 
 def _tile(seen: Image.Image, contributions: Tensor) -> Image.Image:
-    """A map (H, W), enlarged to the picture that it lies over."""
-    large = F.interpolate(contributions[None, None], (SIDE, SIDE), mode="bilinear")[0, 0]
-    return overlay(seen, large, smooth=SMOOTH)
+    large = F.interpolate(_averaged(contributions)[None, None], (SIDE, SIDE), mode="bilinear")[0, 0]
+    return overlay(seen, large, smooth=1)
+
+
+def _averaged(contributions: Tensor) -> Tensor:
+    """A map (H, W) as all maps are shown: averaged over small squares, with the sum that it had."""
+    return smoothed(contributions, contributions.shape[-1] // SQUARES | 1)
 
 
 def _seen(preprocess: Preprocess, normalised: Tensor) -> Image.Image:

@@ -7,24 +7,34 @@ better than the map of another decision on the same picture.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..core.errors import DataError, NotApplicable
-from ..explain.targets import Target
 from .baselines import Method, maps_of
-from .decisions import ClassDecisions, Decisions, ValueDecisions
+from .decisions import ClassDecisions, Decisions, ValueDecisions, interleaved
 from .metrics.localisation import energy_in_mask, pointing_game, signed_in_mask
 from .subject import Subject
 
 if TYPE_CHECKING:
     from .task import Explained
 
-__all__ = ["MEASURES", "OTHERS", "Measure", "SideBySide", "contrast", "maps_of_others", "other_decisions", "others_of"]
+__all__ = [
+    "MEASURES",
+    "OTHERS",
+    "OWN",
+    "Measure",
+    "contrast",
+    "maps_of_others",
+    "maps_with_others",
+    "other_decisions",
+    "others_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +60,7 @@ MEASURES = {
 }
 # The decisions that a map is compared with that of: any other class, and the second most likely one.
 OTHERS = ("random class", "runner-up")
+OWN = "decision"
 
 
 def others_of(kind: str, decisions: Decisions, outputs: Tensor, seed: int = 0) -> Decisions:
@@ -71,6 +82,26 @@ def others_of(kind: str, decisions: Decisions, outputs: Tensor, seed: int = 0) -
     own = decisions.classes.to(outputs.device)[:, None]
     second = outputs.detach().scatter(1, own, float("-inf")).argmax(1)
     return dataclasses.replace(decisions, classes=second.cpu())
+
+
+def maps_with_others(way: Method, subject: Subject, task: Explained, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """`OWN` -> maps (N, H, W) of the decisions of `task`, of any model; of each other kind of decision, of `kinds`,
+    that there is, too. All are from one forward pass where the method can.
+
+    Raises NotApplicable where there are no maps of the decisions.
+    """
+    images, seed = task.pictures.images, task.settings.seed
+    asked = {OWN: task.decisions}
+    for kind in kinds:
+        with contextlib.suppress(NotApplicable):  # the rows that need it ask again, and say why there is none
+            asked[kind] = others_of(kind, task.decisions, task.outputs["teacher"], seed)
+    try:
+        maps = maps_of(way, subject, images, interleaved(list(asked.values())), seed)
+    except NotApplicable:
+        if len(asked) == 1:
+            raise
+        return maps_with_others(way, subject, task, ())  # maybe only those of another decision are not finite
+    return dict(zip(asked, maps.unflatten(0, (-1, len(asked))).unbind(1), strict=True))
 
 
 def maps_of_others(kind: str, way: Method, subject: Subject, task: Explained) -> Tensor:
@@ -99,19 +130,6 @@ def _others(own: Tensor, count: int, kind: str, seed: int) -> Tensor:
         raise DataError(f"There is one {kind}, and no other to compare its maps with. Pass two or more.")
     steps = torch.randint(1, count, (len(own),), generator=torch.Generator().manual_seed(seed))
     return (own + steps) % count
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class SideBySide:
-    """The scores of several targets beside each other, from one forward pass: (B, K) of K scores in all."""
-
-    targets: tuple[Target, ...]
-
-    def scores(self, output: Tensor) -> Tensor:
-        return torch.cat([target.scores(output) for target in self.targets], 1)
-
-    def rows(self, pictures: slice) -> SideBySide:
-        return SideBySide(tuple(target.rows(pictures) for target in self.targets))
 
 
 def contrast(decided: Tensor, other: Tensor, masks: Tensor) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ is what is watched while parts of the picture are taken away.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,9 +23,17 @@ from torch import Tensor
 
 from ..convert.libraries import LABELS, REGRESSION
 from ..core.errors import DataError
-from ..explain.targets import ClassTarget, DirectionTarget, Target
+from ..explain.targets import ClassTarget, DirectionTarget, SideBySide, Target
 
-__all__ = ["ClassDecisions", "Decisions", "DirectionDecisions", "ValueDecisions", "decide"]
+__all__ = [
+    "ClassDecisions",
+    "Decisions",
+    "DirectionDecisions",
+    "ValueDecisions",
+    "decide",
+    "interleaved",
+    "side_by_side",
+]
 
 
 class Decisions(Protocol):
@@ -134,6 +143,26 @@ class DirectionDecisions:
 
     def alike(self, i: int, j: int) -> bool:
         return float(self.directions[i] @ self.directions[j]) > self.limit
+
+
+def interleaved(several: Sequence[Decisions]) -> Decisions:
+    """K decisions of one kind about each of N pictures, side by side: N·K, from K times N."""
+    first = several[0]
+    if isinstance(first, ClassDecisions):
+        classes = [one.classes for one in several if isinstance(one, ClassDecisions)]
+        return dataclasses.replace(first, classes=torch.stack(classes, 1).flatten())
+    if isinstance(first, DirectionDecisions):
+        directions = [one.directions for one in several if isinstance(one, DirectionDecisions)]
+        return dataclasses.replace(first, directions=torch.stack(directions, 1).flatten(0, 1))
+    return first.rows(torch.arange(len(first)).repeat_interleave(len(several)))
+
+
+def side_by_side(decisions: Decisions, pictures: int) -> Target:
+    """The scores (N, K) of N·K `decisions` about N `pictures`, of K about each, as a target of `explain`."""
+    several = len(decisions) // pictures
+    if several == 1:
+        return decisions.target()
+    return SideBySide(tuple(decisions.rows(torch.arange(k, len(decisions), several)).target() for k in range(several)))
 
 
 def decide(teacher: Tensor, classifier: bool, labels: Tensor | None = None, output: str | None = None) -> Decisions:

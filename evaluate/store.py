@@ -64,30 +64,28 @@ class Notes:
     def done(self, name: str) -> bool:
         return any(known.step == name for known in self.seconds)
 
-    def maps(self, model: str, method: str, make: Callable[[], Tensor], of: str = "") -> Tensor | None:
-        """The maps that `make` gives, or gave before, of the decisions or of what `of` says; None where there are none,
-        which of the decisions is a row."""
-        name = ", ".join(filter(None, (f"maps: {model}", method, of)))
+    def maps(self, model: str, method: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The maps by name that `make` gives, or gave before; empty where there are none, which is a row."""
+        name = f"maps: {model}, {method}"
         path = None
         if self.folder is not None:
-            path = self.folder / f"{'-'.join(filter(None, ('maps', model, method, of)))}.safetensors".replace(" ", "-")
+            path = self.folder / f"maps-{model}-{method}.safetensors".replace(" ", "-")
         if self.done(name):
-            return load_file(path)["maps"] if path is not None and path.is_file() else None
-        found: list[Tensor] = []
+            return load_file(path) if path is not None and path.is_file() else {}
+        found: dict[str, Tensor] = {}
 
         def run() -> None:
             try:
-                found.append(make())
+                found.update(make())
             except NotApplicable as error:
-                if not of:
-                    self.absent(Measurement("faithfulness", "maps", model, method), str(error))
+                self.absent(Measurement("faithfulness", "maps", model, method), str(error))
                 return
             if path is not None:
                 with new_file(path) as scratch:
-                    save_file({"maps": found[0].contiguous()}, scratch)
+                    save_file({kind: maps.contiguous() for kind, maps in found.items()}, scratch)
 
         self.step(name, run)
-        return found[0] if found else None
+        return found
 
     def absent(self, row: Measurement, reason: str) -> None:
         """Keeps that there is no such number, and why."""

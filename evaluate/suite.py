@@ -20,8 +20,8 @@ from torch import Tensor
 
 from ..core.errors import DataError
 from ..data.labelled import Pictures
-from .baselines import find_method, maps_of
-from .contrast import OTHERS, maps_of_others
+from .baselines import Method, find_method
+from .contrast import OTHERS, OWN, maps_with_others
 from .decisions import decide
 from .features import cache_key, features_of
 from .metrics.controls import less_trained
@@ -33,8 +33,6 @@ from .subject import Subject, outputs_of
 from .task import OURS, Compared, Explained, Settings
 
 __all__ = ["Explained", "Pictures", "Settings", "evaluate_subjects"]
-
-ANOTHER = "another class"
 
 
 def evaluate_subjects(
@@ -96,8 +94,7 @@ def _named(notes: Notes, explained: Explained) -> list[str]:
     pairs = explained.settings.pairs
     whole = dataclasses.replace(explained, maps=dict.fromkeys(pairs))
     maps = [f"maps: {model}, {method}" for model, method in pairs]
-    others = [f"maps: {', '.join(pair)}, {ANOTHER}" for pair in pairs if _has_another(explained, pair)]
-    return ["fidelity", *maps, *others, *(name for name, _ in _jobs(notes, whole))]
+    return ["fidelity", *maps, *(name for name, _ in _jobs(notes, whole))]
 
 
 def _fidelity(notes: Notes, teacher: Subject, student: Subject, pictures: Pictures, texts: Tensor | None) -> None:
@@ -162,22 +159,18 @@ def _decided(
 
 
 def _add_maps(notes: Notes, explained: Explained) -> None:
-    """Makes the maps of every method for the same decisions, and of another class where that is cheap."""
-    settings, subjects, decisions = explained.settings, explained.subjects, explained.decisions
-    images = explained.pictures.images
-    for model, name in settings.pairs:
-        make = functools.partial(maps_of, find_method(name), subjects[model], images, decisions, settings.seed)
-        if (found := notes.maps(model, name, make)) is not None:
-            explained.maps[model, name] = found
-    for model, name in explained.maps:
-        if _has_another(explained, (model, name)):
-            way = find_method(name)
-            make = functools.partial(maps_of_others, OTHERS[0], way, subjects[model], explained)
-            # Where there is none, the contrast's own row says why.
-            if (found := notes.maps(model, name, make, ANOTHER)) is not None:
-                explained.other_maps[model, name] = found
+    """Makes the maps of every method for the same decisions, and for other ones where that is cheap."""
+    for model, name in explained.settings.pairs:
+        way, subject = find_method(name), explained.subjects[model]
+        kinds = _others_shown(explained, way)
+        found = notes.maps(model, name, functools.partial(maps_with_others, way, subject, explained, kinds))
+        if OWN in found:
+            explained.maps[model, name] = found.pop(OWN)
+            explained.other_maps.update({(model, name, kind): maps for kind, maps in found.items()})
 
 
-def _has_another(explained: Explained, pair: tuple[str, str]) -> bool:
-    """Whether another class is explained too. Without masks there is no contrast; the page shows that of our own."""
-    return find_method(pair[1]).cheap and (explained.pictures.masks is not None or pair[1] == OURS)
+def _others_shown(explained: Explained, way: Method) -> tuple[str, ...]:
+    """Which other decisions are explained too. Without masks there is no contrast; the page shows one of our own."""
+    if not way.cheap:
+        return ()
+    return OTHERS if explained.pictures.masks is not None else OTHERS[:1] if way.name == OURS else ()

@@ -88,7 +88,8 @@ class Explained:
     """The pictures, both models' outputs (N, D), the decisions, and maps (N, H, W) of every pair that applies.
 
     Attributes:
-        maps: of the decisions. other_maps: of another class than the decision's, of the pairs that have them.
+        maps: of the decisions. other_maps: of other decisions, of the pairs that have them: (model, method, kind of
+            `contrast.OTHERS`) -> maps.
         controls: name -> makes a model that knows less than the student.
         subjects: by name. unit: pixels of a square that is taken away. shared: see `once`.
     """
@@ -100,7 +101,7 @@ class Explained:
     maps: dict[tuple[str, str], Tensor]
     unit: int
     settings: Settings
-    other_maps: dict[tuple[str, str], Tensor] = dataclasses.field(default_factory=dict)
+    other_maps: dict[tuple[str, str, str], Tensor] = dataclasses.field(default_factory=dict)
     controls: dict[str, Callable[[], Subject]] = dataclasses.field(default_factory=dict)
     shared: dict[Any, Any] = dataclasses.field(default_factory=dict)
 

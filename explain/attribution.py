@@ -137,12 +137,14 @@ def explain_scores(
     check: bool = True,
     tolerance: float = 1e-4,
     batch_size: int | None = None,
+    parts: bool = True,
 ) -> Explanation:
     """Explains scores of `model` on normalised `images` (B, 3, H, W), and proves that the explanation adds up.
 
     Any model will do, converted or not; a `SelfExplaining` one is asked itself, also inside of wrappers. It is left as
     it is, in its train or eval state; in eval mode, pictures of a batch do not depend on each other. Class numbers
     stand for a `ClassTarget` (see `target_of`). Where `batch_size` is given, that many pictures are explained at once.
+    Without `parts` it is not found out what carried biases add, which takes a backward pass a score (`direct` is None).
 
     Raises LedgerError where input and constants do not add up to a score within `tolerance` · max(1, |score|), and
     names the operations that have no rule; `check=False` returns such an explanation with its residual.
@@ -153,18 +155,18 @@ def explain_scores(
     if batch_size is not None and batch_size < len(images):
         return _joined(
             [
-                explain_scores(model, images[rows], target.rows(rows), check=check, tolerance=tolerance)
+                explain_scores(model, images[rows], target.rows(rows), check=check, tolerance=tolerance, parts=parts)
                 for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
             ]
         )
     with torch.inference_mode(False), torch.autocast(images.device.type, enabled=False):
         own = self_explaining(model, images)
-        explanation, cause = _explained(model, images, target) if own is None else _read_off(own, images, target)
+        explanation, cause = _explained(model, images, target, parts) if own is None else _read_off(own, images, target)
     if explanation.balanced(tolerance).all():
         return explanation
     if len(images) > 1 and not cause:
         # Some models do not keep pictures along the first axis, so that shares cannot be told apart in a batch.
-        single = explain_scores(model, images, target, check=False, batch_size=1)
+        single = explain_scores(model, images, target, check=False, batch_size=1, parts=parts)
         if single.balanced(tolerance).all() and torch.allclose(single.scores, explanation.scores, 1e-3, 1e-4):
             return single
     if check:
@@ -209,7 +211,7 @@ def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -
     return contributions.unflatten(1, (-1, inputs.shape[1])).sum(1)
 
 
-def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explanation, str]:
+def _explained(model: nn.Module, images: Tensor, target: Target, in_parts: bool) -> tuple[Explanation, str]:
     """The explanation, checked or not, and why it cannot add up, where that is known."""
     with torch.enable_grad():
         with Linearised(model) as mode:
@@ -227,7 +229,8 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
         gradients = encoded.new_empty(batch, scores.shape[1], channels, *size)
         contributions = encoded.new_empty(batch, scores.shape[1], *size)
         # What goes through no carrier; pulled first, as the last pull may write over the graph.
-        parts = [mode.pull_direct(scores[:, k].sum()) for k in range(scores.shape[1])] if _carries(mode, scores) else []
+        wanted = in_parts and mode.has_carriers and scores.requires_grad
+        parts = [mode.pull_direct(scores[:, k].sum()) for k in range(scores.shape[1])] if wanted else []
         direct = [torch.einsum("bchw,bchw->bhw", encoded, torch.cat(found, 1)) for found, _, _ in parts]
         shares = []
         for k, (found, constants) in enumerate(_pulled(model, mode, scores)):
@@ -240,10 +243,6 @@ def _explained(model: nn.Module, images: Tensor, target: Target) -> tuple[Explan
     if parts:
         explanation = _in_parts(explanation, torch.stack(direct, 1), parts)
     return explanation, _cause(mode, scores)
-
-
-def _carries(mode: Linearised, scores: Tensor) -> bool:
-    return mode.has_carriers and scores.requires_grad
 
 
 def _in_parts(

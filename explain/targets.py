@@ -22,6 +22,7 @@ __all__ = [
     "DirectionTarget",
     "PatchFeature",
     "SelfTarget",
+    "SideBySide",
     "SimilarityTarget",
     "Target",
     "TopTarget",
@@ -164,6 +165,19 @@ class SelfTarget(_ForAll):
 
     def settled(self, output: Tensor) -> DirectionTarget:
         return DirectionTarget(_unit(output.detach())[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class SideBySide:
+    """The scores of several targets beside each other, from one forward pass: (B, K) of K scores in all."""
+
+    targets: tuple[Target, ...]
+
+    def scores(self, output: Tensor) -> Tensor:
+        return torch.cat([target.scores(output) for target in self.targets], 1)
+
+    def rows(self, pictures: slice) -> SideBySide:
+        return SideBySide(tuple(target.rows(pictures) for target in self.targets))
 
 
 class PatchFeature(nn.Module):

@@ -123,12 +123,12 @@ def _from_tokens(subject: Subject, images: Tensor, attention: Tensor, class_toke
     return enlarged(row[:, prefix:].unflatten(1, (rows, columns))[:, None], images)
 
 
-@method("attention", 1, "the last layer's, mean over heads", in_score_units=False)
+@method("attention", 1, "the last layer's, mean over heads", in_score_units=False, of_decision=False)
 def _raw_attention(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     return _from_tokens(subject, images, _recorded(subject, images)[-1])
 
 
-@method("rollout", 1, "Abnar and Zuidema 2020, arXiv 2005.00928", in_score_units=False)
+@method("rollout", 1, "Abnar and Zuidema 2020, arXiv 2005.00928", in_score_units=False, of_decision=False)
 def _rollout(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     return _from_tokens(subject, images, rollout(_recorded(subject, images)))
 

@@ -22,6 +22,9 @@ class Method:
 
     Attributes:
         run: (subject, images (B, 3, H, W), decisions of B, seed) -> signed maps (B, H, W).
+        several: whether `run` also takes K decisions about each picture, side by side (B·K), and gives a map of each
+            (B·K, H, W), from one forward pass.
+        of_decision: whether the map depends on the decision; else it is the same for all.
         passes: forward and backward passes for one picture, roughly: how dear it is.
         in_score_units: whether a region's contributions say by how much the score would fall without it.
         shared: whether several decisions about one picture, standing side by side in a batch, share their passes.
@@ -36,6 +39,8 @@ class Method:
     in_score_units: bool = True
     shared: bool = False
     control: bool = False
+    several: bool = False
+    of_decision: bool = True
 
     @property
     def cheap(self) -> bool:
@@ -54,25 +59,40 @@ def find_method(name: str) -> Method:
 
 
 def maps_of(method: Method, subject: Subject, images: Tensor, decisions: Decisions, seed: int = 0) -> Tensor:
-    """Maps (N, H, W) on the CPU, a batch at a time; each picture's is the same whatever the batch size.
+    """Maps (M, H, W) on the CPU, a batch at a time; each picture's is the same whatever the batch size.
+
+    Args:
+        images: (N, 3, H, W). decisions: M = N·K, of K about each picture, side by side; they share its forward pass
+            where the method can (`several`), and its map where the method knows no decision (`of_decision`).
 
     Raises NotApplicable where the method has no meaning for the model, or gives maps that are not finite.
     """
+    together = copies = len(decisions) // len(images)
+    if not method.of_decision:
+        decisions, together = decisions.rows(torch.arange(0, len(decisions), copies)), 1
+    elif not method.several:
+        images, together, copies = images.repeat_interleave(copies, 0), 1, 1
     parts = []
-    for rows in torch.arange(len(images)).split(subject.batch_size):
+    # Of several decisions as few pictures: what is held of a batch is of as many maps.
+    for rows in torch.arange(len(images)).split(max(1, subject.batch_size // together)):
         batch = fitted(images[rows], subject.model)
-        parts.append(method.run(subject, batch, decisions.rows(rows), seed).detach().float().cpu())
+        asked = decisions.rows((rows[:, None] * together + torch.arange(together)).flatten())
+        parts.append(method.run(subject, batch, asked, seed).detach().float().cpu())
     maps = torch.cat(parts)
+    if not method.of_decision:
+        maps = maps.repeat_interleave(copies, 0)
     if wrong := int((~maps.isfinite()).flatten(1).any(1).sum()):
         raise NotApplicable(f"{wrong} of {len(maps)} maps hold NaN or infinite contributions")
     return maps
 
 
 def method(
-    name: str, passes: int, source: str, in_score_units: bool = True, shared: bool = False, control: bool = False
+    name: str, passes: int, source: str, **facts: bool
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Lists a function under `name`; `facts` are those of `Method`."""
+
     def keep(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        METHODS[name] = Method(name, run, passes, source, in_score_units, shared, control)
+        METHODS[name] = Method(name, run, passes, source, **facts)
         return run
 
     return keep

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 from ...convert.taps import find_blocks
 from ...core.errors import NotApplicable
-from ..baselines import find_method, maps_of
-from ..contrast import MEASURES, OTHERS, Measure, maps_of_others
+from ..baselines import find_method
+from ..contrast import MEASURES, OTHERS, OWN, Measure, maps_of_others, maps_with_others
 from ..record import Measurement
 from ..registry import Headline, Job, Metric, measures
 from ..subject import Subject
@@ -110,8 +110,8 @@ def _difference(one: Measure, masks: Tensor, maps: Tensor, others: Tensor) -> Te
 
 def _other_maps(task: Explained, pair: tuple[str, str], kind: str) -> Tensor:
     """Maps (N, H, W) of other decisions about the same pictures; raises NotApplicable where there are none."""
-    if kind == RANDOM and pair in task.other_maps:
-        return task.other_maps[pair]
+    if (*pair, kind) in task.other_maps:
+        return task.other_maps[*pair, kind]
     way = find_method(pair[1])
     if not way.cheap:
         raise NotApplicable(f"maps of another class would take {way.passes} more passes a picture")
@@ -146,12 +146,14 @@ def _measure_control(notes: Notes, task: Explained, name: str, make: Callable[[]
     way, subject = find_method(OURS), functools.cache(make)
 
     @functools.cache
-    def maps() -> Tensor:
-        return maps_of(way, subject(), task.pictures.images, task.decisions, task.settings.seed)
+    def found() -> dict[str, Tensor]:
+        return maps_with_others(way, subject(), task, (RANDOM,))
 
-    @functools.cache
+    def maps() -> Tensor:
+        return found()[OWN]
+
     def others() -> Tensor:
-        return maps_of_others(RANDOM, way, subject(), task)
+        return found()[RANDOM] if RANDOM in found() else maps_of_others(RANDOM, way, subject(), task)
 
     for one in MEASURES.values():
         row = Measurement("localisation", one.row, name, OURS)

@@ -54,7 +54,7 @@ __all__ = [
     "windowed_maps",
 ]
 
-# (images (B, 3, H, W), decisions of B) -> maps (B, H, W).
+# (images (B, 3, H, W), decisions of B·K, of K about each picture) -> maps (B·K, H, W), as `maps_of` gives them.
 Explain = Callable[[Tensor, Decisions], Tensor]
 # Less than this of positive contribution is none at all (ALOE's limit).
 NOTHING = 1e-7
@@ -163,9 +163,7 @@ def grid_pictures(images: Tensor, grids: Grids) -> Tensor:
 
 def native_maps(images: Tensor, decisions: Decisions, grids: Grids, explain: Explain) -> Tensor:
     """Maps (G·side², side·H, side·W): of every grid, the decision of every cell in order."""
-    cells = grids.side**2
-    pictures = grid_pictures(images, grids).repeat_interleave(cells, 0)
-    return explain(pictures, decisions.rows(grids.pictures.flatten()))
+    return explain(grid_pictures(images, grids), decisions.rows(grids.pictures.flatten()))
 
 
 def windowed_maps(images: Tensor, decisions: Decisions, grids: Grids, explain: Explain) -> Tensor:
@@ -180,7 +178,7 @@ def windowed_maps(images: Tensor, decisions: Decisions, grids: Grids, explain: E
     for top in rows:
         for left in columns:
             place = (..., slice(top, top + height), slice(left, left + width))
-            total[place] += explain(whole[place].repeat_interleave(cells, 0), wanted)
+            total[place] += explain(whole[place], wanted)
             count[place] += 1
     return total / count
 

@@ -125,8 +125,6 @@ def _shares(task: Explained, model: str, method: str) -> dict[str, Tensor]:
     images = task.pictures.images[:few]
     decisions = task.decisions.rows(torch.arange(len(images)))
     made = task.once("two objects", lambda: two_objects(images, masks[:few], pairs_of(decisions)))
-    maps = [
-        maps_of(way, task.subjects[model], made.images, decisions.rows(made.pictures[:, i]), task.settings.seed)
-        for i in (0, 1)
-    ]
-    return object_shares(maps[0], maps[1], made.masks)
+    asked = decisions.rows(made.pictures.flatten())  # of both objects of each picture, side by side
+    maps = maps_of(way, task.subjects[model], made.images, asked, task.settings.seed)
+    return object_shares(maps[::2], maps[1::2], made.masks)

@@ -19,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from ...convert.output import OutputKind
 from ...core.pictures import fitted
 from ...explain import Explanation, explain_scores, signed_map, smoothed, smoothing
+from ..contrast import OTHERS
 from ..decisions import ClassDecisions, ValueDecisions
 from ..record import Evaluation
 from ..suite import Explained
@@ -136,8 +137,8 @@ def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list
 def _drawn(explained: Explained, pair: tuple[str, str], i: int) -> list[tuple[str, str]]:
     """What is shown, and its address, of the map of the decision, and of that of another class where there is one."""
     maps = {"the decision": explained.maps[pair][i]}
-    if pair in explained.other_maps:
-        maps["another class"] = explained.other_maps[pair][i]
+    if (*pair, OTHERS[0]) in explained.other_maps:
+        maps["another class"] = explained.other_maps[*pair, OTHERS[0]][i]
     width = explained.maps[pair].shape[-1]
     averaged = [smoothed(one, smoothing(width)) for one in maps.values()]
     both = signed_map(torch.cat(averaged, -1), smooth=1)  # one picture, so one scale

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from bcosify.core.errors import DataError
-from bcosify.evaluate.contrast import SideBySide, contrast, other_decisions
+from bcosify.evaluate.contrast import contrast, other_decisions
 from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions, decide
 from bcosify.explain import ClassTarget, DirectionTarget, explain
+from bcosify.explain.targets import SideBySide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

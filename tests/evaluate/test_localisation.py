@@ -139,11 +139,11 @@ def test_windows_cover_every_pixel_and_are_averaged(size):
 
     def explain(pictures, decisions):
         seen.append(pictures.shape)
-        return torch.ones(len(pictures), size, size)
+        return torch.ones(len(decisions), size, size)
 
     maps = windowed_maps(images, ClassDecisions(torch.arange(4) % 3), grids, explain)
     assert maps.shape == (4, 2 * size, 2 * size) and bool((maps == 1).all())
-    assert len(seen) == 9 and set(seen) == {(4, 3, size, size)}
+    assert len(seen) == 9 and set(seen) == {(1, 3, size, size)}
 
 
 def test_grids_hold_confident_pictures_of_different_decisions_the_same_every_time():

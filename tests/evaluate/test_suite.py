@@ -21,6 +21,7 @@ from bcosify.core.errors import DataError
 from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate import metrics, registry, suite
 from bcosify.evaluate.baselines import CONTROLS
+from bcosify.evaluate.contrast import OTHERS
 from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page
@@ -321,7 +322,7 @@ def decoded(url: str) -> bytes:
 def test_the_gallery_opens_on_the_student_and_shows_another_class_and_the_mask(measured):
     evaluation, explained = measured
     ours = ("student", "explanation")
-    half = dataclasses.replace(explained, other_maps={ours: -0.5 * explained.maps[ours]})
+    half = dataclasses.replace(explained, other_maps={(*ours, OTHERS[0]): -0.5 * explained.maps[ours]})
     shown, _ = gallery_of(half, CLASSES, 2)
     assert [one["of"] for one in shown["maps"]] == [
         *("student: explanation", "teacher: explanation", "teacher: input-x-gradient", "teacher: rollout"),
