@@ -34,8 +34,8 @@ def explain(
 ) -> list[dict[str, Any]]:
     """Explains scores of pictures exactly: what every pixel and every constant adds, and that it adds up.
 
-    For each picture OUT gets NAME.png (picture, signed map, explanation in the picture's own colours), NAME.npz (the
-    raw maps) and NAME.json (the ledger). Scores are logits or cosines, not probabilities.
+    For each picture OUT gets NAME.png (the picture, what its pixels add, and the score as a sum), NAME.npz (the raw
+    maps) and NAME.json (the ledger). Scores are logits or cosines, not probabilities.
     Example: bcosify explain runs/resnet50/aligned cat.jpg dog.jpg --target tabby 'golden retriever' --out maps
 
     Args:

@@ -6,6 +6,7 @@ font has in ASCII: without their accent, or as their number, `\\u732b`. There is
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import unicodedata
@@ -33,7 +34,7 @@ def paragraph(text: str, width: int, size: float, colour: Colour = INK, across: 
     `across` says where lines lie that are shorter: 0 at the left, 1 at the right.
     """
     written, font = _set(text, size)
-    lines, leading = _lines(written, font, width), round(LEADING * size)
+    lines, leading = _lines(written, font, width - 1), round(LEADING * size)
     block = Image.new("RGB", (width, leading * len(lines)), "white")
     draw = ImageDraw.Draw(block)
     for number, line in enumerate(lines):
@@ -71,7 +72,10 @@ def beside(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
 def _set(text: str, size: float) -> tuple[str, Font]:
     """`text` on one line in letters that the font has, and the font: the first that has most of them."""
     text = unicodedata.normalize("NFC", one_line(text))
-    name = min(FONTS, key=lambda font: sum(not _has(font, letter) for letter in set(text)))
+    lacks = {
+        name: sum(not _has(name, letter) for letter in set(text)) for name in FONTS[: 1 if text.isascii() else None]
+    }
+    name = min(lacks, key=lambda name: lacks[name])
     font = _font(name, size)
     assert font is not None
     return "".join(letter if _has(name, letter) else _in_ascii(letter) for letter in text), font
@@ -86,7 +90,8 @@ def _lines(text: str, font: Font, width: int) -> list[str]:
             line = ""
         line = f"{line} {word}" if line else word
         while font.getlength(line) > width and len(line) > 1:
-            fits = next((n for n in range(len(line) - 1, 1, -1) if font.getlength(line[:n]) <= width), 1)
+            lengths = range(1, len(line))
+            fits = max(1, bisect.bisect_right(lengths, width, key=lambda n: font.getlength(line[:n])))
             lines.append(line[:fits])
             line = line[fits:]
     return [*lines, line]

@@ -6,6 +6,7 @@ import base64
 import collections
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -76,7 +77,11 @@ def report_page(evaluation: Evaluation, gallery: Sequence[dict[str, Any]], title
         charts=charts,
         key=key,
         gallery=gallery,
-        ledger_parts=[(part, name) for part, name in LEDGER.items() if any(part in row for row in rows)],
+        ledger_parts=[
+            (part, f"{name}{_places(rows)}" if part == "input" else name)
+            for part, name in LEDGER.items()
+            if any(part in row for row in rows)
+        ],
         absent=absences(evaluation),
         seconds=_seconds(evaluation),
         settings=json.dumps({key: getattr(evaluation, key) for key in ("model", "data", "settings")}, indent=2),
@@ -165,10 +170,18 @@ def _runs(lines: np.ndarray) -> Iterator[tuple[int, int, int]]:
     yield from zip(rows.tolist(), starts.tolist(), ends.tolist(), strict=True)
 
 
+def _places(rows: Sequence[dict[str, Any]]) -> str:
+    """Which models' maps are of places, and of how many."""
+    counts = {row["model"]: row["places"] for row in rows if "places" in row}
+    return "".join(f" (the {model}'s: from {count} places)" for model, count in counts.items())
+
+
 def _ledger(model: str, explanation: Explanation, i: int) -> dict[str, Any]:
     row = explanation.row(i, 0)
+    places = {} if explanation.places is None else {"places": math.prod(explanation.places)}
     return {
         **row,
+        **places,
         "model": model,
         "constants": sum(row["constants"].values()),
         "largest": _largest(row["constants"]),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from bcosify.cli.main import main
 from bcosify.convert import load
+from bcosify.explain.render import FRAME
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -92,6 +93,7 @@ def test_texts_are_cosines_that_add_up(run, student, words):
     assert rows[0]["score"] == pytest.approx(cosine(student, "a red bus", CAT), abs=1e-5)
     assert rows[3]["score"] == pytest.approx(cosine(student, "a cat", COFFEE), abs=1e-5)
     assert rows[0]["probability"] + rows[1]["probability"] == pytest.approx(1) and "probability" in err
+    assert sorted(row["rank"] for row in rows[:2]) == [1, 2] and rows[0]["among"] == 2 and "decision" not in rows[0]
 
 
 def test_an_unconverted_pair_takes_texts_too(run, folder):
@@ -125,8 +127,25 @@ def test_zero_shot_explains_some_labels_and_ranks_all(run, student, tmp_path, wo
         (entry,) = [entry for entry in ranking if entry["label"] == row["label"]]
         assert row["score"] == pytest.approx(entry["similarity"], abs=1e-6)
         assert row["probability"] == pytest.approx(entry["probability"], abs=1e-6)
+        assert row["decision"] == {"target": LABELS.index(ranking[0]["label"]), **_said(ranking[0])}
+        assert ranking[row["rank"] - 1]["label"] == row["label"] and row["among"] == len(LABELS)
     if "bus" in words:
         assert [row["label"] for row in rows[:2]] == ["a rocket", "a bus"]
+
+
+def _said(entry: dict) -> dict:
+    return {"label": entry["label"], "probability": pytest.approx(entry["probability"], abs=1e-6)}
+
+
+def test_a_class_stands_among_the_model_s_own(run, plain):
+    opened = load(plain)
+    with torch.no_grad():
+        shares = opened.model(opened.preprocess.transform()(Image.open(CAT))[None])[0].softmax(0)
+    order = shares.argsort(descending=True).tolist()
+    code, rows, err = run(plain, CAT, "--target", order[0], order[4])
+    assert code == 0 and [row["rank"] for row in rows] == [1, 5] and "probability" in err
+    assert [row["probability"] for row in rows] == pytest.approx(shares[[order[0], order[4]]].tolist(), rel=1e-3)
+    assert all(row["decision"]["target"] == order[0] and row["among"] == len(shares) for row in rows)
 
 
 def test_a_picture_is_like_itself(run, plain):
@@ -163,6 +182,10 @@ def test_a_patchs_own_feature_is_explained_by_its_surroundings(run, plain, tmp_p
         tokens = opened.model.forward_features(opened.preprocess.transform()(Image.open(CAT))[None])
     feature = tokens[0, opened.model.num_prefix_tokens :].unflatten(0, (4, 4))[row, column]
     assert code == 0 and rows[0]["score"] == pytest.approx(float(feature.norm()), rel=1e-4)
+    assert rows[0]["patch"] == [row, column, 4, 4] and "probability" not in rows[0]
+    drawn = np.asarray(Image.open(tmp_path / "maps" / "chelsea.png"))
+    framed = (drawn == FRAME).all(-1).nonzero()[1]  # in the first tile, 336 pixels wide
+    assert framed.min() == 20 + 84 * column - 2 * (column > 0)
     assert balanced(rows[0], 1e-4 * rows[0]["score"]) and "pos_embed" in rows[0]["constants"]
     np.save(tmp_path / "direction.npy", feature.numpy())
     _, along, _ = run(plain, CAT, "--patch", place, "--direction", tmp_path / "direction.npy")

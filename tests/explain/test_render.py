@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from decimal import Decimal
+
 import numpy as np
 import pytest
 import torch
 from bcosify.explain import explain
-from bcosify.explain.render import overlay, panel, rgba, signed_map
+from bcosify.explain.lettering import INK, WARNING
+from bcosify.explain.render import (
+    AGAINST,
+    CONSTANT,
+    FOR,
+    FRAME,
+    Part,
+    added_up,
+    ledger_bar,
+    ledger_parts,
+    overlay,
+    panel,
+    rgba,
+    signed_map,
+    smoothed,
+    smoothing,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
 
@@ -73,6 +94,152 @@ def test_overlay_shows_the_picture_where_nothing_counts(photo):
     assert pixels[3, 4, 0] > pixels[3, 4, 2] + 50
     elsewhere = pixels[5:]
     assert (elsewhere[..., 0] == elsewhere[..., 2]).all() and elsewhere.std() > 1
+
+
+@pytest.mark.parametrize("shape", [(9, 9), (5, 12), (12, 5), (60, 90)])
+@pytest.mark.parametrize("side", [1, 3, 7])
+def test_smoothing_keeps_the_sum(shape, side):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    averaged = smoothed(values, side)
+    assert averaged.shape == shape and torch.equal(averaged, values) == (side == 1)
+    torch.testing.assert_close(averaged.sum(), values.sum(), atol=1e-4, rtol=1e-4)
+    if side <= min(shape):
+        torch.testing.assert_close(averaged[side // 2, side // 2], values[:side, :side].mean())
+
+
+def test_the_same_squares_are_averaged_in_every_size_of_a_map():
+    assert [smoothing(width) for width in (16, 112, 224, 448)] == [1, 3, 7, 15]
+
+
+@pytest.mark.parametrize("smooth", [None, 1, 5])
+@pytest.mark.parametrize("channels", [3, 6])
+def test_no_place_is_blue_in_one_tile_and_opaque_in_another(channels, smooth):
+    contributions = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
+    photo = Image.new("RGB", (96, 64), (90, 90, 90))
+    red, _, blue = np.asarray(signed_map(contributions, smooth=smooth)).astype(int).transpose(2, 0, 1)
+    over = np.asarray(overlay(photo, contributions, smooth=smooth)).astype(int)
+    opacity = np.asarray(rgba(torch.randn(channels, 64, 96), contributions, photo, smooth=smooth))[..., 3].astype(int)
+    assert (blue > red).mean() > 0.2 and (opacity[blue > red] == 0).all()
+    clearly = red > blue + 12
+    assert clearly.mean() > 0.2 and (opacity[clearly] > 0).all()
+    assert (over[..., 0] > over[..., 2])[clearly].all() and (over[..., 0] < over[..., 2])[blue > red + 12].all()
+    # As opaque as the map is red: the order of any two places is the same.
+    np.testing.assert_allclose(opacity[clearly], 255 * _strengths(contributions, smooth)[clearly], atol=1)
+
+
+def _strengths(contributions: torch.Tensor, smooth: int | None) -> np.ndarray:
+    side = smoothing(contributions.shape[1]) if smooth is None else smooth
+    padded = np.pad(contributions.numpy(), side // 2, mode="symmetric")
+    averaged = np.lib.stride_tricks.sliding_window_view(padded, (side, side)).mean((2, 3))
+    return (averaged / np.percentile(np.abs(averaged), 99.5)).clip(-1, 1)
+
+
+@given(st.floats(-1, 1), st.lists(st.floats(-1e5, 1e5), min_size=1, max_size=4))
+def test_numbers_of_a_ledger_add_up_as_written(extra, values):
+    score = sum(values) + extra * 1e-6 * max(map(abs, values))  # rounding of a real ledger
+    total, parts = added_up(score, values)
+    written = [Decimal(text.replace(",", "")) for text in (total, *parts)]
+    assert written[0] == sum(written[1:])
+    decimals = -int(written[0].as_tuple().exponent)
+    for number, value in zip(written, (score, *values), strict=True):
+        assert abs(float(number) - value) <= 3 * 10.0**-decimals
+
+
+def test_a_ledger_is_written_in_four_digits():
+    assert added_up(11.4123, [2.0781, 9.3342]) == ("11.41", ["+2.08", "+9.33"])
+    assert added_up(0.31904, [0.2, 0.11904]) == ("0.3190", ["+0.2000", "+0.1190"])
+    assert added_up(1.5, [1.5, 0.0, -1e-9]) == ("1.500", ["+1.500", "0.000", "0.000"])
+    assert added_up(0.0, [0.0]) == ("0.00", ["0.00"])
+    assert added_up(float("nan"), [float("nan")])[0] == "nan"
+
+
+def test_the_parts_of_a_ledger_are_for_against_carried_and_constants():
+    contributions = torch.zeros(1, 1, 8, 8)
+    contributions[0, 0, 1, 1], contributions[0, 0, 5, 5] = 3.0, -1.0
+    nothing = torch.zeros(1, 1)
+    explanation = explain(nn.Sequential(nn.Flatten(), nn.Linear(192, 1)), torch.randn(1, 3, 8, 8), 0)
+    known = {"contributions": contributions, "constants": {"a": nothing + 0.5}, "residual": nothing}
+    explanation = dataclasses.replace(explanation, scores=nothing + 2.5, **known)
+    parts = {part.name: part.value for part in ledger_parts(explanation)}
+    assert parts == {"from pixels: for": 3.0, "from pixels: against": -1.0, "from constants": 0.5}
+    # Neighbours of both signs cancel where they are averaged.
+    assert ledger_parts(explanation, smooth=15)[0].value < 3
+    carrying = dataclasses.replace(explanation, direct=contributions / 2, direct_residual=nothing)
+    parts = {part.name: part.value for part in ledger_parts(carrying)}
+    assert parts["from pixels: for"] == 1.5 and parts["from carried biases, in the maps too"] == 1.0
+    assert sum(parts.values()) == pytest.approx(2.5)
+    wrong = dataclasses.replace(explanation, scores=nothing + 3.5, residual=nothing + 1)
+    assert ledger_parts(wrong)[-1][:2] == ("unaccounted for", 1.0)
+
+
+def test_the_bar_is_as_long_as_its_parts_and_marks_the_score():
+    parts = [Part("for", 6.0, FOR), Part("against", -2.0, AGAINST), Part("constants", 2.0, CONSTANT)]
+    drawn = ledger_bar(parts, 6.0, width=1001, size=20)
+    row = np.asarray(drawn)[8 + 14]  # through the middle of the bar
+    lengths = [(row == colour).all(-1).sum() for colour in (AGAINST, FOR, CONSTANT)]
+    assert lengths == pytest.approx([200, 600, 200], abs=8)
+    assert (row[:190] == AGAINST).all(-1).sum() > 180 and (row[-190:] == CONSTANT).all(-1).sum() > 180
+    (marked,) = (row == INK).all(-1).nonzero()
+    assert marked.mean() == pytest.approx(800, abs=3)
+    narrow = ledger_bar(parts, 6.0, width=160, size=20)
+    assert narrow.width == 160 and narrow.height > drawn.height  # the numbers go over several lines
+    assert ledger_bar([Part("nothing", 0.0, FOR)], 0.0).width == 1000
+
+
+@pytest.mark.parametrize("shape", [(224, 112), (112, 224), (112, 112), (448, 448)], ids=str)
+def test_panel_keeps_the_shape_of_the_picture(shape):
+    explanation = explain(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, *shape), [0, 1])
+    photo = Image.new("RGB", shape[::-1], (10, 200, 30))
+    drawn = np.asarray(panel(photo, explanation, "a name of sixty letters, with $dollars_1$ and ümläuts in it" * 2))
+    rows, columns = (drawn[:, : 20 + 336] == (10, 200, 30)).all(-1).nonzero()
+    assert np.ptp(columns) + 3 == 336 and np.ptp(rows) + 3 == round(336 * shape[0] / shape[1])
+    for edge in (drawn[:20], drawn[-20:], drawn[:, :20], drawn[:, -20:]):
+        assert (edge == 255).all()
+
+
+def test_panel_says_in_red_that_constants_decide_and_what_to_doubt(photo):
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2, bias=False))
+    explanation = explain(model, torch.randn(1, 3, 12, 16), [0])
+
+    def red(explanation, **options) -> int:
+        return int((np.asarray(panel(photo, explanation, "cat", **options)) == WARNING).all(-1).sum())
+
+    assert (
+        red(explanation) == 0 and red(explanation, lines=["a line"]) == 0 and red(explanation, doubts=["a doubt"]) > 20
+    )
+    part = explanation.input_part
+    little, much = (
+        dataclasses.replace(explanation, scores=part + c * part, constants={"bias": c * part}) for c in (0.9, 1.1)
+    )
+    assert red(little) == 0 and red(much) > 20
+
+
+def test_panel_frames_the_patch_in_every_tile():
+    explanation = explain(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, 56, 56), 0)
+    photo = Image.new("RGB", (56, 56), "white")
+    assert not (np.asarray(panel(photo, explanation)) == FRAME).all(-1).any()
+    drawn = np.asarray(panel(photo, explanation, patch=(1, 5, 7, 7)))
+    rows, columns = (drawn == FRAME).all(-1).nonzero()
+    for tile in range(4):
+        inside = columns[(columns >= 20 + 350 * tile) & (columns < 20 + 350 * tile + 336)] - (20 + 350 * tile)
+        assert (inside.min(), inside.max()) == (5 * 48 - 2, 6 * 48 + 1)
+    assert np.ptp(rows) == 51
+
+
+def test_panel_shows_the_colours_of_weights_only_where_they_mean_something(photo):
+    explanation = explain(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.randn(1, 3, 2, 2), 0)
+    ones, nothing = torch.ones(1, 1, 8, 8), torch.zeros(1, 1)
+    weights = six(1.0, 0.2, 0.6)[None, None]
+    explanation = dataclasses.replace(
+        explanation, scores=nothing, contributions=ones, encoded_gradients=weights, constants={}, residual=nothing
+    )
+    grey = Image.new("RGB", (8, 8), (120, 120, 120))
+
+    def last_tile(**options) -> np.ndarray:
+        return np.asarray(panel(grey, explanation, **options))[300, 20 + 350 * 3 + 168]
+
+    np.testing.assert_array_equal(last_tile(), (120, 120, 120))
+    np.testing.assert_allclose(last_tile(own_colours=True), (255, 51, 153), atol=1)
 
 
 @pytest.mark.parametrize("size", [160, 336])

@@ -18,6 +18,7 @@ from bcosify.explain import (
     ZeroShotTarget,
     attribute,
     explain,
+    ledger_parts,
     panel,
 )
 from bcosify.explain.attribution import _spread
@@ -186,6 +187,19 @@ def test_its_panel_shows_the_map_over_the_picture(net, images):
     assert drawn.ndim == 3 and len(np.unique(drawn.reshape(-1, 3), axis=0)) > 50
     with pytest.raises(ValueError, match="pass the image"):
         panel(None, explanation)
+
+
+def test_it_says_from_how_many_places(net, images):
+    h, w = net.maps(images).shape[-2:]
+    for found in (
+        explain(net, images, 0),
+        explain(net, images, 0, batch_size=1),
+        explain(net, images, 0, views="flip"),
+    ):
+        assert found.places == (h, w)
+    names = [part.name for part in ledger_parts(explain(net, images, 0))]
+    assert names == [f"from {h * w} places: for", f"from {h * w} places: against", "from constants"]
+    assert explain(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.randn(1, 3, 2, 2), 0).places is None
 
 
 # ------------------------------------------------------------------------------------------------------------- wrappers
