@@ -189,9 +189,10 @@ def small_shared_memory(bench: Bench) -> Row:
 
 
 def shared_memory_fills(bench: Bench) -> Row:
-    """Another program takes all of /dev/shm while the run is under way: here, when a step is logged."""
+    """Another program takes all of /dev/shm while the run is under way, and what is freed: here, from step 5 on."""
     name, rows = "shm-full", bench.folder / "shm-full.run" / METRICS
-    wait = f"while ! grep -qs '\"step\": 5,' {rows}; do sleep 0.05; done; head -c 2m /dev/zero > /dev/shm/other"
+    wait = f"while ! grep -qs '\"step\": 5,' {rows}; do sleep 0.05; done"
+    wait += "; for i in $(seq 2000); do head -c 1m /dev/zero > /dev/shm/other$i; sleep 0.01; done"
     ended = subprocess.run(
         [*_with_shared_memory("1m", f"({wait}) 2>/dev/null &"), *bench.command(name, *WORKERS)],
         env=_environment(), capture_output=True, text=True, timeout=LIMIT,

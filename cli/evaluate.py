@@ -23,7 +23,7 @@ def evaluate(
     labels: str | None = None,
     against: list[str] | None = None,
     pictures: int = 128,
-    grids: int = 16,
+    grids: int | None = None,
     most_passes: int = 128,
     removals: list[str] | None = None,
     controls: bool = True,
@@ -55,7 +55,8 @@ def evaluate(
             integrated-gradients, grad-cam and occlusion; also smoothgrad, lime, rise, attention, rollout,
             chefer, legrad, grad-eclip, attn-lrp, libragrad; `all`, `none`.
         pictures: at most so many are explained, drawn by --seed.
-        grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells).
+        grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells); default 16, of fewer than 64 pictures a
+            quarter of them.
         most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
         removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement;
             default patches:grey.

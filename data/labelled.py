@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -35,6 +36,13 @@ NUMBER = re.compile(r"[-+]?\d*\.?\d+(?:e[-+]?\d+)?", re.IGNORECASE)
 
 
 LONGEST_LABEL = 200
+MOST_NUMBERS = 32  # levels of grey between 0 and 255 that a mask of numbered objects may have
+WANTED = (
+    "A mask is 0 outside and 255 (or 1) inside; of numbered objects, pass a mask of the one that is meant, with 0 "
+    "elsewhere."
+)
+# Bytes of pictures, as models take them, that are kept as they are checked; of more, each is decoded when it is used.
+IN_MEMORY = 2**28
 
 
 class Preparation(Protocol):
@@ -64,7 +72,7 @@ class Pictures:
     """What to measure on.
 
     Attributes:
-        images: (N, 3, H, W) normalised; pictures for fidelity alone may be read batch by batch.
+        images: (N, 3, H, W) normalised; many pictures for fidelity alone are read batch by batch.
         keys: names of the pictures.
         masks: (N, H, W) in [0, 1], or None.
         labels: (N,) classes; `label_names` may name them.
@@ -135,7 +143,7 @@ def read_pictures(
     """The pictures of an index that can be read; others are skipped, with a DataWarning, and listed.
 
     Args:
-        count: so many pictures, drawn by `seed`, read into memory; None: all, read batch by batch.
+        count: so many pictures, drawn by `seed`, read into memory; None: all, read batch by batch where they are many.
         masks: read the mask of every sample, or draw it from its box: 0 outside, 255 or 1 inside, or colours, as
             palettes have. Pictures whose mask is empty are skipped.
         label: key of the label in a sample's json; or `cls`, its member.
@@ -148,7 +156,9 @@ def read_pictures(
     limit, transform = pixel_limit(max_pixels), preprocess.transform()
     drawn = range(len(index)) if count is None or count >= len(index) else map(int, order(len(index), seed, 0))
 
-    images: dict[int, Tensor] = {}  # of a drawn few, which are kept as they are checked, and so decoded once
+    one = transform(Image.new("RGB", (64, 64)))
+    kept = count is not None or len(index) * one.numel() * one.element_size() <= IN_MEMORY
+    images: dict[int, Tensor] = {}  # of a few, which are kept as they are checked, and so decoded once
     seen: dict[int, Tensor] = {}
 
     def check(i: int) -> None:
@@ -159,17 +169,16 @@ def read_pictures(
                 name = f"{index.key(i)} in {index.file(i).path}"
                 raise _Broken(name, "nothing of what the model sees is in its mask", "cannot be used")
             seen[i] = mask
-        if count is not None:
+        if kept:
             images[i] = transform(picture)
 
     positions, skipped = _readable(drawn, len(index) if count is None else count, check)
-    lazy = Decoded(index, positions, transform, limit)
     digest = None if count is not None else f"{index.digest} {preprocess}"
     if digest and skipped:
         digest += f" {hashlib.sha256(repr(positions).encode()).hexdigest()}"
     labels, names = _labels(index, positions, label) if label else (None, None)
     return Pictures(
-        lazy if count is None else torch.stack([images[i] for i in positions]),
+        torch.stack([images[i] for i in positions]) if kept else Decoded(index, positions, transform, limit),
         tuple(index.key(i) for i in positions),
         torch.stack([seen[i] for i in positions]) if masks else None,
         labels,
@@ -248,7 +257,9 @@ def _mask(
     """(H, W) in [0, 1], through the resizing and cropping of its picture, which has `size` (width, height)."""
     kind = next((name for name in MASKS if name in index.extensions(i)), None)
     if kind is not None:
-        mask = _levels(_picture(index, i, limit, kind), f"{index.key(i)}.{kind} in {index.file(i).path}")
+        name = f"{index.key(i)}.{kind} in {index.file(i).path}"
+        mask = _levels(_picture(index, i, limit, kind), name)
+        _check_palette(index.read(i, kind), name)
     elif (box := _facts(index, i).get("box")) is not None:
         mask = Image.new("L", size)
         ImageDraw.Draw(mask).rectangle(_edges(box, size, f"{index.key(i)}.json in {index.file(i).path}"), fill=255)
@@ -275,12 +286,30 @@ def _levels(mask: Image.Image, name: str) -> Image.Image:
     levels, largest = colours.max(-1), int(colours.max())
     if largest <= 1 or (colours != levels[..., None]).any():
         return Image.fromarray(np.where(levels > 0, 255, 0).astype(np.uint8))
-    if largest < 128:
-        raise DataError(
-            f"--masks: the largest value of {name} is {largest}. A mask is 0 outside and 255 (or 1) inside; of "
-            "numbered objects, pass a mask of the one that is meant."
-        )
+    between = levels[(levels > 0) & (levels < 255)]
+    numbers = np.unique(between)
+    few = len(numbers) <= MOST_NUMBERS  # a soft edge has more levels
+    if largest < 128 or (few and largest < 255):
+        raise DataError(f"--masks: the largest value of {name} is {largest}. {WANTED}")
+    if few and len(numbers) and (numbers[-1] < 128 or len(between) > (levels == 255).sum()):
+        raise _void(name, numbers)
     return Image.fromarray(levels)
+
+
+def _check_palette(data: bytes, name: str) -> None:
+    """Raises DataError for a mask of a palette that has 255 beside other numbers."""
+    with Image.open(io.BytesIO(data)) as mask:  # it was decoded before
+        numbers = np.unique(np.asarray(mask)) if mask.mode == "P" else np.zeros(0)
+    if 255 in numbers and len(others := numbers[(numbers > 0) & (numbers < 255)]):
+        raise _void(name, others)
+
+
+def _void(name: str, numbers: np.ndarray) -> DataError:
+    found = ", ".join(map(str, numbers[:3])) + (", ..." if len(numbers) > 3 else "")
+    return DataError(
+        f"--masks: {name} has 255 beside {found}. In masks of numbered objects, such as Pascal VOC's, 255 is a border "
+        f"that belongs to nothing: it is neither inside nor outside. {WANTED}"
+    )
 
 
 def _edges(box: Any, size: tuple[int, int], name: str) -> list[float]:

@@ -133,7 +133,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         failed: list[Exception] = []
-        batches = iter(self._loader(_until_failed(self.runs, failed)))
+        with self._told():
+            batches = iter(self._loader(_until_failed(self.runs, failed)))
         try:
             for item in self._coming(batches):
                 if isinstance(item, DataError):
@@ -148,9 +149,15 @@ class Batches:
             raise failed.pop()
 
     def _coming(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """What the DataLoader gives, and the one line for workers that ended or could not hand a batch over."""
-        try:
+        """What the DataLoader gives."""
+        with self._told():
             yield from batches
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """The one line for workers that cannot start, that ended, or that could not hand a batch over."""
+        try:
+            yield
         except (RuntimeError, OSError, MemoryError) as error:
             if not self.workers:
                 raise

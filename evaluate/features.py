@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from ..core.pictures import fitted
 from ..explain.self_explaining import main_output
 from .subject import Subject, weights_digest
 
-__all__ = ["DENSE", "OUTPUT", "cache_key", "features_of"]
+__all__ = ["DENSE", "OUTPUT", "cache_key", "features_of", "kept"]
 
 SCHEMA = 1
 OUTPUT, DENSE = "output", "dense"
@@ -36,6 +37,15 @@ def cache_key(subject: Subject, data: str) -> str:
     return hashlib.sha256(json.dumps([SCHEMA, weights_digest(subject.model), data]).encode()).hexdigest()[:32]
 
 
+def kept(key: str | None) -> bool:
+    """Whether the features of this key were made before."""
+    return key is not None and _place(key).is_file()
+
+
+def _place(key: str) -> Path:
+    return cache_root() / "features" / f"{key}.safetensors"
+
+
 def features_of(subject: Subject, batches: Iterable[Tensor], key: str | None = None) -> dict[str, Tensor]:
     """Name -> features on the CPU, of batches (B, 3, H, W), the last one however small.
 
@@ -46,7 +56,7 @@ def features_of(subject: Subject, batches: Iterable[Tensor], key: str | None = N
         output: (N, D). A block's name, at a third, two thirds and all of the depth: (N, C), mean over places.
         dense: (min(N, 256), C, rows, columns), where the model has a grid of patches.
     """
-    path = None if key is None else cache_root() / "features" / f"{key}.safetensors"
+    path = None if key is None else _place(key)
     if path is not None and path.is_file():
         with contextlib.suppress(OSError, SafetensorError):  # half a cache is none
             return load_file(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -18,6 +18,7 @@ __all__ = ["Progress", "announced", "in_words", "passes_of"]
 
 DISTINCT = 2 * len(FRACTIONS)  # pictures that two removal curves need
 SINGLE = SIDE**2 + 1  # of a picture, for single deletion
+LEDGER = 4  # of a picture: its ledger is drawn up apart from its map
 DECISIONS = 3  # that a cheap method explains of each picture: the teacher's, another one's, and the runner-up's
 
 
@@ -60,36 +61,37 @@ class Progress:
             self.bar.close()
 
 
-def passes_of(settings: Settings, models: Sequence[str], explained: int, fidelity: int) -> dict[str, float]:
-    """Model -> about how many forward passes of one picture its measurements take (a backward pass counts as two).
+def passes_of(settings: Settings, compared: Mapping[str, int], explained: int) -> dict[str, float]:
+    """Model -> about how many forward passes of one picture its measurements take.
 
-    `explained` pictures are explained, and `fidelity` pictures compared.
+    `explained` pictures are explained. `compared`: model -> of how many pictures its features are to be made; those of
+    their patches take a pass of their own.
     """
-    passes = dict.fromkeys(models, float(fidelity))
-    for model in models:
-        subsets = len(settings.shares) * settings.subsets
-        passes[model] += min(explained, settings.subset_pictures) * (subsets + SINGLE)
+    few, fewer = min(explained, settings.subset_pictures), min(explained, settings.cascade_pictures)
+    subsets = len(settings.shares) * settings.subsets + 1
+    passes = {model: 2.0 * count + few * (subsets + SINGLE) + LEDGER * explained for model, count in compared.items()}
     for model, name in settings.pairs:
         method = find_method(name)
-        cost = 1 if method.control and method.cheap else 3 * method.passes  # forward and backward
-        again = DECISIONS if method.cheap else 1
-        passes[model] += explained * (again * cost + DISTINCT * len(settings.removals) + 1)
+        passes[model] += explained * (method.forwards(DECISIONS if method.cheap else 1) + 1)
+        passes[model] += explained * DISTINCT * len(settings.removals)
         if method.cheap:
-            passes[model] += min(explained, settings.cascade_pictures) * cost * (settings.cascade_steps + DRAWS)
-            passes[model] += min(explained, settings.subset_pictures) * cost  # two objects
-        passes[model] += _of_grids(settings, method, cost)
-    if settings.controls and "student" in passes:  # three models that know less, two decisions each
-        passes["student"] += 3 * 2 * 3 * find_method(OURS).passes * explained
+            passes[model] += fewer * method.forwards() * (settings.cascade_steps + DRAWS)
+            passes[model] += few / 2 * method.forwards(2)  # two objects
+        passes[model] += _of_grids(settings, method)
+    if settings.controls and "student" in passes:  # three models that know less
+        passes["student"] += 3 * explained * find_method(OURS).forwards(2)
     return passes
 
 
-def _of_grids(settings: Settings, method: Method, cost: float) -> float:
+def _of_grids(settings: Settings, method: Method) -> float:
+    """Passes of one picture that GridPG takes: each grid, or each window of it, is explained for all its cells."""
     found = 0.0
     for protocol, side in settings.protocols:
-        places = side**2 if protocol == "native" else (2 * side - 1) ** 2
-        places = places / side**2 if method.shared else places
-        if method.passes * places <= settings.most_passes and (method.cheap or not method.control):
-            found += max(1, settings.grids * 4 // side**2) * side**2 * cost * places
+        cells, windows = side**2, (2 * side - 1) ** 2
+        seen = cells if protocol == "native" else windows  # pictures that a grid is as large as, or windows
+        each = method.passes * seen / (cells if method.shared else 1)
+        if each <= settings.most_passes and (method.cheap or not method.control):
+            found += max(1, settings.grids * 4 // cells) * seen * method.forwards(cells)
     return found
 
 
@@ -103,10 +105,16 @@ def in_words(seconds: float) -> str:
 
 
 def announced(
-    settings: Settings, seconds: Mapping[str, float], steps: int, done: int, explained: int, fidelity: int
+    settings: Settings,
+    seconds: Mapping[str, float],
+    compared: Mapping[str, int],
+    steps: int,
+    done: int,
+    explained: int,
+    fidelity: int,
 ) -> str:
     """One line: what will be done, and about how long. `seconds` are those of one picture's pass, for each model."""
-    passes = passes_of(settings, list(seconds), explained, fidelity)
+    passes = passes_of(settings, compared, explained)
     took = sum(passes[model] * seconds[model] for model in seconds) * (1 - done / max(1, steps))
     kept = f", of which {done} are done" if done else ""
     methods = ", ".join(f"{model}'s {method}" for model, method in settings.pairs)

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..data.labelled import Pictures
 from .baselines import Method, find_method
 from .contrast import OTHERS, OWN, maps_with_others
 from .decisions import decide
-from .features import cache_key, features_of
+from .features import cache_key, features_of, kept
 from .metrics.controls import less_trained
 from .progress import announced
 from .record import Evaluation
@@ -77,10 +77,12 @@ def evaluate_subjects(
     # Steps are named before there are maps; those of maps that turn out not to apply are not taken.
     names = _named(notes, explained)
     done = sum(map(notes.done, names))
-    counts = (len(explained_on), len(fidelity_on))
-    notes.progress.start(len(names), done, announced(settings, seconds, len(names), done, *counts))
+    keys = {subject.name: _key(subject, fidelity_on) for subject in (teacher, student)}
+    compared = {name: 0 if kept(key) else len(fidelity_on) for name, key in keys.items()}
+    about = announced(settings, seconds, compared, len(names), done, len(explained_on), len(fidelity_on))
+    notes.progress.start(len(names), done, about)
     try:
-        notes.step("fidelity", lambda: _fidelity(notes, teacher, student, fidelity_on, texts))
+        notes.step("fidelity", lambda: _fidelity(notes, (teacher, student), keys, fidelity_on, texts))
         _add_maps(notes, explained)
         for name, job in _jobs(notes, explained):
             notes.step(name, job)
@@ -97,15 +99,21 @@ def _named(notes: Notes, explained: Explained) -> list[str]:
     return ["fidelity", *maps, *(name for name, _ in _jobs(notes, whole))]
 
 
-def _fidelity(notes: Notes, teacher: Subject, student: Subject, pictures: Pictures, texts: Tensor | None) -> None:
+def _key(subject: Subject, pictures: Pictures) -> str | None:
+    """What the features of `pictures` are kept under, where these can be told apart from others."""
+    return None if pictures.digest is None else cache_key(subject, pictures.digest)
+
+
+def _fidelity(
+    notes: Notes, both: Sequence[Subject], keys: Mapping[str, str | None], pictures: Pictures, texts: Tensor | None
+) -> None:
     """All that compares features: they are many, and are not kept, so it is one step."""
-    subjects = {subject.name: subject for subject in (teacher, student)}
+    subjects = {subject.name: subject for subject in both}
     features = {}
     for name, subject in subjects.items():
         count = -(-len(pictures) // subject.batch_size)
         batches = notes.progress.within(pictures.images.split(subject.batch_size), count, f"features of the {name}")
-        key = None if pictures.digest is None else cache_key(subject, pictures.digest)
-        features[name] = features_of(subject, batches, key)
+        features[name] = features_of(subject, batches, keys[name])
     compared = Compared(pictures, subjects, features, texts, notes.seed)
     for step in steps_of("features"):
         for _, job in step.run(notes, compared):
@@ -141,6 +149,7 @@ def _decided(
     subjects = {"teacher": teacher, "student": student}
     outputs, seconds = {}, {}
     for name, subject in subjects.items():
+        outputs_of(subject, [pictures.images[:1]])  # the first pass of a model takes longer
         start = time.perf_counter()
         outputs[name] = outputs_of(subject, pictures.images.split(subject.batch_size))
         seconds[name] = (time.perf_counter() - start) / len(pictures)

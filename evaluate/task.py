@@ -18,6 +18,7 @@ from .subject import Subject
 __all__ = ["OURS", "Compared", "Explained", "Settings"]
 
 OURS = "explanation"
+FEW = 4  # pictures, that no figure is of fewer than, where there are as many
 T = TypeVar("T")
 
 
@@ -61,6 +62,16 @@ class Settings:
         for _, fill in self.removals:
             if fill not in FILLS:
                 raise DataError(f"no fill is called {fill!r}. There are: {', '.join(FILLS)}.")
+
+    def sized(self, pictures: int, grids: int | None = None) -> Settings:
+        """Sized for so many explained pictures: figures that explain or change each picture often are of a part of
+        them, and no grid repeats pictures, unless so many `grids` are asked for. Of 128 pictures or more, as it is."""
+        return dataclasses.replace(
+            self,
+            grids=min(self.grids, max(1, pictures // 4)) if grids is None else grids,
+            subset_pictures=min(self.subset_pictures, max(FEW, pictures // 4)),
+            cascade_pictures=min(self.cascade_pictures, max(FEW, pictures // 8)),
+        )
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:

@@ -55,7 +55,7 @@ def evaluate(
     labels: str | None = None,
     against: Sequence[str] | None = None,
     pictures: int = 128,
-    grids: int = 16,
+    grids: int | None = None,
     most_passes: int = 128,
     removals: Sequence[str] | None = None,
     controls: bool = True,
@@ -82,7 +82,8 @@ def evaluate(
         labels: key of a label in each sample's json (or its cls member): adds k-NN, linear probe and zero-shot.
         against: other methods, on the teacher, or on the student as student:METHOD; default `CHEAP`; `all`, `none`.
         pictures: at most so many are explained, drawn by `seed`.
-        grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells).
+        grids: how many 2x2 grids GridPG gets (and 3x3 ones of as many cells); default 16, of fewer than 64 pictures a
+            quarter of them.
         most_passes: leave a method out of a GridPG protocol where a cell takes more passes than this.
         removals: UNIT:FILL of deletion and insertion: patches or pixels; grey, mean, blur or complement.
         controls: also measure models and maps that know less, beside every figure (see `metrics.controls`).
@@ -124,7 +125,6 @@ def evaluate(
     settings = Settings(
         _methods([against] if isinstance(against, str) else against or CHEAP),
         removals=_removals([removals] if isinstance(removals, str) else removals or REMOVALS),
-        grids=grids,
         most_passes=most_passes,
         controls=controls,
         seed=seed,
@@ -180,7 +180,10 @@ def evaluate(
             assert explained_on is not None
             untrained = {"untrained": partial(_untrained, student, weights, ours)} if controls else None
             evaluation, explained = evaluate_subjects(
-                teacher, ours, fidelity_on, explained_on, settings, texts=texts, untrained=untrained, **options
+                *(teacher, ours, fidelity_on, explained_on, settings.sized(len(explained_on), grids)),
+                texts=texts,
+                untrained=untrained,
+                **options,
             )
         else:
             evaluation = evaluate_protocol(

@@ -253,7 +253,7 @@ def _result(one: Measurement, task: str, evaluation: Evaluation) -> EvalResult:
 
 
 def markdown(table: Table) -> str:
-    """A table with each value's interval behind it; the best of its column in bold, as `table` says."""
+    """A table with each value's interval behind it; what `table` marks in bold."""
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(cells)} |"

@@ -28,7 +28,7 @@ def _shared_forward(subject: Subject, decisions: Decisions) -> Callable[[Tensor,
     return scores
 
 
-@method("occlusion", 50, "Zeiler and Fergus 2014, arXiv 1311.2901; 7 x 7 squares of grey", shared=True)
+@method("occlusion", 50, "Zeiler and Fergus 2014, arXiv 1311.2901; 7 x 7 squares of grey", shared=True, backward=False)
 @torch.no_grad()
 def _occlusion(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     side = -(-min(images.shape[-2:]) // 7)
@@ -44,7 +44,7 @@ def _occlusion(subject: Subject, images: Tensor, decisions: Decisions, seed: int
     return maps[:, 0] / side**2
 
 
-@method("lime", 201, "Ribeiro et al. 2016, arXiv 1602.04938; 7 x 7 squares, 200 samples, ridge")
+@method("lime", 201, "Ribeiro et al. 2016, arXiv 1602.04938; 7 x 7 squares, 200 samples, ridge", backward=False)
 @torch.no_grad()
 def _lime(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     try:
@@ -72,7 +72,13 @@ def _lime(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> 
     return torch.cat(maps)
 
 
-@method("rise", 500, "Petsiuk et al. 2018, arXiv 1806.07421; 500 masks of 8 x 8, half kept", in_score_units=False)
+@method(
+    "rise",
+    500,
+    "Petsiuk et al. 2018, arXiv 1806.07421; 500 masks of 8 x 8, half kept",
+    in_score_units=False,
+    backward=False,
+)
 @torch.no_grad()
 def _rise(subject: Subject, images: Tensor, decisions: Decisions, seed: int) -> Tensor:
     """Mean of the masks weighted by the confidence under them, minus the plain mean: signed, 0 where none matters."""

@@ -26,6 +26,7 @@ class Method:
             (B·K, H, W), from one forward pass.
         of_decision: whether the map depends on the decision; else it is the same for all.
         passes: forward and backward passes for one picture, roughly: how dear it is.
+        backward: whether half of them are backward passes; else none is.
         in_score_units: whether a region's contributions say by how much the score would fall without it.
         shared: whether several decisions about one picture, standing side by side in a batch, share their passes.
         control: it knows nothing of the decision, or is what calmer maps look like: what others should beat.
@@ -41,12 +42,24 @@ class Method:
     control: bool = False
     several: bool = False
     of_decision: bool = True
+    backward: bool = True
 
     @property
     def cheap(self) -> bool:
         """Cheap enough for what explains every picture many times over."""
         return self.passes <= 4
 
+    def forwards(self, decisions: int = 1) -> float:
+        """About how many forward passes of one picture it costs to explain so many decisions about it, by time."""
+        if not self.of_decision:
+            return 0.0 if self.control else self.passes
+        if not self.backward:
+            return self.passes * (1 if self.shared else decisions)
+        return self.passes / 2 * ((1 if self.several else decisions) + BACKWARD * decisions)
+
+
+# What a backward pass costs, in forward passes that keep nothing: about this on CPUs.
+BACKWARD = 1.5
 
 METHODS: dict[str, Method] = {}
 

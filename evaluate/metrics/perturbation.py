@@ -115,7 +115,19 @@ def removal_curve(
         images: (N, 3, H, W) normalised.
         fractions: shares in [0, 1]; each is rounded to whole regions.
     """
-    rank = ranks(pooled(maps, unit), order, seed)
+    return _ranked_curve(subject, images, ranks(pooled(maps, unit), order, seed), decisions, fractions, unit, fill)
+
+
+def _ranked_curve(
+    subject: Subject,
+    images: Tensor,
+    rank: Tensor,
+    decisions: Decisions,
+    fractions: tuple[float, ...],
+    unit: int,
+    fill: str,
+) -> Tensor:
+    """`removal_curve` of regions in the order of their `rank` (N, R)."""
     outputs = removal_outputs(subject, images, rank, fractions, unit, fill)
     every = decisions.rows(torch.arange(len(images)).repeat_interleave(len(fractions)))
     return every.confidence(outputs).view(len(images), len(fractions))
@@ -277,14 +289,10 @@ def _removal(notes: Notes, task: Explained, model: str, method: str, variant: st
 
 def _curve(task: Explained, model: str, maps: Tensor, order: Order, unit: int, fill: str) -> Tensor:
     """`removal_curve`, run once for all methods of the model that take the same regions in the same order."""
-    subject, images, seed = task.subjects[model], task.pictures.images, task.settings.seed
-    rank = ranks(pooled(maps, unit), order, seed)
+    rank = ranks(pooled(maps, unit), order, task.settings.seed)
     places = hashlib.sha256(rank.cpu().numpy().tobytes()).digest()
-
-    def run() -> Tensor:
-        return removal_curve(subject, images, maps, task.decisions, order, unit=unit, fill=fill, seed=seed)
-
-    return task.once(("curve", model, unit, fill, places), run)
+    given = (task.subjects[model], task.pictures.images, rank, task.decisions, FRACTIONS, unit, fill)
+    return task.once(("curve", model, unit, fill, places), lambda: _ranked_curve(*given))
 
 
 def _ends(task: Explained, model: str, fill: str) -> Tensor:

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from ...convert.output import OutputKind
 from ...core.pictures import fitted
 from ...explain import Explanation, explain_scores, signed_map, smoothed, smoothing
+from ..baselines import find_method
 from ..contrast import OTHERS
 from ..decisions import ClassDecisions, ValueDecisions
 from ..record import Evaluation
@@ -43,6 +44,7 @@ CARDS = {
     "bias_share": "of the student's scores comes from constants",
     "ledger_residual": "unaccounted for, of a score",
 }
+SAME = "the same map for every class"
 LARGEST = 4
 OUTLINE = (("#000", 3.5), ("#fff", 1.5))
 SVG = "http://www.w3.org/2000/svg"
@@ -130,7 +132,12 @@ def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list
             "outline": None if pictures.masks is None else _outline(pictures.masks[i]),
             "size": tuple(pictures.images.shape[-2:]),
             "maps": [
-                {"of": f"{model}: {method}", "ours": method == OURS, "sources": _drawn(explained, (model, method), i)}
+                {
+                    "of": f"{model}: {method}",
+                    "ours": method == OURS,
+                    "blind": not find_method(method).of_decision,
+                    "sources": _drawn(explained, (model, method), i),
+                }
                 for model, method in pairs
             ],
             "ledgers": [_ledger(name, explanation, i) for name, explanation in ledgers.items()],
@@ -140,9 +147,13 @@ def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list
 
 
 def _drawn(explained: Explained, pair: tuple[str, str], i: int) -> list[tuple[str, str]]:
-    """What is shown, and its address, of the map of the decision, and of that of another class where there is one."""
-    maps = {"the decision": explained.maps[pair][i]}
-    if (*pair, OTHERS[0]) in explained.other_maps:
+    """What is shown, and its address, of the map of the decision, and of that of another class where there is one.
+
+    Of a method that knows no class both are the same, so one is shown.
+    """
+    own = explained.maps[pair][i]
+    maps = {"the decision": own} if find_method(pair[1]).of_decision else {SAME: own}
+    if SAME not in maps and (*pair, OTHERS[0]) in explained.other_maps:
         maps["another class"] = explained.other_maps[*pair, OTHERS[0]][i]
     width = explained.maps[pair].shape[-1]
     averaged = [smoothed(one, smoothing(width)) for one in maps.values()]

@@ -73,7 +73,8 @@ def fidelity_table(evaluation: Evaluation) -> Table:
 
 
 def method_tables(evaluation: Evaluation) -> dict[str, Table]:
-    """Section -> methods down, metrics across, the best of each column marked.
+    """Section -> methods down, metrics across; marked is what is better than all others of its column by intervals that
+    do not overlap (see `comparison`).
 
     What is measured by a model's own confidence is comparable between methods of that model only, so is marked there.
     """
@@ -86,11 +87,12 @@ def method_tables(evaluation: Evaluation) -> dict[str, Table]:
         pairs = list(dict.fromkeys((one.model, one.method) for one in found))
         place = {(one.metric, one.variant, one.model, one.method): one for one in found}
         groups = {pair: pair[0] if section == "faithfulness" else "" for pair in pairs}
-        best = {
-            _best([place.get((*column, *pair)) for pair in pairs if groups[pair] == group])
-            for column in columns
-            for group in set(groups.values())
-        }
+        best = set()
+        for column in columns:
+            for group in set(groups.values()):
+                ones = [place.get((*column, *pair)) for pair in pairs if groups[pair] == group]
+                if (ahead := _ahead(ones)) is not None:
+                    best.add(ones[ahead])
         absent = {(one.model, one.method): one for one in found if one.metric == "maps"}
         rows = []
         for pair in pairs:

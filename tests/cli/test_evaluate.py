@@ -120,7 +120,8 @@ def test_a_protocol_is_measured_with_its_own_settings_and_says_them(student, sha
     }
 
 
-def test_a_grid_reads_its_own_pictures_from_the_shards(student, shard):
+def test_a_grid_reads_its_own_pictures_from_the_shards(student, shard, monkeypatch):
+    monkeypatch.setattr(labelled, "IN_MEMORY", 0)
     lazy = read_pictures(find_pictures(str(shard)), load(student).preprocess).images
     every = torch.cat(list(lazy.split(4)))
     assert torch.equal(taken(lazy, [4, 1, 1]), every[[4, 1, 1]]) and torch.equal(taken(every, [5]), every[[5]])
@@ -169,14 +170,22 @@ def test_bad_input_is_said_and_nothing_is_written(student, tmp_path, capsys, mem
     assert not (tmp_path / "report").exists() and [path.name for path in tmp_path.iterdir()] == ["objects.tar"]
 
 
-def test_explained_pictures_are_decoded_once(shard, monkeypatch):
+def test_pictures_are_decoded_once(shard, monkeypatch):
     index, decoded = labelled.find_pictures(shard), []
     decode = labelled.decode
     monkeypatch.setattr(labelled, "decode", lambda data, *more: decoded.append(len(data)) or decode(data, *more))
     preprocess = tiny_teacher("test_resnet").preprocess
     found = labelled.read_pictures(index, preprocess, count=3, masks=True)
     assert len(decoded) == 6 and found.masks.shape == (3, *preprocess.size)  # three pictures and three masks
+    decoded.clear()
+    whole = labelled.read_pictures(index, preprocess)
+    for _ in ("teacher", "student"):
+        every = torch.cat(list(whole.images.split(4)))
+    assert len(decoded) == 6
+    monkeypatch.setattr(labelled, "IN_MEMORY", 5 * every[0].nbytes)  # one picture fewer than there are
     lazy = labelled.read_pictures(index, preprocess)
+    assert not isinstance(lazy.images, torch.Tensor) and lazy.digest == whole.digest
+    assert torch.equal(torch.cat(list(lazy.images.split(4))), every)
     every = dict(zip(lazy.keys, torch.cat(list(lazy.images.split(4))), strict=True))
     assert all(torch.equal(image, every[key]) for key, image in zip(found.keys, found.images, strict=True))
 

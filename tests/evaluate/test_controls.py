@@ -219,6 +219,31 @@ def test_masks_of_numbers_are_refused_and_empty_ones_skipped(tmp_path):
         masks_of(shard(tmp_path / "c.tar", [half(0)]))
 
 
+def test_numbered_masks_above_127_and_with_a_void_border_are_refused_and_soft_ones_are_not(tmp_path):
+    with pytest.raises(DataError, match=r"the largest value of s0\.mask\.png .* is 200\. A mask is 0 outside and 255"):
+        masks_of(shard(tmp_path / "a.tar", [half(200)]))
+    values = np.asarray(half(15)).copy()
+    values[:, 18:20] = 255  # as Pascal VOC has it: 15 for a person, 255 for its border
+    palette = Image.fromarray(values, "P")
+    palette.putpalette([0, 0, 0] + [128, 64, 0] * 254 + [224, 224, 192])
+    for name, mask in {"grey": Image.fromarray(values), "palette": palette}.items():
+        with pytest.raises(
+            DataError, match="s0.mask.png .* has 255 beside 15. In masks of numbered objects, such as Pas"
+        ):
+            masks_of(shard(tmp_path / f"{name}.tar", [mask]))
+    many = np.asarray(half(255)).copy()
+    many[:15, :20], many[15:30, :20] = 1, 130  # more of numbers than of 255
+    with pytest.raises(DataError, match="has 255 beside 1, 130"):
+        masks_of(shard(tmp_path / "many.tar", [Image.fromarray(many)]))
+    wanted = masks_of(shard(tmp_path / "b.tar", [half(255)]))
+    binary = Image.fromarray(np.asarray(half(255)), "P")
+    binary.putpalette([0, 0, 0] + [9, 9, 9] * 254 + [255, 255, 255])
+    blurred = np.zeros((40, 40), np.uint8)
+    blurred[:] = np.clip(255 - (np.arange(40) - 2) * 255 / 35.5, 0, 255)  # a soft edge from left to right
+    assert torch.equal(masks_of(shard(tmp_path / "c.tar", [binary])), wanted)
+    assert torch.equal(masks_of(shard(tmp_path / "d.tar", [Image.fromarray(blurred)])), wanted)
+
+
 def test_masks_of_another_size_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"mask has 20x40 pixels, its picture 40x40"):
         masks_of(shard(tmp_path / "a.tar", [half(255).resize((20, 40))]))

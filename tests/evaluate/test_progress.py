@@ -46,10 +46,11 @@ def test_the_steps_are_announced_and_counted_and_those_done_before_too(pair, tmp
 
 def test_more_is_said_to_take_longer():
     def passes(explained=16, fidelity=16, **changes):
-        return passes_of(dataclasses.replace(SETTINGS, **changes), ["teacher", "student"], explained, fidelity)
+        compared = {"teacher": fidelity, "student": fidelity}
+        return passes_of(dataclasses.replace(SETTINGS, **changes), compared, explained)
 
     plain = passes()
-    assert passes(fidelity=116) == {model: count + 100 for model, count in plain.items()}
+    assert passes(fidelity=116) == {model: count + 200 for model, count in plain.items()}
     dearer = passes(methods=(("teacher", "rise"),))
     assert dearer["teacher"] > plain["teacher"] and dearer["student"] == plain["student"]
     for more in (passes(controls=True), passes(explained=32), passes(grids=4)):

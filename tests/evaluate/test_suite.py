@@ -25,6 +25,7 @@ from bcosify.evaluate.contrast import OTHERS
 from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
 from bcosify.evaluate.report import gallery_of, render_page, report_page
+from bcosify.evaluate.report.report import SAME
 from bcosify.evaluate.report.tables import comparison, method_tables
 from bcosify.evaluate.suite import Pictures, Settings
 from PIL import Image
@@ -116,20 +117,20 @@ def test_the_record_reads_back_as_it_was_written(measured, tmp_path):
 def test_a_stopped_evaluation_goes_on_where_it_was(pair, measured, tmp_path, monkeypatch):
     """Stopped in the student's curve: what came before is on disk, is not done again, and the numbers are the same."""
     facts = {"model": {"weights": "w"}, "progress": False, "work": tmp_path / "work"}
-    removal_curve, features_of = perturbation.removal_curve, suite.features_of
+    removal_outputs, features_of = perturbation.removal_outputs, suite.features_of
 
     def stop(subject, *more, **options):
         if subject.name == "student":
             raise KeyboardInterrupt
-        return removal_curve(subject, *more, **options)
+        return removal_outputs(subject, *more, **options)
 
-    monkeypatch.setattr(perturbation, "removal_curve", stop)
+    monkeypatch.setattr(perturbation, "removal_outputs", stop)
     with pytest.raises(KeyboardInterrupt):
         suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **facts)
     kept = read_evaluation(tmp_path / "work")
     assert kept.find("deletion_auc", "teacher", "explanation")
     assert kept.find("deletion_auc", "student", "explanation") is None
-    monkeypatch.setattr(perturbation, "removal_curve", removal_curve)
+    monkeypatch.setattr(perturbation, "removal_outputs", removal_outputs)
     monkeypatch.setattr(suite, "features_of", lambda *_: pytest.fail("fidelity was done before"))
     evaluation, explained = suite.evaluate_subjects(*pair(), pictures(), pictures(), QUICK, **facts)
     assert evaluation.seconds[: len(kept.seconds)] == kept.seconds
@@ -156,7 +157,7 @@ def positive_share(task, model, method):
 
 
 def test_a_new_metric_is_one_file(pair, tmp_path, monkeypatch):
-    """It is measured, kept as a step, and shown under its title with the better one marked."""
+    """It is measured, kept as a step, and shown under its title the best marked where it is clear."""
     (tmp_path / "positive.py").write_text(NEW)
     registry.all_metrics()
     monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
@@ -174,7 +175,10 @@ def test_a_new_metric_is_one_file(pair, tmp_path, monkeypatch):
     (column,) = (number for number, (name, _) in enumerate(table.columns) if name == "positive SHARE")
     assert table.columns[column][1] == "less is better"
     values = [row[column] for row in table.rows if row[0].text == "teacher" and row[column].order != ""]
-    assert [cell.best for cell in values] == [cell.order == min(c.order for c in values) for cell in values]
+    ones = [one for one in evaluation.measurements if one.metric == "positive_share" and one.value is not None]
+    lowest, *rest = sorted(ones, key=lambda one: one.value)
+    clear = all(lowest.high < one.low for one in rest)
+    assert [cell.best for cell in values] == [clear and cell.order == lowest.value for cell in values]
 
 
 def test_two_metrics_of_one_name_are_refused():
@@ -342,6 +346,13 @@ def test_the_gallery_opens_on_the_student_and_shows_another_class_and_the_mask(m
     assert shown["decision"] == CLASSES.name(int(explained.decisions.classes[0]))
     assert shown["student_decides"] == CLASSES.name(int(explained.outputs["student"][0].argmax()))
     page = report_page(evaluation, gallery_of(half, CLASSES, 2), "title", "what")
+    # Rollout, the centre and edges know no class: one map of each, which says so, also where another was made.
+    blind = dataclasses.replace(
+        half, other_maps={("teacher", "rollout", OTHERS[0]): explained.maps["teacher", "rollout"]}
+    )
+    (again,) = gallery_of(blind, CLASSES, 1)
+    assert [[what for what, _ in one["sources"]] for one in again["maps"] if one["blind"]] == [[SAME]] * 3
+    assert page.count(f"<small>{SAME}</small>") == 6
     assert page.count("<small>another class</small>") == 2 and page.count("--outline: url(data:image/svg") == 2
     bare = dataclasses.replace(explained, pictures=pictures(masks=None), other_maps={})
     page = report_page(evaluation, gallery_of(bare, CLASSES, 1), "title", "what")
@@ -433,5 +444,5 @@ def test_the_page_in_a_browser(measured, tmp_path):
     assert "errors" not in found
     up, down = ([float(value) for value in found[name].split()] for name in ("up", "down"))
     assert up == sorted(up) and down == sorted(down, reverse=True) and len(set(up)) > 1
-    assert found["opacity"] == "0.2" and found["shown"] == "26" and found["wide"] == "false"
+    assert found["opacity"] == "0.2" and found["shown"] == "20" and found["wide"] == "false"
     assert found["first"] == "student: explanation, the decision: p0" and "data:image/svg" in found["outline"]

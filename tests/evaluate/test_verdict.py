@@ -109,6 +109,23 @@ def test_tables_show_the_contrast_first_and_the_student_before_all_others():
     ]
 
 
+def test_tables_mark_a_method_only_where_its_interval_is_apart_from_all_others():
+    one = Measurement("faithfulness", "insertion_auc", "student", "explanation", "v", 0.8, 0.7, 0.9, 5)
+
+    def marked(*rows: Measurement) -> list[bool]:
+        return [row[2].best for row in method_tables(of(*rows))[rows[0].section].rows]
+
+    far, near = (like(one, *values, method="grad-cam") for values in ((0.5, 0.4, 0.6), (0.75, 0.6, 0.85)))
+    assert marked(one, far) == [True, False] and marked(one, near) == [False, False]
+    assert marked(one, far, dataclasses.replace(near, method="rollout")) == [False, False, False]
+    # Faithfulness is of a model's own methods; less of a deletion curve is better; what is alone beats nothing.
+    assert marked(one, far, dataclasses.replace(near, model="teacher")) == [True, False, False]
+    assert marked(*(dataclasses.replace(row, metric="deletion_auc") for row in (one, far))) == [False, True]
+    assert marked(one) == [False]
+    where = [dataclasses.replace(row, section="localisation", metric="energy_in_mask") for row in (one, far)]
+    assert marked(where[0], dataclasses.replace(where[1], model="teacher")) == [True, False]
+
+
 def marks(*rows: Measurement | None) -> list[bool]:
     table = comparison([(f"run {i}", of(row) if row else of()) for i, row in enumerate(rows)])
     return [cell.best for cell in table.rows[0][3:]]
