@@ -14,6 +14,7 @@ random state. As with any such process, a script that asks for workers needs the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple

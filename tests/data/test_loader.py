@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import multiprocessing as mp
 import os
@@ -117,6 +118,19 @@ def test_no_worker_outlives_an_iteration(index, how, says):
         how(batches)
     assert not mp.active_children()
     assert (held is None) == (says is None)
+
+
+def test_workers_that_cannot_start_are_one_line(index, monkeypatch):
+    """As where shared memory is full when a phase begins: their queues lie there."""
+
+    def full(self: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.utils.data.dataloader.DataLoader._get_iterator", full)
+    with pytest.raises(
+        DataError, match=r"^the 2 processes that read pictures failed: .*No space left.*--set workers=1"
+    ):
+        train(index, workers=2)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
