@@ -26,7 +26,7 @@ __all__ = ["CELLS", "Shown", "show"]
 
 SIDE = 320  # pixels of a shown picture
 SQUARES = 16  # a side of what maps are averaged over, before they are shown: one smoothing for all
-CELLS = 5  # regions are rectangles of cells of a grid of so many a side
+CELLS = 4  # regions are rectangles of cells of a grid of so many a side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,19 +91,20 @@ def show(
     """What the models say of a photograph, and pictures of it: as it was `seen`, and one for each map.
 
     The maps are `grad_cam` of the teacher, its `class_maps`, and the student's of its `decision`, of the `second`
-    class, and the `difference` of both. Every model sees the photograph as it prepares it itself.
+    class, and the `difference` of both. All models see the photograph as the student prepares it, so at its size.
     """
     output = output_kind(student)
-    large, small = (opened.preprocess.transform()(photograph)[None] for opened in (teacher, student))
-    seen = _seen(teacher.preprocess, large[0])
-    original = _subject("teacher", teacher.model, teacher.preprocess)
+    image = student.preprocess.transform()(photograph)[None]
+    original, ours = (
+        _subject(name, model.model, student) for name, model in (("teacher", teacher), ("student", student))
+    )
     with torch.no_grad():
-        decided = teacher.model(large)
-    cam = maps_of(find_method("grad-cam"), original, large, ClassDecisions(decided.argmax(1)))[0]
-    free = explain_scores(class_maps.model, large, ClassTarget(decided.argmax(1, keepdim=True)))
-    with torch.no_grad():
-        best, second = student.model(small)[0].topk(2).indices.tolist()
-    explanation = explain_scores(student.model, small, ClassTarget(torch.tensor([[best, second]])))
+        decided = teacher.model(image)
+        best, second = student.model(image)[0].topk(2).indices.tolist()
+    cam = maps_of(find_method("grad-cam"), original, image, ClassDecisions(decided.argmax(1)))[0]
+    free = explain_scores(class_maps.model, image, ClassTarget(decided.argmax(1, keepdim=True)))
+    explanation = explain_scores(student.model, image, ClassTarget(torch.tensor([[best, second]])))
+    seen = _seen(student.preprocess, image[0])
     tiles = {
         "seen": seen,
         "grad_cam": _tile(seen, cam),
@@ -119,13 +120,13 @@ def show(
         student=_decision(explanation.outputs[0], output),
         agrees=int(decided.argmax()) == best,
         ledgers=(_ledger(explanation, 0, output.name(best)), _ledger(explanation, 1, output.name(second))),
-        regions=_regions(_subject("student", student.model, student.preprocess), small, explanation, best, output),
+        regions=_regions(ours, image, explanation, best, output),
     )
     return facts, tiles
 
 
-def _subject(name: str, model: nn.Module, preprocess: Preprocess) -> Subject:
-    return Subject(name, model, None, preprocess.mean, preprocess.std, classifier=True)
+def _subject(name: str, model: nn.Module, student: Student) -> Subject:
+    return Subject(name, model, None, student.preprocess.mean, student.preprocess.std, classifier=True)
 
 
 def _decision(output: Tensor, names: OutputKind) -> Decision:

@@ -24,6 +24,7 @@ from ..align import align, load_recipe
 from ..convert import FaCnnConfig, convert, fold, load, load_teacher
 from ..convert.agreement import agreement_of
 from ..convert.hub import shipped_students
+from ..convert.layers import strength_spans
 from ..core.errors import DataError
 from ..core.files import check_free, new_file, read_json
 from ..data.pack import write_shards
@@ -50,7 +51,7 @@ class Demonstration:
 
     Attributes:
         student: its reference. `reference`: its teacher's. `agreement`: how far it stands for its teacher, in words.
-        shown: the photographs. `identity_error`: of the conversion to class maps, which was not trained.
+        size: at which both see the photographs. `shown`: these. `identity_error`: of the conversion to class maps, which was not trained.
         fidelity: held-out, over the pictures of the alignment seen. `training_pictures`: of that alignment.
         report: the page.
     """
@@ -59,6 +60,7 @@ class Demonstration:
     reference: str
     agreement: str
     b: float
+    size: str
     shown: tuple[Shown, ...]
     identity_error: float
     fidelity: list[dict[str, Any]]
@@ -127,7 +129,8 @@ def demo(
         student=STUDENT,
         reference=student.source.reference,
         agreement=agreement_of(student).words,
-        b=resolved.phases[-1].b[1],
+        b=strength_spans(student.model)["b"][1],
+        size="{1} x {0} pixels".format(*student.preprocess.size),
         shown=tuple(shown),
         identity_error=error,
         fidelity=aligned.curve,
