@@ -51,7 +51,8 @@ class Demonstration:
 
     Attributes:
         student: its reference. `reference`: its teacher's. `agreement`: how far it stands for its teacher, in words.
-        size: at which both see the photographs. `shown`: these. `identity_error`: of the conversion to class maps, which was not trained.
+        size: at which both see the photographs. `shown`: these.
+        identity_error: of the conversion to class maps, which was not trained.
         fidelity: held-out, over the pictures of the alignment seen. `training_pictures`: of that alignment.
         report: the page.
     """
@@ -97,10 +98,12 @@ def demo(
     tell = say or (lambda line: None)
     check_free(out, overwrite, _written)
     own = [(Path(place).name, read_picture(place)) for place in photo]
-    photographs = _photographs()
-    student, resolved = load(STUDENT), load_recipe(recipe)
+    photographs, resolved = _photographs(), load_recipe(recipe)
+    student = load(STUDENT)
     if overwrite:
         _clear(out)
+    with new_file(out / RECORD) as scratch:  # from here on, the folder is this command's
+        scratch.write_text(json.dumps({"student": STUDENT}))
     tell(f"1/4 {STUDENT} and its teacher, {student.source.reference}; class maps of the teacher, without training")
     teacher = load_teacher(student.source.reference)
     class_maps = convert(load_teacher(student.source.reference), FaCnnConfig())
@@ -114,8 +117,6 @@ def demo(
         shown.append(facts)
         pictures.append({key: data_url(tile, "JPEG") for key, tile in tiles.items()})
     tell(f"3/4 aligning the student further on {CROPS * len(TRAINED)} crops: {resolved.pressure}")
-    with new_file(out / RECORD) as scratch:  # from here on, the folder is this command's
-        scratch.write_text(json.dumps({"student": STUDENT}))
     _shards(photographs, out / "shards")
     aligned = align(
         STUDENT,

@@ -275,14 +275,15 @@ def test_what_a_caller_refuses_of_a_release_is_not_sent(student, monkeypatch):
 
 
 def test_demo(command, tmp_path, monkeypatch):
-    """The real demo takes minutes; here it is the same with two photographs and a few small pictures."""
+    """The real demo takes a minute; here it is the same with one photograph, one region and a few small pictures."""
     recipe = tmp_path / "short.yaml"
     recipe.write_text(
         "pressure: none\nimage_size: 64\nbatch_size: 2\nphases:\n  - {objective: end-to-end, pictures: 4, "
-        "learning_rate: 1.0e-4, b: [1.0, 1.2], beta: [1.0, 1.0]}\nheld_out: 2\nworkers: 0\nprobe_pictures: 0\n"
+        "learning_rate: 1.0e-4, b: [1.33, 1.33], beta: [0.0, 0.0]}\nheld_out: 2\nworkers: 0\nprobe_pictures: 0\n"
     )
     for name, value in (("CROPS", 2), ("TRAINED", ["brick.png", "coins.png"]), ("EXPLAINED", {"coffee.png": "a cup"})):
-        monkeypatch.setattr(f"bcosify.align.demonstration.{name}", value)
+        monkeypatch.setattr(f"bcosify.demo.verb.{name}", value)
+    monkeypatch.setattr("bcosify.demo.photographs.CELLS", 1)
     told: list[str] = []
     done = bcosify.demo(tmp_path / "ours", str(recipe), say=told.append)
     printed = command("demo", "--out", tmp_path / "theirs", "--recipe", recipe)
@@ -290,9 +291,5 @@ def test_demo(command, tmp_path, monkeypatch):
     assert {k: v for k, v in plain(done).items() if k not in differ} == {
         k: v for k, v in printed.items() if k not in differ
     }
-    assert [row["model"] for row in done.rows] == [
-        "teacher",
-        "start",
-        "end",
-    ] and "coffee.png" in done.report.read_text()
+    assert [one.name for one in done.shown] == ["coffee.png"] and "coffee.png" in done.report.read_text()
     assert [line[:3] for line in told if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]

@@ -24,7 +24,7 @@ from bcosify.evaluate.baselines import CONTROLS
 from bcosify.evaluate.contrast import OTHERS
 from bcosify.evaluate.metrics import perturbation
 from bcosify.evaluate.record import FILE, Measurement, read_evaluation
-from bcosify.evaluate.report import gallery_of, render_page, report_page
+from bcosify.evaluate.report import gallery_of, report_page
 from bcosify.evaluate.report.report import SAME
 from bcosify.evaluate.report.tables import comparison, method_tables
 from bcosify.evaluate.suite import Pictures, Settings
@@ -365,35 +365,6 @@ def test_names_of_strangers_are_escaped_in_the_gallery(measured):
     names = OutputKind("classes", 1000, (evil,) * 1000)
     page = report_page(measured[0], gallery_of(explained, names, 1), evil, evil)
     assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
-
-
-def test_the_demos_page_is_made_of_the_same_parts():
-    row = {
-        **{"picture": "chelsea.png", "model": "teacher", "label": "tiger cat", "target_label": "tiger cat"},
-        **{"second": "tabby", "ahead": 0.1, "agrees": True, "score": 9.2, "input": -2.3, "constants": 11.5},
-        "residual": 1e-6,
-    }
-    point = {
-        "pictures": 640,
-        "raw_cosine": 0.8,
-        "centred_cosine": 0.7,
-        "neighbour_agreement": 0.6,
-        "top1_agreement": 0.5,
-    }
-    page = render_page(
-        "demo.html",
-        **{
-            "reference": "bundled:efficientnet_lite0",
-            "layers": {"Linear": 1},
-            "identity_error": 1e-7,
-            "pressure": "B rises.",
-        },
-        **{"why": "time", "b": [1, 1.5], "beta": [1, 1], "fidelity": [point], "training_pictures": 640, "seconds": 60},
-        rows=[row],
-        pictures={f"chelsea.png:{kind}": "data:," for kind in ("teacher", "start", "end")},
-        explained={"chelsea.png": "a cat"},
-    )
-    assert page.count("<figure>") == 3 and "tiger cat" in page and "<title>bcosify: bundled:" in page
 
 
 CHECK = """
