@@ -32,7 +32,7 @@ from ..data.pictures import read_picture
 from ..evaluate.report import data_url, render_page
 from .photographs import CELLS, Shown, show
 
-__all__ = ["Demonstration", "demo"]
+__all__ = ["EXPLAINED", "STUDENT", "Demonstration", "demo", "photographs"]
 
 (STUDENT,) = shipped_students()
 # Explained, and never seen in training; crops of the rest of scikit-image's photographs are trained on.
@@ -98,7 +98,7 @@ def demo(
     tell = say or (lambda line: None)
     check_free(out, overwrite, _written)
     own = [(Path(place).name, read_picture(place)) for place in photo]
-    photographs, resolved = _photographs(), load_recipe(recipe)
+    given, resolved = photographs(), load_recipe(recipe)
     student = load(STUDENT)
     if overwrite:
         _clear(out)
@@ -112,12 +112,12 @@ def demo(
     tell(f"2/4 explaining {len(own) + len(EXPLAINED)} photographs that were never trained on, erasing parts of them")
     quick = dataclasses.replace(student, model=fold(student))
     shown, pictures = [], []
-    for name, picture in [*own, *((name, photographs[name]) for name in EXPLAINED)]:
+    for name, picture in [*own, *((name, given[name]) for name in EXPLAINED)]:
         facts, tiles = show(name, picture, teacher, class_maps, quick)
         shown.append(facts)
         pictures.append({key: data_url(tile, "JPEG") for key, tile in tiles.items()})
     tell(f"3/4 aligning the student further on {CROPS * len(TRAINED)} crops: {resolved.pressure}")
-    _shards(photographs, out / "shards")
+    _shards(given, out / "shards")
     aligned = align(
         STUDENT,
         data=out / "shards" / "train",
@@ -164,7 +164,7 @@ def _clear(folder: Path) -> None:
         shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
 
 
-def _photographs() -> dict[str, Image.Image]:
+def photographs() -> dict[str, Image.Image]:
     """Name -> picture, from scikit-image's own files (no download)."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
@@ -178,13 +178,13 @@ def _photographs() -> dict[str, Image.Image]:
     return {name: read_picture(folder / name) for name in (*EXPLAINED, *TRAINED)}
 
 
-def _shards(photographs: Mapping[str, Image.Image], out: Path) -> None:
+def _shards(given: Mapping[str, Image.Image], out: Path) -> None:
     """Crops of the photographs, the same on every machine, packed as train and val shards."""
     random = np.random.default_rng(0)
     for part, names in (("train", TRAINED), ("val", list(EXPLAINED))):
         with tempfile.TemporaryDirectory() as folder:
             for name, number in itertools.product(names, range(CROPS)):
-                picture = photographs[name]
+                picture = given[name]
                 side = int(min(picture.size) * random.uniform(0.5, 1.0))
                 left, top = (int(random.integers(0, length - side + 1)) for length in picture.size)
                 crop = picture.crop((left, top, left + side, top + side)).resize((256, 256))
