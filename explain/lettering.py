@@ -110,7 +110,13 @@ def _font(name: str, size: float) -> Font | None:
 def _has(name: str, letter: str) -> bool:
     """Whether the font has `letter`: it draws another thing than for what is no letter."""
     font = _font(name, 16)
-    return font is not None and (letter == " " or bytes(font.getmask(letter)) != bytes(font.getmask("\uffff")))
+    return font is not None and (letter == " " or _drawn(font, letter) != _drawn(font, "\uffff"))
+
+
+def _drawn(font: Font, letter: str) -> bytes:
+    block = Image.new("L", (64, 64))
+    ImageDraw.Draw(block).text((16, 16), letter, 255, font)
+    return block.tobytes()
 
 
 def _in_ascii(letter: str) -> str:

@@ -358,7 +358,7 @@ def _bytes(values: np.ndarray) -> np.ndarray:
 def _constants(values: dict[str, float], share: float, most: int = 3) -> tuple[str, bool]:
     """How much of a score constants make, by size, which are the largest, and whether they decide it."""
     decide = share > 0.5
-    said = f"Constants make {share:.0%} of this score"
+    said = f"Constants make {'under 1%' if 0 < share < 0.01 else f'{share:.0%}'} of this score"
     if decide:
         said = f"Constants decide: they make {share:.0%} of this score, and no map shows them"
     ranked = sorted(values, key=lambda name: -abs(values[name]))
