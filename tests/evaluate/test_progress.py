@@ -50,7 +50,7 @@ def test_more_is_said_to_take_longer():
         return passes_of(dataclasses.replace(SETTINGS, **changes), compared, explained)
 
     plain = passes()
-    assert passes(fidelity=116) == {model: count + 200 for model, count in plain.items()}
+    assert passes(fidelity=116) == {model: count + 100 for model, count in plain.items()}
     dearer = passes(methods=(("teacher", "rise"),))
     assert dearer["teacher"] > plain["teacher"] and dearer["student"] == plain["student"]
     for more in (passes(controls=True), passes(explained=32), passes(grids=4)):
