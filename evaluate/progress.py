@@ -64,12 +64,13 @@ class Progress:
 def passes_of(settings: Settings, compared: Mapping[str, int], explained: int) -> dict[str, float]:
     """Model -> about how many forward passes of one picture its measurements take.
 
-    `explained` pictures are explained. `compared`: model -> of how many pictures its features are to be made; those of
-    their patches take a pass of their own.
+    `explained` pictures are explained. `compared`: model -> of how many pictures its features are to be made.
     """
     few, fewer = min(explained, settings.subset_pictures), min(explained, settings.cascade_pictures)
     subsets = len(settings.shares) * settings.subsets + 1
-    passes = {model: 2.0 * count + few * (subsets + SINGLE) + LEDGER * explained for model, count in compared.items()}
+    passes = {model: float(count) for model, count in compared.items()}
+    for model in passes:
+        passes[model] += few * (subsets + SINGLE) + LEDGER * explained
     for model, name in settings.pairs:
         method = find_method(name)
         passes[model] += explained * (method.forwards(DECISIONS if method.cheap else 1) + 1)

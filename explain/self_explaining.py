@@ -17,7 +17,7 @@ from ..core.errors import LedgerError, TargetError
 from ..core.hooks import hooked
 from ..linearise import Linearised
 
-__all__ = ["Own", "SelfExplaining", "main_output", "self_explaining", "unwrapped", "vectors"]
+__all__ = ["Own", "SelfExplaining", "main_output", "self_explaining", "standing_in", "unwrapped", "vectors"]
 
 # In which entry models that return several tensors by name put logits or pooled features, best first.
 OUTPUT_NAMES = ("logits", "image_embeds", "image_features", "pooler_output", "x_norm_clstoken")
@@ -85,7 +85,7 @@ class Own:
         """What the whole returns of `images` where the model inside returns `inner`."""
         if self.inside is self.whole:
             return inner
-        with _standing_in(self.inside, lambda *_, **__: inner):
+        with standing_in(self.inside, lambda *_, **__: inner):
             return vectors(main_output(self.whole(images)), images)
 
 
@@ -136,7 +136,7 @@ def _given(model: nn.Module, inside: nn.Module, images: Tensor) -> Tensor | None
         raise _Reached(*args, *options.values())
 
     try:
-        with _standing_in(inside, reached):
+        with standing_in(inside, reached):
             model(images)
     except _Reached as call:
         (given,) = call.args if len(call.args) == 1 else (None,)
@@ -153,7 +153,7 @@ def _calls(model: nn.Module, inside: nn.Module, images: Tensor) -> int:
 
 
 @contextlib.contextmanager
-def _standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Inside, `forward` runs in place of the module's own."""
     before = vars(module).get("forward")
     module.forward = forward  # type: ignore[method-assign]

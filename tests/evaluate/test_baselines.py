@@ -15,7 +15,7 @@ from bcosify.convert.methods.bcos import BcosConfig
 from bcosify.convert.randomise import randomise
 from bcosify.core.errors import NotApplicable, TargetError
 from bcosify.evaluate.baselines import METHODS, AttentionWeights, find_method, maps_of, rollout
-from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions
+from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions, interleaved
 from torch import nn
 
 from tiny import tiny_teacher
@@ -422,3 +422,30 @@ def test_features_without_classes_are_explained_along_their_direction(tiny_subje
     for name in ("explanation", "input-x-gradient", "grad-cam", "occlusion"):
         maps = maps_of(find_method(name), subject, images, decisions)
         assert maps.shape == (2, 64, 64) and maps.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["explanation", "grad-cam", "averaged", "rollout", "edges", "input-x-gradient"])
+def test_several_decisions_about_a_picture_are_those_of_each_alone(name, tiny_subject):
+    """And they share its forward pass where the method can; where it knows no decision, its map."""
+    subject, images = tiny_subject(), draw(5, 3, 64, 64)
+    asked = [ClassDecisions(torch.tensor(classes)) for classes in ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5], [0, 5, 0, 5, 0])]
+    alone = [maps_of(find_method(name), subject, images, one, seed=1) for one in asked]
+    seen = []
+    handle = subject.model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    together = maps_of(find_method(name), subject, images, interleaved(asked), seed=1)
+    handle.remove()
+    torch.testing.assert_close(together.unflatten(0, (5, 3)), torch.stack(alone, 1), atol=1e-5, rtol=1e-4)
+    assert sum(seen) == {"averaged": 9 * 5, "edges": 0, "input-x-gradient": 3 * 5}.get(name, 5)
+
+
+def test_decisions_without_classes_are_interleaved_too(tiny_subject):
+    subject, images = tiny_subject(classifier=False), draw(3, 3, 64, 64)
+    own, other = (
+        DirectionDecisions(torch.randn(3, 1000, generator=torch.Generator().manual_seed(s)), torch.zeros(1000))
+        for s in (1, 2)
+    )
+    maps = maps_of(find_method("explanation"), subject, images, interleaved([own, other]))
+    for one, found in zip((own, other), (maps[::2], maps[1::2]), strict=True):
+        torch.testing.assert_close(
+            found, maps_of(find_method("explanation"), subject, images, one), atol=1e-5, rtol=1e-4
+        )

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from bcosify.core.errors import DataError
-from bcosify.evaluate.contrast import contrast, other_decisions
+from bcosify.evaluate.baselines import find_method, maps_of
+from bcosify.evaluate.contrast import OTHERS, OWN, contrast, maps_with_others, other_decisions, others_of
 from bcosify.evaluate.decisions import ClassDecisions, DirectionDecisions, decide
+from bcosify.evaluate.task import Explained, Pictures, Settings
 from bcosify.explain import ClassTarget, DirectionTarget, explain
 from bcosify.explain.targets import SideBySide
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from toys import CellSums
 
@@ -86,3 +91,28 @@ def test_targets_side_by_side_are_explained_as_each_alone_also_part_by_part():
         alone = explain(CellSums(), images, target)
         torch.testing.assert_close(both.contributions[:, k], alone.contributions[:, 0])
         torch.testing.assert_close(both.scores[:, k], alone.scores[:, 0])
+
+
+def test_maps_of_the_decision_stay_where_those_of_another_are_not_finite(subject_of):
+    """Class 2 has weights that overflow: its maps are none, and the others' are as they were."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3, bias=False))
+    with torch.no_grad():
+        model[1].weight[2] = 3e38
+    subject, images = subject_of(model), 9 * torch.ones(2, 3, 2, 2)
+    outputs = torch.tensor([[3.0, 1.0, 2.0], [3.0, 2.0, 1.0]])  # the runner-up of the first is class 2
+    task = Explained(
+        Pictures(images, ("a", "b")),
+        {"teacher": outputs},
+        ClassDecisions(torch.tensor([0, 0])),
+        {"teacher": subject},
+        {},
+        1,
+        Settings(),
+    )
+    found = maps_with_others(find_method("input-x-gradient"), subject, task, OTHERS[1:])
+    assert list(found) == [OWN] and found[OWN].shape == (2, 2, 2)
+    second = dataclasses.replace(task, outputs={"teacher": outputs[[1, 1]]})
+    both = maps_with_others(find_method("input-x-gradient"), subject, second, OTHERS[1:])
+    assert list(both) == [OWN, OTHERS[1]] and torch.equal(both[OWN], found[OWN])
+    wanted = others_of(OTHERS[1], task.decisions, outputs[[1, 1]])
+    torch.testing.assert_close(both[OTHERS[1]], maps_of(find_method("input-x-gradient"), subject, images, wanted))

@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from bcosify.convert.taps import find_blocks
 from bcosify.core.errors import DataError, NotApplicable
+from bcosify.evaluate import features
 from bcosify.evaluate.estimates import bootstrap, jackknife
 from bcosify.evaluate.features import DENSE, OUTPUT, cache_key, features_of
 from bcosify.evaluate.metrics.fidelity import (
@@ -25,6 +27,7 @@ from bcosify.evaluate.subject import weights_digest
 from bcosify.evaluate.task import Compared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -81,6 +84,46 @@ def test_dense_agreement_is_one_for_the_same_and_near_zero_for_other_features():
     x = draw(4, 32, 3, 5)
     torch.testing.assert_close(dense_agreement(x * 3 + 1, x), torch.ones(4))
     assert dense_agreement(draw(4, 32, 3, 5, seed=9), x).abs().max() < 0.2
+
+
+class Overwriting(nn.Module):
+    """Writes over what its blocks give, so that this cannot stand for what they would give again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = images[:, 0, :8, :4]
+        for block in self.blocks:
+            features = block(features).add_(1)
+        return features.mean(1)
+
+    @staticmethod
+    def tokens(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return model(images)[:, :, None, None]
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "overwriting"])
+def test_patch_features_come_from_the_same_pass_and_are_those_of_one_of_their_own(
+    name, tiny_subject, subject_of, monkeypatch
+):
+    if name == "overwriting":
+        subject = subject_of(Overwriting(), tokens=Overwriting.tokens)
+    else:
+        subject = tiny_subject(name)
+    images, runs = draw(4, 3, 64, 64), []
+    block = subject.model.get_submodule(find_blocks(subject.model)[-1])
+    inner = next(module for module in block.modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    own = type(inner).forward
+    monkeypatch.setattr(inner, "forward", lambda *args: runs.append(1) or own(inner, *args))
+    found = features_of(subject, [images])
+    assert len(runs) == (2 if name == "overwriting" else 1)
+    monkeypatch.setattr(features, "AT_ONCE", -1)  # nothing is held
+    again = features_of(subject, [images])
+    assert found.keys() == again.keys() and all(torch.equal(found[depth], again[depth]) for depth in found)
+    if name == "overwriting":
+        assert torch.equal(found[DENSE][:, :, 0, 0], found[OUTPUT])
 
 
 @pytest.mark.parametrize("other", [(12, 6), (11, 7), (0, 7)])

@@ -9,6 +9,7 @@ import pytest
 from bcosify.convert import BcosConfig, convert, set_strength
 from bcosify.core.pictures import noise_pictures
 from bcosify.evaluate import suite
+from bcosify.evaluate.baselines import METHODS, find_method
 from bcosify.evaluate.progress import in_words, passes_of
 from bcosify.evaluate.suite import Pictures, Settings
 
@@ -50,11 +51,27 @@ def test_more_is_said_to_take_longer():
         return passes_of(dataclasses.replace(SETTINGS, **changes), compared, explained)
 
     plain = passes()
-    assert passes(fidelity=116) == {model: count + 200 for model, count in plain.items()}
+    assert passes(fidelity=116) == {model: count + 100 for model, count in plain.items()}
     dearer = passes(methods=(("teacher", "rise"),))
     assert dearer["teacher"] > plain["teacher"] and dearer["student"] == plain["student"]
     for more in (passes(controls=True), passes(explained=32), passes(grids=4)):
         assert all(more[model] > plain[model] for model in plain)
+
+
+def test_few_pictures_have_smaller_figures_and_many_the_settings():
+    plain = Settings()
+    assert plain.sized(128) == plain.sized(5000) == plain
+    sizes = [(found.grids, found.subset_pictures, found.cascade_pictures) for found in map(plain.sized, (3, 16, 64))]
+    assert sizes == [(1, 4, 4), (4, 4, 4), (16, 16, 8)]
+    assert plain.sized(16, grids=9).grids == 9  # asked for
+    assert dataclasses.replace(plain, subset_pictures=2).sized(64).subset_pictures == 2
+
+
+def test_the_cost_of_a_method_knows_what_decisions_share():
+    cost = {name: [find_method(name).forwards(count) for count in (1, 2)] for name in METHODS}
+    assert cost["explanation"] == [2.5, 4.0] and cost["input-x-gradient"] == [2.5, 5.0]
+    assert cost["occlusion"] == [50, 50] and cost["rise"] == [500, 1000]  # no backward pass; a grid's cells share it
+    assert cost["rollout"] == [1, 1] and cost["edges"] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,16 @@ import torch
 from bcosify.cli.main import main
 from bcosify.convert import convert, save, set_strength
 from bcosify.core.errors import OptionError
-from bcosify.explain import ClassTarget, SelfTarget, TopTarget, Views, ZeroShotTarget, explain, explain_views
+from bcosify.explain import (
+    ClassTarget,
+    SelfTarget,
+    TopTarget,
+    Views,
+    ZeroShotTarget,
+    explain,
+    explain_scores,
+    explain_views,
+)
 from bcosify.explain.targets import settled
 from bcosify.explain.views import views_of
 from PIL import Image
@@ -132,3 +141,11 @@ def test_the_command_records_the_views(tmp_path, capsys):
     assert main([*words, "--overwrite", "--views", "0"]) == 2 and (out / "a.npz").exists()
     assert main(["explain", str(student), str(tmp_path / "a.png"), "--views", "1", "--out", str(tmp_path / "one")]) == 0
     assert Image.open(tmp_path / "one" / "a.png").height < plain  # without the line that says of what it is the mean
+
+
+def test_without_parts_the_map_is_the_same_and_what_is_carried_is_not_found_out(models, images):
+    for model in models.values():
+        whole, plain = (explain_scores(model, images, TopTarget(2), parts=parts) for parts in (True, False))
+        assert plain.direct is None and not plain.carried and plain.balanced(1e-4).all()
+        torch.testing.assert_close(plain.contributions, whole.contributions, atol=1e-6, rtol=1e-5)
+    assert whole.direct is not None and whole.carried
