@@ -1,4 +1,4 @@
-"""docs/loading.md and what README says of loading, run: every snippet, on a hub that is nothing but its cache.
+"""docs/loading.md and what docs/verbs.md says of loading, run: every snippet, on a hub that is nothing but its cache.
 
 Each in a process without a network.
 """
@@ -83,7 +83,7 @@ def test_every_snippet_of_the_page_runs_and_they_agree(place):
 
 
 def test_the_snippet_of_the_readme_opens_the_same_model_four_times(place):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "verbs.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if "my-org/" in block]
     check = """
 import torch
