@@ -26,6 +26,7 @@ __all__ = ["CELLS", "Shown", "show"]
 
 SIDE = 320  # pixels of a shown picture
 SQUARES = 16  # a side of what maps are averaged over, before they are shown: one smoothing for all
+ABSENT = "banana"  # a class of which no photograph shows anything
 CELLS = 4  # regions are rectangles of cells of a grid of so many a side
 
 
@@ -74,7 +75,7 @@ class Region:
 @dataclasses.dataclass(frozen=True)
 class Shown:
     """A photograph and what the models say of it. `student` and the ledgers are of the student's own decision, and of
-    the class that comes next; `regions` are of its decision."""
+    the class that comes next; `absent` is the ledger of a class that is not there; `regions` are of the decision."""
 
     name: str
     teacher: Decision
@@ -82,6 +83,7 @@ class Shown:
     student: Decision
     agrees: bool
     ledgers: tuple[Ledger, Ledger]
+    absent: Ledger
     regions: tuple[Region, ...]
 
 
@@ -91,7 +93,7 @@ def show(
     """What the models say of a photograph, and pictures of it: as it was `seen`, and one for each map.
 
     The maps are `grad_cam` of the teacher, its `class_maps`, and the student's of its `decision`, of the `second`
-    class, and the `difference` of both. All models see the photograph as the student prepares it, so at its size.
+    class, and of one that is `absent`. All models see the photograph as the student prepares it, so at its size.
     """
     output = output_kind(student)
     image = student.preprocess.transform()(photograph)[None]
@@ -101,9 +103,10 @@ def show(
     with torch.no_grad():
         decided = teacher.model(image)
         best, second = student.model(image)[0].topk(2).indices.tolist()
+    absent = next(number for number, name in enumerate(output.names or ()) if name == ABSENT)
     cam = maps_of(find_method("grad-cam"), original, image, ClassDecisions(decided.argmax(1)))[0]
     free = explain_scores(class_maps.model, image, ClassTarget(decided.argmax(1, keepdim=True)))
-    explanation = explain_scores(student.model, image, ClassTarget(torch.tensor([[best, second]])))
+    explanation = explain_scores(student.model, image, ClassTarget(torch.tensor([[best, second, absent]])))
     seen = _seen(student.preprocess, image[0])
     tiles = {
         "seen": seen,
@@ -111,7 +114,7 @@ def show(
         "class_maps": _tile(seen, free.contributions[0, 0]),
         "decision": _tile(seen, explanation.contributions[0, 0]),
         "second": _tile(seen, explanation.contributions[0, 1]),
-        "difference": _tile(seen, explanation.contributions[0, 0] - explanation.contributions[0, 1]),
+        "absent": _tile(seen, explanation.contributions[0, 2]),
     }
     facts = Shown(
         name=name,
@@ -120,6 +123,7 @@ def show(
         student=_decision(explanation.outputs[0], output),
         agrees=int(decided.argmax()) == best,
         ledgers=(_ledger(explanation, 0, output.name(best)), _ledger(explanation, 1, output.name(second))),
+        absent=_ledger(explanation, 2, ABSENT),
         regions=_regions(ours, image, explanation, best, output),
     )
     return facts, tiles
