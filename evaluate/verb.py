@@ -9,19 +9,21 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..convert import Preprocess, Student, embed_texts, load, teacher_of, token_grid
 from ..convert.layers import scheduled_layers
 from ..convert.memory import laid_out
-from ..convert.output import output_kind
+from ..convert.output import OutputKind, output_kind
 from ..core.devices import find_device
 from ..core.errors import DataError, TargetError
 from ..core.files import check_free, new_folder, paths_in
 from ..core.ranges import ANY_COUNT, COUNT, SEED, SIDE, ranged
 from ..core.versions import versions
-from ..data.labelled import class_indices, find_pictures, read_pictures
+from ..data.index import ShardIndex
+from ..data.labelled import Pictures, class_indices, find_pictures, read_pictures
 from .baselines import METHODS, find_method
 from .protocols import Protocol, check_labels, evaluate_protocol, find_protocol
 from .record import REPORT, Evaluation, written
@@ -107,18 +109,8 @@ def evaluate(
     place = find_device(device)
     published = None if protocol is None else find_protocol(protocol)
     if published is not None:
-        _check_fixed(
-            published,
-            labels,
-            {
-                "masks": masks,
-                "pictures": pictures,
-                "grids": grids,
-                "most_passes": most_passes,
-                "removals": removals,
-                "controls": controls,
-            },
-        )
+        given = {"masks": masks, "pictures": pictures, "grids": grids, "most_passes": most_passes}
+        _check_fixed(published, labels, {**given, "removals": removals, "controls": controls})
         against = against or ["none"]
     if out is not None:
         check_free(out, overwrite, written, paths_in(model, data, masks, weights))
@@ -129,39 +121,26 @@ def evaluate(
         controls=controls,
         seed=seed,
     )
-    if isinstance(model, Student):  # it may be moved and laid out anew here, and stays as it is for others
-        student = dataclasses.replace(model, model=copy.deepcopy(model.model))
-    else:
-        student = load(model)
+    student = _opened(model)
     preprocess = student.preprocess.at(image_size)
-    index = find_pictures(data)
     output = output_kind(student)
     if published is not None and not output.chooses:
         raise DataError(f"--protocol {protocol} is about classes, and the model has none. Leave --protocol out.")
-    classes = output.count if output.chooses else 0
-    fidelity_on = class_indices(read_pictures(index, preprocess, label=labels, max_pixels=max_pixels), classes)
+    index = find_pictures(data)
     shown = index if masks is None else find_pictures(masks)
+    fidelity_on = _pictures(index, preprocess, output, label=labels, max_pixels=max_pixels)
     explained_on = None
     if published is None or masks is not None:
         count, label = (pictures, None) if published is None else (published.masked, labels)
-        explained_on = read_pictures(
-            shown, preprocess, count=count, masks=masks is not None, label=label, seed=seed, max_pixels=max_pixels
-        )
-        explained_on = class_indices(explained_on, classes)
+        drawn = {"count": count, "masks": masks is not None, "seed": seed}
+        explained_on = _pictures(shown, preprocess, output, label=label, max_pixels=max_pixels, **drawn)
     if published is not None:
         check_labels(published, fidelity_on, explained_on)
     # In the record as `skipped`: they are in none of its numbers.
     broken = [*fidelity_on.skipped, *(() if explained_on is None else explained_on.skipped)]
     skipped = [one._asdict() for one in dict.fromkeys(broken)]
     teacher, ours = _subjects(student, weights, preprocess, batch_size, place)
-    model_facts = {
-        "reference": student.source.reference,
-        "method": student.method,
-        "size": preprocess.size,
-        "teacher_weights": weights_digest(teacher.model),
-        "student_weights": weights_digest(ours.model),
-        "versions": versions(),
-    }
+    model_facts = _model_facts(student, preprocess, teacher, ours)
     data_facts = {
         "data": index.digest,
         "masks": None if masks is None else shown.digest,
@@ -195,6 +174,30 @@ def evaluate(
     if work is not None:
         clear(work)
     return evaluation
+
+
+def _opened(model: Student | str | Path) -> Student:
+    """The student, a copy of one that is given: it may be moved and laid out anew here."""
+    if isinstance(model, Student):
+        return dataclasses.replace(model, model=copy.deepcopy(model.model))
+    return load(model)
+
+
+def _pictures(index: ShardIndex, preprocess: Preprocess, output: OutputKind, **options: Any) -> Pictures:
+    """As `read_pictures`; label numbers are classes, where the model has some."""
+    return class_indices(read_pictures(index, preprocess, **options), output.count if output.chooses else 0)
+
+
+def _model_facts(student: Student, preprocess: Preprocess, teacher: Subject, ours: Subject) -> dict[str, Any]:
+    """What is measured, for the record."""
+    return {
+        "reference": student.source.reference,
+        "method": student.method,
+        "size": preprocess.size,
+        "teacher_weights": weights_digest(teacher.model),
+        "student_weights": weights_digest(ours.model),
+        "versions": versions(),
+    }
 
 
 def _check_fixed(protocol: Protocol, labels: str | None, given: Mapping[str, object]) -> None:

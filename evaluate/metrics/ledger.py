@@ -42,6 +42,7 @@ def _ledger(notes: Notes, task: Explained, model: str) -> None:
         for rows in torch.arange(len(pictures)).split(subject.batch_size):
             images = fitted(pictures.images[rows], subject.model)
             found = explain_scores(subject.model, images, decisions.rows(rows).target(), check=False)
+            task.once(("ledger", model), lambda found=found: found)  # of the first batch, for the page
             residuals.append(found.residual.abs() / found.scores.abs().clamp_min(1))
             parts = found.input_part.abs(), found.constant_part.abs()
             shares.append(parts[1] / (parts[0] + parts[1]).clamp_min(1e-12))

@@ -108,12 +108,13 @@ def gallery_of(explained: Explained, output: OutputKind, count: int = 8) -> list
     count = min(count, len(pictures))
     rows = torch.arange(count)
     decisions = explained.decisions.rows(rows)
-    ledgers = {
-        name: explain_scores(
-            subject.model, fitted(pictures.images[:count], subject.model), decisions.target(), check=False
-        )
-        for name, subject in explained.subjects.items()
-    }
+    ledgers = {}
+    for name, subject in explained.subjects.items():
+        found = explained.shared.get(("ledger", name))  # of the evaluation, if it was not resumed after this
+        if found is None or len(found.scores) < count:
+            shown = fitted(pictures.images[:count], subject.model)
+            found = explain_scores(subject.model, shown, decisions.target(), check=False)
+        ledgers[name] = found
     names = own = None
     if isinstance(decisions, ClassDecisions):
         names = [output.name(int(k)) for k in decisions.classes]
