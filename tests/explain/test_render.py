@@ -287,7 +287,7 @@ def test_panel_finds_the_picture_of_a_converted_model():
         residual=nothing,
     )
     drawn = np.asarray(panel(None, explanation, size=100)).astype(int)
-    inside = (np.abs(drawn[:, :115] - np.array([51, 153, 102])) <= 1).all(-1)
+    inside = (np.abs(drawn[:, :120] - np.array([51, 153, 102])) <= 1).all(-1)
     assert inside.sum() == 98 * 98  # the first tile, but for the line around it
     broken = explanation.__class__(**{**explanation.__dict__, "encoded_inputs": encoded[:, :3]})
     with pytest.raises(ValueError, match="pass the image"):
