@@ -271,7 +271,7 @@ def panel(
     }
     _, limit = _strength(contributions, percentile, smooth)
 
-    unit = max(0.75, size / 336)
+    unit = max(0.85, size / 336)
     letters, gap, margin = 13 * unit, round(14 * unit), round(20 * unit)
     whole = len(tiles) * size + (len(tiles) - 1) * gap
     height = max(1, round(size * contributions.shape[-2] / contributions.shape[-1]))
@@ -319,9 +319,10 @@ def _scale(limit: float, places: str, width: int, size: float) -> Image.Image:
     colours = _coloured(np.linspace(-1, 1, width - 2))
     scale = Image.new("RGB", (width, round(0.8 * size)), LINE)
     scale.paste(Image.fromarray(np.broadcast_to(colours, (scale.height - 2, *colours.shape)).copy()), (1, 1))
-    words = (f"against {-limit:.3g}", f"each {places}", f"for {limit:+.3g}")
-    thirds = [paragraph(text, width // 3, size, FAINT, across) for text, across in zip(words, (0, 0.5, 1), strict=True)]
-    return stacked([scale, beside(thirds)], 1)
+    ends = [label(text, 2 * width // 5, size, FAINT) for text in (f"against {-limit:.3g}", f"for {limit:+.3g}")]
+    between = paragraph(f"each {places}", width - sum(end.width for end in ends), size, FAINT, 0.5)
+    words = [ends[0], between, ends[1]]
+    return stacked([scale, beside(words)], 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers

@@ -8,6 +8,7 @@ from decimal import Decimal
 import numpy as np
 import pytest
 import torch
+from bcosify.convert import Agreement
 from bcosify.explain import explain
 from bcosify.explain.lettering import INK, WARNING
 from bcosify.explain.render import (
@@ -26,6 +27,8 @@ from bcosify.explain.render import (
     smoothed,
     smoothing,
 )
+from bcosify.explain.verb import About
+from bcosify.explain.views import views_of
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -214,6 +217,15 @@ def test_panel_says_in_red_that_constants_decide_and_what_to_doubt(photo):
     assert red(little) == 0 and red(much) > 20
 
 
+@pytest.mark.parametrize("low", [True, False])
+def test_low_agreement_is_in_red(photo, low):
+    explanation = explain(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, 12, 16), 0)
+    about = About(views_of(2), Agreement(0.3 if low else 0.9, low, "The student decides like its teacher on so many."))
+    drawn = np.asarray(about.panel(photo, explanation, "cat"))
+    assert ((drawn == WARNING).all(-1).sum() > 20) == low
+    assert drawn.shape == np.asarray(panel(photo, explanation, "cat", lines=["a line", "another"])).shape
+
+
 def test_panel_frames_the_patch_in_every_tile():
     explanation = explain(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, 56, 56), 0)
     photo = Image.new("RGB", (56, 56), "white")
@@ -275,7 +287,7 @@ def test_panel_finds_the_picture_of_a_converted_model():
         residual=nothing,
     )
     drawn = np.asarray(panel(None, explanation, size=100)).astype(int)
-    inside = (np.abs(drawn[:, :115] - np.array([51, 153, 102])) <= 1).all(-1)
+    inside = (np.abs(drawn[:, :120] - np.array([51, 153, 102])) <= 1).all(-1)
     assert inside.sum() == 98 * 98  # the first tile, but for the line around it
     broken = explanation.__class__(**{**explanation.__dict__, "encoded_inputs": encoded[:, :3]})
     with pytest.raises(ValueError, match="pass the image"):
