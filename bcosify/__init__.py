@@ -6,6 +6,12 @@
     bcosify.align("runs/resnet50", data="shards/*.tar")
     bcosify.explain("runs/resnet50/aligned", ["cat.jpg"], target="tabby", out="maps")
 
+A model by its name, or in hand, is explained with whatever one has of pictures:
+
+    bcosify.explain("timm:resnet50", "cat.jpg", "tabby").show()
+    student = bcosify.convert("timm:resnet50")
+    student(picture), student.explain(picture, "tabby").region((40, 30, 120, 90))
+
 Options have the names that they have in the command (`bcosify VERB --help`); results are objects, and nothing is
 printed. `convert`, `align`, `explain`, `evaluate`, `publish` and `demo` are packages too, with the parts of each stage.
 `load` opens a converted model, and lets timm, transformers and open_clip open them too (see `bcosify.publish`).
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from .align import align as align
     from .convert import convert as convert
     from .convert import inspect as inspect
+    from .convert import save as save
     from .data import shards as shards
     from .demo import demo as demo
     from .evaluate import compare as compare
@@ -39,6 +46,7 @@ PLACES = {
     "export": (".publish", "export"),
     "inspect": (".convert", "inspect"),
     "load": (".publish", "load"),
+    "save": (".convert", "save"),
     "shards": (".data", "shards"),
 }
 __all__ = [
@@ -53,6 +61,7 @@ __all__ = [
     "inspect",
     "load",
     "publish",
+    "save",
     "shards",
 ]
 

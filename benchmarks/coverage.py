@@ -130,7 +130,7 @@ def half_way(method: Method, config: Any) -> dict[str, float]:
 def ledger(model: torch.nn.Module, pictures: torch.Tensor) -> tuple[float, float]:
     """Of two outputs of every picture: the largest |score - input part - constants| over max(1, |score|), and the mean
     share of |input part| in |input part| + |constants|, which says that both sides of the ledger are there."""
-    explanation = explain(model, pictures, [0, 1], check=False)
+    explanation = explain(model, pictures, targets=[0, 1], check=False)
     residual = explanation.residual.abs() / explanation.scores.abs().clamp_min(1)
     inputs, constants = explanation.input_part.abs(), explanation.constant_part.abs()
     return float(residual.nan_to_num(torch.inf).max()), float((inputs / (inputs + constants)).mean())
@@ -152,7 +152,7 @@ def carried_ledgers(student: Student, pictures: torch.Tensor, start: dict[str, f
     worst = 0.0
     for strengths in [{"beta": 1.0, "carry": 0.0}, *moved]:
         set_strength(student.model, **{**start, **strengths})
-        explanation = explain(student.model, pictures, [0, 1], check=False)
+        explanation = explain(student.model, pictures, targets=[0, 1], check=False)
         for residual in filter(lambda found: found is not None, (explanation.residual, explanation.direct_residual)):
             relative = residual.abs() / explanation.scores.abs().clamp_min(1)
             worst = max(worst, float(relative.nan_to_num(torch.inf).max()))

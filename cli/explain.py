@@ -65,7 +65,7 @@ def explain(
     ledgers = explain_pictures(
         model,
         pictures,
-        target,
+        targets=target or None,
         out=out,
         text=text,
         templates=templates,

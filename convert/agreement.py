@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from .layers import at_start
-from .student import Student
+from .student import Student, weights_size
 
 __all__ = ["Agreement", "agreement_of", "measured_agreement"]
 
+SAME_WEIGHTS = 1e-9  # of their size: how far sums in another order may differ
 ENOUGH = 0.5  # of the pictures; below, a student's maps explain decisions that are mostly not its teacher's
 
 
@@ -19,7 +20,8 @@ class Agreement:
     """Attributes:
     share: of held-out pictures on which student and teacher decide alike, in [0, 1]; None where that is not known, or
         the model decides nothing.
-    low: whether to trust it less than a coin. words: a sentence. unchanged: whether it is still its teacher.
+    low: whether to trust it less than a coin. words: a sentence. unchanged: whether it is still its teacher, or what
+        one's own training made of it.
     """
 
     share: float | None
@@ -36,6 +38,11 @@ def agreement_of(student: Student) -> Agreement:
     history = student.history
     if history.alignment is None:
         if history.unchanged and at_start(student.model):
+            if _trained_since(student):
+                words = (
+                    "The student was trained since its conversion, where it was its teacher: it is a model of its own."
+                )
+                return Agreement(1.0, False, words, True)
             return Agreement(
                 1.0, False, "The student is still its teacher: no weight has changed since the conversion.", True
             )
@@ -43,6 +50,14 @@ def agreement_of(student: Student) -> Agreement:
             None, True, "The student is not aligned: nobody has measured how often it decides like its teacher."
         )
     return measured_agreement(history.alignment.final or {}, history.alignment.pictures)
+
+
+def _trained_since(student: Student) -> bool:
+    """Whether the weights are others than the conversion made, where it was recorded which these were."""
+    recorded = student.history.conversion.weights
+    if recorded is None or any(tensor.is_meta for tensor in student.model.parameters()):
+        return False
+    return abs(weights_size(student.model) - recorded) > SAME_WEIGHTS * recorded
 
 
 def measured_agreement(measured: Mapping[str, Any], pictures: int) -> Agreement:

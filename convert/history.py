@@ -24,12 +24,14 @@ class Conversion:
         identity_error: largest difference of outputs to the teacher's, over its largest; None where nothing was run.
         teacher: evenly chosen outputs of the teacher on one noise picture, by which it is known again; may be absent.
         size: height and width of that picture, in pixels; absent in older folders.
+        weights: the sum of all weights' sizes, by which it is seen whether one was changed since; may be absent.
         lossy_steps: what each step away from the teacher costs (see `student.lossy_steps`).
     """
 
     identity_error: float | None = None
     teacher: tuple[float, ...] | None = None
     size: tuple[int, int] | None = None
+    weights: float | None = None
     lossy_steps: tuple[dict[str, Any], ...] = ()
 
 

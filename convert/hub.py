@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,12 @@ def student_folder(reference: str | Path, *, revision: str | None = None, **opti
     Raises:
         CheckpointError: neither a folder nor a repository that can be had, or a repository of something else.
     """
+    if not isinstance(reference, str | os.PathLike):
+        kind = type(reference).__name__
+        way = "Write it first: student.save('runs/mine')" if kind == "Student" else "Convert it first, with out=FOLDER"
+        raise CheckpointError(
+            f"a {kind} is no folder and no repository of a converted model. {way}, and pass the folder."
+        )
     text = str(reference)
     if text.startswith(BUNDLED):
         return _shipped(text)

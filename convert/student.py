@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ..core.pictures import fitted, noise_pictures
 from ..core.tensors import relative_error
 from .history import Conversion, History
 from .layers import STRENGTHS, described, estimate_gains, fold_gains, set_strength, strength_spans, watching
-from .libraries import Preprocess, Source, Teacher, Text, check_plain, with_own_head
+from .libraries import Opened, Preprocess, Source, Teacher, Text, check_plain, with_own_head
 from .methods import find_method, method_of
 from .plan import Plan, apply_plan, plan_conversion
 
@@ -28,6 +29,7 @@ __all__ = [
     "lossy_steps",
     "output_of",
     "plan_teacher",
+    "weights_size",
     "with_reference_gains",
 ]
 
@@ -35,8 +37,8 @@ __all__ = [
 IDENTITY_LIMIT = 1e-4
 
 
-@dataclasses.dataclass(frozen=True)
-class Student:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Student(Opened):
     """A converted model with all that travels with it.
 
     Attributes:
@@ -63,6 +65,16 @@ class Student:
     def start(self) -> str:
         """Where it is its teacher, in words."""
         return described(find_method(self.method).start(self.config))
+
+    def save(self, out: str | Path, overwrite: bool = False) -> Path:
+        """Writes the student, as it is now, to the folder `out`, which `bcosify.load` opens (see `checkpoint.save`)."""
+        from .checkpoint import save
+
+        return save(self, out, overwrite)
+
+    def _how(self) -> str:
+        aligned = self.history.alignment
+        return f", {self.method}, " + (f"aligned on {aligned.pictures:,} pictures" if aligned else "not aligned")
 
     def with_history(self, **stages: Any) -> Student:
         """The same student with other `History` attributes, such as `alignment`."""
@@ -118,7 +130,7 @@ def convert_teacher(teacher: Teacher, config: Any = "bcos", *, plan: Plan | None
             f"{student.start} (limit {IDENTITY_LIMIT:g}). One of the swapped layers acts differently in this model; "
             "nothing was written. See `bcosify convert REF --dry-run`, and leave layers out with --keep."
         )
-    return student.with_history(conversion=Conversion(error, _fingerprint(theirs[:1]), size))
+    return student.with_history(conversion=Conversion(error, _fingerprint(theirs[:1]), size, weights_size(model)))
 
 
 HALF = (torch.float16, torch.bfloat16)
@@ -184,6 +196,13 @@ def _fingerprint(output: Tensor) -> tuple[float, ...]:
     """Of a model's output on one noise picture, evenly chosen numbers: tells one set of weights from another."""
     output = output.flatten().float()
     return tuple(output[:: -(-len(output) // FINGERPRINT)].tolist())
+
+
+@torch.no_grad()
+def weights_size(model: nn.Module) -> float:
+    """The sum of the sizes of all weights and buffers, in float64: any training changes it."""
+    tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
+    return float(sum(tensor.abs().sum(dtype=torch.float64).item() for tensor in tensors))
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.errors import PlanError
 from ..core.files import check_free, paths_in
@@ -160,14 +160,28 @@ def _teacher(reference: Teacher | str | Path, **options: Any) -> Teacher:
     if isinstance(reference, str):
         return load_teacher(reference, **options)
     if not isinstance(reference, Teacher):
-        raise PlanError(
-            f"a {type(reference).__name__} says neither where it comes from nor how its pictures are prepared. Pass a "
-            "reference such as timm:NAME (with weights=FILE for your own), or a Teacher."
-        )
+        raise PlanError(_advice(reference))
     defaults = {"pretrained": True, "weights": None, "image_size": None, "head": "auto"}
     if given := [name for name, value in options.items() if value != defaults[name]]:
         raise PlanError(f"{' and '.join(given)} belong to loading a reference; a Teacher is loaded already.")
     return reference
+
+
+def _advice(given: Any) -> str:
+    """What to type for a model that is given as a module, or as something else that is no reference."""
+    kind = type(given).__name__
+    if not isinstance(given, nn.Module):
+        return (
+            f"a {kind} is no model. Pass a reference such as timm:NAME, the folder of a model as a Path, or a Teacher."
+        )
+    known = (getattr(given, "pretrained_cfg", None) or {}).get("architecture")
+    name = f"timm:{known}" if known else "timm:NAME"
+    return (
+        f"a {kind} says neither where it comes from nor how its pictures are prepared. Pass a reference, with your own "
+        f"weights in a file: safetensors.torch.save_file(model.state_dict(), 'mine.safetensors'), then "
+        f"bcosify.convert('{name}', weights='mine.safetensors'); open_clip:ARCH/TAG and hf:ORG/NAME work alike. A "
+        "module of any architecture is explained as it is: bcosify.explain(model, normalised_pictures, target)."
+    )
 
 
 def _pictures(source: str | Path | Tensor, count: int, student: Student) -> Tensor:

@@ -15,6 +15,7 @@ from .self_explaining import SelfExplaining
 from .targets import (
     ClassTarget,
     DirectionTarget,
+    FunctionTarget,
     PatchFeature,
     SelfTarget,
     SimilarityTarget,
@@ -26,18 +27,24 @@ from .targets import (
 from .views import Views, explain_views
 
 if TYPE_CHECKING:
+    from .explained import Explained, Share
+    from .protocol import Attribution
     from .results import ScoreLedger
     from .verb import explain
 
 __all__ = [
+    "Attribution",
     "ClassTarget",
     "DirectionTarget",
+    "Explained",
     "Explanation",
+    "FunctionTarget",
     "Linearised",
     "PatchFeature",
     "ScoreLedger",
     "SelfExplaining",
     "SelfTarget",
+    "Share",
     "SimilarityTarget",
     "Target",
     "TopTarget",
@@ -62,5 +69,14 @@ __all__ = [
 ]
 
 # The verb opens models, and `convert` reads the rules of this package: it is imported when it is first used.
-__getattr__ = lazy_exports(__name__, {"ScoreLedger": ".results", "explain": ".verb"})
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "Attribution": ".protocol",
+        "Explained": ".explained",
+        "ScoreLedger": ".results",
+        "Share": ".explained",
+        "explain": ".verb",
+    },
+)
 call_as_verb(__name__)

@@ -29,10 +29,10 @@ from ..linearise import Linearised
 from .self_explaining import Own, SelfExplaining, main_output, self_explaining, unwrapped, vectors
 from .targets import Target, target_of
 
-__all__ = ["Explanation", "MapsOf", "attribute", "explain_scores"]
+__all__ = ["Explanation", "MapsOf", "attribute", "cover", "explain_scores", "joined"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
     """K scores of each of B pictures, and where they come from. All tensors are copies that require no grad."""
 
@@ -121,6 +121,12 @@ class Explanation:
         row["constants"] = {name: number(share) for name, share in self.constants.items()}
         return {**row, "residual": number(self.residual)}
 
+    def __repr__(self) -> str:
+        pictures, scores = self.scores.shape
+        size = "x".join(map(str, self.contributions.shape[-2:]))
+        worst = float(self.residual.abs().max()) if self.residual.numel() else 0.0
+        return f"{type(self).__name__}(pictures={pictures}, scores={scores}, maps={size}, largest residual {worst:.0e})"
+
     def balanced(self, tolerance: float = 1e-4) -> Tensor:
         """(B, K): whether |residual| <= tolerance · max(1, |score|), of both sums where biases are carried."""
         residual = self.residual.abs()
@@ -153,7 +159,7 @@ def explain_scores(
     model = unwrapped(model)
     _check_pictures(model, images)
     if batch_size is not None and batch_size < len(images):
-        return _joined(
+        return joined(
             [
                 explain_scores(model, images[rows], target.rows(rows), check=check, tolerance=tolerance, parts=parts)
                 for rows in (slice(start, start + batch_size) for start in range(0, len(images), batch_size))
@@ -191,14 +197,14 @@ class MapsOf(nn.Module):
         return output, _spread(maps.gather(1, chosen), images.shape[-2:])[:, 0]
 
 
-def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Tensor) -> Tensor:
+def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Sequence[int] | Tensor) -> Tensor:
     """Contributions in the shape of `inputs` (B, 3, H, W), as captum's `attribute(inputs, target)`.
 
-    `target` is a class for all pictures, or one each (B,), or a target with one score. Of six encoded channels, a
-    colour r and its complement 1 - r are added. What a `SelfExplaining` model says of a place is shared out evenly
-    among its channels.
+    `target` is a class for all pictures, or one each (a list, an array or a tensor (B,)), or a target with one score.
+    Of six encoded channels, a colour r and its complement 1 - r are added. What a `SelfExplaining` model says of a
+    place is shared out evenly among its channels.
     """
-    explanation = explain_scores(model, inputs, target)
+    explanation = explain_scores(model, inputs, target_of(target, by_picture=True))
     if explanation.scores.shape[1] != 1:
         raise TargetError(f"attribute() takes one score a picture, not {explanation.scores.shape[1]}; use explain().")
     if explanation.encoded_inputs is None or explanation.encoded_gradients is None:
@@ -284,16 +290,21 @@ def _read_off(model: Own, images: Tensor, target: Target) -> tuple[Explanation, 
 
 def _spread(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Maps (B, K, h, w) on the pixels (H, W) of `size`, of which each cell covers its share; all sums are kept."""
-    rows, columns = (_cover(cells, pixels).to(maps) for cells, pixels in zip(maps.shape[-2:], size, strict=True))
+    rows, columns = (cover(cells, pixels).to(maps) for cells, pixels in zip(maps.shape[-2:], size, strict=True))
     return rows @ maps @ columns.T
 
 
-def _cover(cells: int, pixels: int) -> Tensor:
-    """(pixels, cells): which share of every cell lies on every pixel, where both tile the same line."""
-    edges = torch.arange(cells + 1, dtype=torch.float64) * pixels / cells
-    pixel = torch.arange(pixels, dtype=torch.float64)[:, None]
-    overlap = torch.minimum(edges[1:], pixel + 1) - torch.maximum(edges[:-1], pixel)
-    return overlap.clamp_min(0) * cells / pixels
+def cover(cells: int, pixels: int, start: float = 0.0, end: float | None = None) -> Tensor:
+    """(pixels, cells): which share of every cell lies on every pixel, where cells tile a line from `start` to `end`.
+
+    By default that is the line of all pixels. What lies outside of it counts to the first or the last pixel, so that
+    every cell's shares add up to 1.
+    """
+    edges = torch.linspace(start, pixels if end is None else end, cells + 1, dtype=torch.float64)
+    edge = torch.arange(pixels + 1, dtype=torch.float64)[:, None]
+    edge[0], edge[-1] = -torch.inf, torch.inf
+    overlap = torch.minimum(edges[1:], edge[1:]) - torch.maximum(edges[:-1], edge[:-1])
+    return overlap.clamp_min(0) / (edges[1:] - edges[:-1])
 
 
 def _explanation(
@@ -347,7 +358,7 @@ def _by_name(shares: Sequence[Mapping[str, Tensor]], scores: Tensor) -> dict[str
     return {name: column for (name, column), kept in zip(columns.items(), something, strict=True) if kept}
 
 
-def _joined(parts: Sequence[Explanation]) -> Explanation:
+def joined(parts: Sequence[Explanation]) -> Explanation:
     """The explanations of several parts of a batch, as one."""
 
     def named(field: str) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
@@ -31,11 +31,12 @@ from .targets import (
     Target,
     TopTarget,
     ZeroShotTarget,
+    check_list,
     find_class,
     target_of,
 )
 
-__all__ = ["Facts", "Question", "ask"]
+__all__ = ["Facts", "Question", "ask", "named"]
 
 LINES = 2**24  # bytes of a file of labels or templates
 
@@ -53,17 +54,24 @@ class Question:
         network: the module whose output is scored.
         target: what is scored of it.
         names: outputs (B, D) -> for each picture the names of its scores, and what else is known of each.
+        part: the same question of some pictures of the batch, where what is scored differs from picture to picture.
     """
 
     network: nn.Module
     target: Target
     names: Names
+    part: Callable[[slice], Question] | None = None
+
+    def rows(self, pictures: slice) -> Question:
+        """The same question of some pictures of the batch."""
+        return self if self.part is None else self.part(pictures)
 
 
 def ask(
     opened: Student | Teacher,
     *,
     target: Classes | None = None,
+    targets: Sequence[int | str] | None = None,
     text: str | Sequence[str] | None = None,
     templates: Templates = None,
     like: str | Path | Sequence[str | Path] | None = None,
@@ -77,6 +85,11 @@ def ask(
         TargetError: options that exclude each other, or that this model cannot answer.
         DataError: a file that cannot be read.
     """
+    if targets is not None and _asked(target):
+        raise TargetError("target and targets are two answers to one question. Pass one of them.")
+    if isinstance(target, str) and _is_text(opened, target) and not _asked(text):
+        target, text = None, target
+    target = _one_list(target) if targets is None else _all_of(targets)
     given = {"--target": target, "--text": text, "--like": like, "--direction": direction, "--zero-shot": zero_shot}
     chosen = [option for option, value in given.items() if _asked(value)]
     # Zero-shot labels are classes, so `--target` may choose among them.
@@ -107,25 +120,49 @@ def _asked(value: object) -> bool:
 # -------------------------------------------------------------------------------------------------------- questions
 
 
+def _is_text(opened: Student | Teacher, word: str) -> bool:
+    """Whether a target is a text: the model compares texts, and `word` is not what asks for a feature."""
+    known = word == "self" or word.removeprefix("top").isdecimal()
+    return opened.text is not None and not known and output_kind(opened).kind == FEATURES
+
+
+def _one_list(target: Classes | None) -> Classes | None:
+    """`target`, where it is no list that could mean two things (see `target_of`)."""
+    if isinstance(target, Sequence) and not isinstance(target, str) and len(target) > 1:
+        if all(isinstance(one, str | SupportsIndex) for one in target):
+            check_list(target, "classes")
+    return target
+
+
+def _all_of(targets: Any) -> Classes:
+    """The words or the classes of `targets`, for every picture."""
+    if isinstance(targets, str) or not isinstance(targets, Sequence) or not len(targets):
+        raise TargetError(f"targets {targets!r:.80} is no list of classes for every picture. Pass target=, or a list.")
+    return targets if any(isinstance(one, str) for one in targets) else ClassTarget(list(targets))
+
+
 def _classes(opened: Student | Teacher, words: Classes | None) -> Question:
     output = output_kind(opened)
-    target = _choice(words, output, _usual(output))
 
-    def names(outputs: Tensor) -> list[list[Facts]]:
-        if output.count not in (0, outputs.shape[1]):
-            raise TargetError(
-                f"{opened.source.reference} is said to have {output.count:,} outputs, but it gives "
-                f"{outputs.shape[1]:,}: its head was replaced. Build the model with num_classes={outputs.shape[1]}, "
-                "or pass the module itself, with a target."
-            )
-        rows, shares = _named(target, outputs, output), probabilities_of(outputs, output)
-        if shares is None or not isinstance(target, TopTarget | ClassTarget):
-            return rows
-        return [
-            [facts | standing(shares[i], facts["target"], output.name) for facts in row] for i, row in enumerate(rows)
-        ]
+    def asked(target: Target) -> Question:
+        def names(outputs: Tensor) -> list[list[Facts]]:
+            if output.count not in (0, outputs.shape[1]):
+                raise TargetError(
+                    f"{opened.source.reference} is said to have {output.count:,} outputs, but it gives "
+                    f"{outputs.shape[1]:,}: its head was replaced. Build the model with "
+                    f"num_classes={outputs.shape[1]}, or pass the module itself, with a target."
+                )
+            rows, shares = named(target, outputs, output), probabilities_of(outputs, output)
+            if shares is None or not isinstance(target, TopTarget | ClassTarget):
+                return rows
+            return [
+                [facts | standing(shares[i], facts["target"], output.name) for facts in row]
+                for i, row in enumerate(rows)
+            ]
 
-    return Question(opened.model, target, names)
+        return Question(opened.model, target, names, lambda pictures: asked(target.rows(pictures)))
+
+    return asked(_choice(words, output, _usual(output)))
 
 
 def _usual(output: OutputKind) -> Target:
@@ -166,7 +203,7 @@ def _zero_shot(
     def names(outputs: Tensor) -> list[list[Facts]]:
         similarities = target.similarities(outputs)
         shares = probabilities(tower, similarities)
-        rows = _named(chosen, similarities, output)
+        rows = named(chosen, similarities, output)
         for i, row in enumerate(rows):
             order = similarities[i].argsort(descending=True).tolist()
             ranking = [
@@ -224,6 +261,8 @@ def _choice(chosen: Classes | None, output: OutputKind, usual: Target) -> Target
     """The target that `--target` names among the outputs; or the one that is given; `usual` where nothing is."""
     if chosen is None or (isinstance(chosen, Sequence) and not len(chosen)):
         return usual
+    if isinstance(chosen, np.ndarray) and chosen.dtype.kind == "U":  # a name for each picture
+        return ClassTarget([[_number(str(word), output)] for word in chosen.ravel()])
     words = [chosen] if isinstance(chosen, str) else chosen
     if isinstance(words, Sequence) and any(isinstance(word, str) for word in words):
         return _named_classes([str(word) for word in words], output)
@@ -252,7 +291,7 @@ def _number(word: str, output: OutputKind) -> int:
     return int(number)
 
 
-def _named(target: Target, outputs: Tensor, output: OutputKind) -> list[list[Facts]]:
+def named(target: Target, outputs: Tensor, output: OutputKind) -> list[list[Facts]]:
     if isinstance(target, SelfTarget):
         return [[{"target": "self", "label": "self"}] for _ in outputs]
     if isinstance(target, TopTarget):
@@ -261,7 +300,10 @@ def _named(target: Target, outputs: Tensor, output: OutputKind) -> list[list[Fac
         classes = target.classes(outputs).tolist()
     else:
         count = target.scores(outputs).shape[1]
-        return [[{"target": f"score {k}", "label": f"score {k}"} for k in range(count)] for _ in outputs]
+        called = getattr(getattr(target, "function", None), "__name__", "score")
+        words = "score" if called == "<lambda>" else called
+        labels = [f"{words} {k}" if count > 1 or words == "score" else words for k in range(count)]
+        return [[{"target": label, "label": label} for label in labels] for _ in outputs]
     features = output.kind == FEATURES
     return [[{"target": k, "label": f"feature {k}" if features else output.name(k)} for k in row] for row in classes]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from .lettering import stacked
 from .render import panel
 from .standing import standing_in_words
 
-__all__ = ["ScoreLedger", "write_picture", "written"]
+__all__ = ["ScoreLedger", "as_disks_see_it", "panels", "stem", "write_picture", "written"]
+
+LONGEST = 200  # bytes of a file name that a result keeps: with an ending and a number, 255 are possible
 
 # What NAME.npz holds, where the explanation has it.
 RECORDED = {"image", "target", "label", "score", "input", "constants", "residual"}  # of every ledger in NAME.json
@@ -67,6 +70,13 @@ class ScoreLedger:
     residual: float
     views: dict[str, Any] | None = None
 
+    def __str__(self) -> str:
+        parts = (
+            {"input": self.input} if self.direct is None else {"direct": self.direct, "carried": self.carried or 0.0}
+        )
+        parts["constants"] = sum(self.constants.values())
+        return f"{self.label}: {self.score:.4g} = " + " + ".join(f"{part:.4g} {name}" for name, part in parts.items())
+
     def row(self) -> dict[str, Any]:
         """As NAME.json has it: without what does not apply."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
@@ -91,7 +101,22 @@ def write_picture(
         more: other maps of the batch, name -> (B, ...).
         draw: `panel`, with what is the same for all pictures.
     """
-    panels = [
+    panels(seen, explanation, picture, ledgers, draw).save(folder / f"{name}.png")
+    maps = {key: getattr(explanation, key) for key in STORED} | dict(more or {})
+    arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}
+    np.savez_compressed(folder / f"{name}.npz", **arrays)
+    (folder / f"{name}.json").write_text(json_text([one.row() for one in ledgers], indent=2))
+
+
+def panels(
+    seen: Image.Image,
+    explanation: Explanation,
+    picture: int,
+    ledgers: Sequence[ScoreLedger],
+    draw: Callable[..., Image.Image] = panel,
+) -> Image.Image:
+    """The panels of all scores of one picture, one below the other; `draw` as of `write_picture`."""
+    several = [
         draw(
             seen,
             explanation,
@@ -103,11 +128,7 @@ def write_picture(
         )
         for k, one in enumerate(ledgers)
     ]
-    stacked(panels).save(folder / f"{name}.png")
-    maps = {key: getattr(explanation, key) for key in STORED} | dict(more or {})
-    arrays: dict[str, Any] = {key: value[picture].numpy() for key, value in maps.items() if value is not None}
-    np.savez_compressed(folder / f"{name}.npz", **arrays)
-    (folder / f"{name}.json").write_text(json_text([one.row() for one in ledgers], indent=2))
+    return stacked(several)
 
 
 def written(folder: Path) -> set[str] | None:
@@ -119,3 +140,13 @@ def written(folder: Path) -> set[str] | None:
             if isinstance(rows, list) and rows and all(isinstance(row, dict) and set(row) >= RECORDED for row in rows):
                 names |= {path.name, f"{path.stem}.png", f"{path.stem}.npz"}
     return names or None
+
+
+def stem(file: Path) -> str:
+    """What results of `file` are called, without ending."""
+    return file.stem.encode("utf-8", "surrogateescape")[:LONGEST].decode("utf-8", "ignore") or "picture"
+
+
+def as_disks_see_it(name: str) -> str:
+    """Those of Macs and Windows take `A` and `a` for one name, and some take two spellings of a letter for one."""
+    return unicodedata.normalize("NFC", name).casefold()

@@ -20,6 +20,7 @@ from ..core.errors import TargetError, near_miss
 __all__ = [
     "ClassTarget",
     "DirectionTarget",
+    "FunctionTarget",
     "PatchFeature",
     "SelfTarget",
     "SideBySide",
@@ -56,7 +57,8 @@ class _ForAll:
 class ClassTarget:
     """Outputs by index: one index, or K for every picture (K,), or K for each picture (B, K).
 
-    Indices are whole numbers of any kind: Python's, numpy's, torch's.
+    A list is for every picture here, where captum means one for each: that is (B, 1) here. Indices are whole numbers of
+    any kind: Python's, numpy's, torch's.
     """
 
     indices: int | Sequence[int] | Sequence[Sequence[int]] | Tensor | np.ndarray | np.integer
@@ -76,7 +78,7 @@ class ClassTarget:
         if indices.dim() == 2 and len(indices) != batch:
             raise TargetError(
                 f"There are {len(indices)} rows of classes for {batch} pictures; pass a row for each. Several classes "
-                "for every picture are a list."
+                "for every picture are ClassTarget([1, 2])."
             )
         return indices.expand(batch, indices.shape[-1])
 
@@ -180,6 +182,28 @@ class SideBySide:
         return SideBySide(tuple(target.rows(pictures) for target in self.targets))
 
 
+@dataclass(frozen=True)
+class FunctionTarget(_ForAll):
+    """What a function makes of the output (B, D): a score for each picture (B,), or several (B, K).
+
+    It should be linear in the output, but for gates; the ledger shows whether it is. Example, a difference of classes:
+    `FunctionTarget(lambda y: y[:, 281] - y[:, 282])`.
+    """
+
+    function: Callable[[Tensor], Tensor]
+
+    def scores(self, output: Tensor) -> Tensor:
+        batch, _ = _shape(output)
+        found = self.function(output)
+        if not isinstance(found, Tensor) or found.dim() not in (1, 2) or len(found) != batch:
+            what = f"a tensor {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+            raise TargetError(
+                f"target: the function returned {what} for outputs {tuple(output.shape)}. Return a score for each "
+                "picture, (B,) or (B, K), such as y[:, 281] - y[:, 282]."
+            )
+        return found if found.dim() == 2 else found[:, None]
+
+
 class PatchFeature(nn.Module):
     """A model whose output is the feature of one patch, (B, 3, H, W) -> (B, C): a dense explanation's start.
 
@@ -213,24 +237,50 @@ class PatchFeature(nn.Module):
         return self.model.named_modules(*args, **kwargs)
 
 
-def target_of(given: Any) -> Target:
+def target_of(given: Any, by_picture: bool = False) -> Target:
     """The target that `given` is, or the classes that it names.
 
-    A whole number is a class, and a list (K,) are classes, for every picture. An array or a tensor goes by picture: a
-    class for each (B,), or several (B, K). A list of rows does, too.
+    A whole number is a class. An array or a tensor goes by picture: a class for each (B,), or several (B, K); so does a
+    list of rows. A function of the output is a `FunctionTarget`.
+
+    Args:
+        by_picture: a list of numbers goes by picture, too, as captum has it. Such a list once meant all of them for
+            every picture, so for one release it is refused elsewhere; then it goes by picture everywhere.
 
     Raises:
         TargetError: for anything else: texts, floats, truth values.
     """
+    if isinstance(given, type):
+        hint = f"Pass {given.__name__}(...), with its arguments." if hasattr(given, "scores") else TAKEN
+        raise TargetError(f"target {given.__name__} is a class of Python. {hint}")
     if callable(getattr(given, "scores", None)) and callable(getattr(given, "rows", None)):
         return given
     if isinstance(given, SupportsIndex) and getattr(given, "ndim", 0) == 0 and not isinstance(given, bool):
         return ClassTarget(_whole_numbers(given))
-    by_picture = hasattr(given, "__array__")
-    if by_picture or (isinstance(given, Sequence) and not isinstance(given, str | bytes)):
+    listed = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if listed or hasattr(given, "__array__"):
         indices = _whole_numbers(given)
-        return ClassTarget(indices[:, None] if by_picture and indices.dim() == 1 else indices)
+        if listed and indices.dim() == 1 and not by_picture:
+            check_list(given, "class numbers")
+            return ClassTarget(indices)
+        return ClassTarget(indices[:, None] if indices.dim() == 1 else indices)
+    if callable(given):
+        return FunctionTarget(given)
     raise TargetError(f"target {given!r:.80} is a {type(given).__name__}. {TAKEN}")
+
+
+def check_list(given: Sequence[Any], what: str) -> None:
+    """Raises TargetError for a list of several scores, which may be meant for every picture, or one for each."""
+    if len(given) > 1:
+        words = any(isinstance(one, str) for one in given)
+        shown = ", ".join(repr(str(one)) if words else str(one) for one in list(given)[:3])
+        shown = f"[{shown}, ...]" if len(given) > 3 else f"[{shown}]"
+        every, each = ("", "numpy.array") if words else (f" (or ClassTarget({shown}))", "torch.tensor")
+        raise TargetError(
+            f"target {shown} is a list of {len(given)} {what}. That meant all of them for every picture; in the next "
+            f"release it means one for each picture. Say which: targets={shown}{every} for every picture, "
+            f"target={each}({shown}) for one each."
+        )
 
 
 def settled(target: Target, output: Tensor) -> Target:
@@ -243,8 +293,8 @@ def settled(target: Target, output: Tensor) -> Target:
 
 
 TAKEN = (
-    "Pass a class number, a list of them for every picture, an array or a tensor with one for each picture (B,) or a "
-    "row for each (B, K), or a Target such as TopTarget()."
+    "Pass a class number, an array or a tensor with one for each picture (B,) or a row for each (B, K), a Target such "
+    "as TopTarget() or ClassTarget([1, 2]), or a function of the output."
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,42 +19,48 @@ from torchvision.transforms.functional import to_pil_image
 from ..convert import Agreement, Preprocess, Student, Teacher, agreement_of, load, load_teacher
 from ..convert.history import History
 from ..convert.hub import is_student
+from ..convert.libraries import CLASSES, Prepared, files_of, only_files, prepared
 from ..convert.memory import laid_out
-from ..convert.output import with_labels
+from ..convert.output import OutputKind, with_labels
 from ..convert.trace import reads_colours, trace_forward
 from ..core.errors import DataError, SourceError, TargetError
 from ..core.files import check_free, new_folder, paths_in
+from ..core.pictures import fitted
 from ..core.ranges import AMOUNT, COUNT, SIDE, ranged
-from ..data.folders import Skipped, pictures_in, unique
+from ..data.folders import Skipped, unique
 from ..data.pictures import read_picture
 from ..data.progress import say
 from .attribution import Explanation, explain_scores
-from .questions import Facts, Question, ask
+from .explained import Context, Explained, together
+from .questions import Facts, Question, ask, named
 from .render import panel
-from .results import ScoreLedger, write_picture, written
-from .targets import Target
+from .results import ScoreLedger, as_disks_see_it, stem, written
+from .targets import ClassTarget, Target, target_of
 from .views import Views, explain_views, views_of
 
 __all__ = ["Ledgers", "explain"]
 
 Model = nn.Module | Student | Teacher | str | Path
-Classes = Target | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
+Classes = Target | Callable[[Tensor], Tensor] | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
+Picture = str | Path | Image.Image | np.ndarray | Tensor
 BATCH = 8  # pictures a forward pass, of files
-LONGEST = 200  # bytes of a file name that a result keeps: with an ending and a number, 255 are possible
+KEPT = 2**30  # bytes of maps that a call on files keeps, to be shown
 
 
 class Ledgers(list[ScoreLedger]):
-    """The ledgers of all pictures that could be read.
+    """The ledgers of all pictures that could be read; and all that an `Explained` has: maps, `show()`, `region(...)`.
 
     Attributes:
         skipped: the pictures that could not, and why.
         agreement: how far a student that was explained stands for its teacher; None for other models.
+        explained: the explanation of the pictures that could; None where its maps take more than a gibibyte.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.skipped: list[Skipped] = []
         self.agreement: Agreement | None = None
+        self.explained: Explained | None = None
 
     @property
     def constant_share(self) -> float:
@@ -63,27 +68,25 @@ class Ledgers(list[ScoreLedger]):
         parts = [(abs(sum(one.constants.values())), abs(one.input)) for one in self]
         return sum(constants / (constants + pixels or 1.0) for constants, pixels in parts) / max(1, len(parts))
 
+    def __getattr__(self, name: str) -> Any:
+        """What `explained` has, such as `contributions`, `show` and `region`."""
+        if name.startswith("__") or name == "explained" or not hasattr(Explained, name) and name not in FIELDS:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        if self.explained is None:
+            images = len({one.image for one in self})
+            raise TargetError(
+                f".{name}: the maps of {images} pictures were not kept, as they take over {KEPT >> 30} GiB. Pass fewer "
+                "pictures or out=FOLDER."
+            )
+        return getattr(self.explained, name)
 
-@overload
-def explain(
-    model: Model,
-    pictures: Tensor,
-    target: Classes | None = None,
-    *,
-    text: str | Sequence[str] | None = None,
-    templates: str | Path | Sequence[str] | None = None,
-    like: str | Path | Sequence[str | Path] | None = None,
-    direction: str | Path | Tensor | None = None,
-    patch: str | tuple[int, int] | None = None,
-    zero_shot: str | Path | Sequence[str] | None = None,
-    labels: str | Path | Sequence[str] | None = None,
-    head: str = "auto",
-    image_size: int | None = None,
-    batch_size: int | None = None,
-    views: Views | int | str | None = None,
-    check: bool = True,
-    tolerance: float = 1e-4,
-) -> Explanation: ...
+    def __repr__(self) -> str:
+        if self.explained is not None:
+            return repr(self.explained)
+        return f"{type(self).__name__}({len(self)} scores, {len(self.skipped)} pictures skipped)"
+
+
+FIELDS = {one.name for one in dataclasses.fields(Explained)}
 
 
 @overload
@@ -92,6 +95,7 @@ def explain(
     pictures: str | Path | Sequence[str | Path],
     target: Classes | None = None,
     *,
+    targets: Sequence[int | str] | None = None,
     out: str | Path | None = None,
     text: str | Sequence[str] | None = None,
     templates: str | Path | Sequence[str] | None = None,
@@ -111,12 +115,37 @@ def explain(
 ) -> Ledgers: ...
 
 
+@overload
+def explain(
+    model: Model,
+    pictures: Tensor | np.ndarray | Image.Image | Sequence[Picture],
+    target: Classes | None = None,
+    *,
+    targets: Sequence[int | str] | None = None,
+    text: str | Sequence[str] | None = None,
+    templates: str | Path | Sequence[str] | None = None,
+    like: str | Path | Sequence[str | Path] | None = None,
+    direction: str | Path | Tensor | None = None,
+    patch: str | tuple[int, int] | None = None,
+    zero_shot: str | Path | Sequence[str] | None = None,
+    labels: str | Path | Sequence[str] | None = None,
+    head: str = "auto",
+    image_size: int | None = None,
+    batch_size: int | None = None,
+    views: Views | int | str | None = None,
+    max_pixels: int | None = None,
+    check: bool = True,
+    tolerance: float = 1e-4,
+) -> Explained: ...
+
+
 @ranged(image_size=SIDE, batch_size=COUNT, max_pixels=COUNT, tolerance=AMOUNT)
 def explain(
     model: Model,
-    pictures: Tensor | str | Path | Sequence[str | Path],
+    pictures: Picture | Sequence[Picture],
     target: Classes | None = None,
     *,
+    targets: Sequence[int | str] | None = None,
     out: str | Path | None = None,
     text: str | Sequence[str] | None = None,
     templates: str | Path | Sequence[str] | None = None,
@@ -133,18 +162,21 @@ def explain(
     overwrite: bool = False,
     check: bool = True,
     tolerance: float = 1e-4,
-) -> Explanation | Ledgers:
+) -> Explained | Ledgers:
     """Explains scores of pictures, and proves that the explanation adds up.
 
     Args:
         model: any nn.Module, converted or not; a Student or a Teacher; a converted model (a folder, or ORG/REPO[@rev]
             on the hub); or a model reference such as timm:NAME. What is given as an object is left as it is.
-        pictures: normalised pictures (B, 3, H, W); or picture files and folders of them (see `data.folders`).
-        target: what to explain: a `Target`; class numbers or names, `top1`, `top3`, ...; `self` for models without
-            classes. A list is for every picture; an array or a tensor has a class for each (B,), or a row (B, K). By
-            default the largest output of a classifier, the output of a regression, else `self`. A bare nn.Module needs
-            a `Target` or numbers.
-        out: for files: a new folder for NAME.png, NAME.npz and NAME.json of every picture.
+        pictures: picture files and folders of them (see `data.folders`); PIL pictures, arrays of colours (H, W, 3),
+            normalised pictures (B, 3, H, W), or a list of all these (see `convert.libraries.inputs`).
+        target: what to explain: a class by number or name, `top1`, `top3`, ...; `self` for models without classes; a
+            text for CLIP and SigLIP; a function of the output (B, D), such as `lambda y: y[:, 3] - y[:, 5]`; or a
+            `Target`. An array or a tensor has a class for each picture (B,), or a row (B, K). By default the largest
+            output of a classifier, the output of a regression, else `self`. A bare nn.Module needs numbers, a function
+            or a `Target`.
+        targets: classes by number or name, all of them for every picture.
+        out: for files alone: a new folder for NAME.png, NAME.npz and NAME.json of every picture.
         text: texts that the pictures are compared with, for CLIP and SigLIP models: the score is the cosine.
         templates: prompts to average each text over: `imagenet` (CLIP's eighty), a file of lines with a {}, or a list.
         like: other pictures; the score is the cosine of both embeddings.
@@ -162,18 +194,20 @@ def explain(
         tolerance: how much of max(1, |score|) may be unaccounted for.
 
     Returns:
-        Of a tensor an `Explanation`, with all maps; of files `Ledgers`, a `ScoreLedger` for each picture and score, in
-        order. Pictures that cannot be read are skipped, with a DataWarning; they are listed there, and in
-        `out`/skipped.jsonl.
+        `Explained`: an `Explanation` with all maps, which can be shown, asked and saved. Of files `Ledgers`: the same,
+        and a list of a `ScoreLedger` for each picture and score, in order. Files that cannot be read are skipped, with
+        a DataWarning; they are listed there, and in `out`/skipped.jsonl. Beside pictures in memory they are refused.
 
     Raises:
         DataError: none of the pictures can be read; nothing is written then.
         LedgerError: input and constants do not add up to a score; names the operations that have no rule.
         TargetError, DataError, SourceError, CheckpointError: before anything is written.
     """
-    _check_kind(pictures)
-    if isinstance(pictures, Tensor) and (out is not None or overwrite):
-        raise TargetError("out is for picture files; of a tensor the explanation is returned.")
+    files = only_files(pictures)
+    if isinstance(model, nn.Module):
+        _check_kind(pictures)
+    if not files and (out is not None or overwrite):
+        raise TargetError("out is for picture files. Of other pictures the explanation is returned: save(FOLDER).")
     if out is not None:
         lists = [one for one in (templates, zero_shot, labels) if isinstance(one, str | Path)]
         check_free(Path(out), overwrite, written, paths_in(model, pictures, like, direction, lists))
@@ -193,48 +227,114 @@ def explain(
         if not isinstance(pictures, Tensor) or any(value is not None for value in (*options.values(), labels)):
             raise TargetError(
                 f"{type(model).__name__} does not say how pictures are prepared, nor what texts it knows. Pass a "
-                "Student or a Teacher; or normalised pictures (B, 3, H, W) and a target."
+                "Student or a Teacher, such as bcosify.convert.load_teacher('timm:NAME'); or normalised pictures "
+                "(B, 3, H, W) and a target."
             )
-        if target is None:
-            raise TargetError("target is missing. Pass a class, a Target such as TopTarget(), or SelfTarget().")
-        _check_words(target)
-        return scores(model, pictures, cast(Any, target), batch_size=batch_size)
+        asked = _of_module(model, target, targets)
+        about = About(type(model).__name__, None, several)
+        return _explained(asked, about, Prepared(pictures, (None,) * len(pictures)), scores, batch_size)
     opened = _opened(model, head, image_size)
     if labels is not None:
         opened = with_labels(opened, labels)
-    question = _with_prototypes(ask(opened, target=target, **options), getattr(opened, "history", None))
-    if isinstance(pictures, Tensor):
-        return scores(question.network, pictures, question.target, batch_size=batch_size)
-    if question.target.rows(slice(0, 1)) is not question.target:
-        raise TargetError("target: what differs from picture to picture goes with a tensor. Pass one for all files.")
+    asked = ask(opened, target=target, targets=targets, **options)
+    question = _with_prototypes(asked, getattr(opened, "history", None))
+    about = About(opened.source.reference, opened.preprocess, several)
+    if isinstance(opened, Student):
+        aligned = opened.history.alignment is not None
+        about = dataclasses.replace(about, agreement=agreement_of(opened), aligned=aligned)
+    if isinstance(pictures, Tensor) and pictures.is_floating_point() and pictures.dim() == 4:
+        return _explained(question, about, Prepared(pictures, (None,) * len(pictures)), scores, batch_size)
     if not reads_colours(opened.model):
         trace_forward(opened.model, opened.preprocess.size)  # says what it reads
-    files = _files(pictures)
-    about = About(several)
-    if isinstance(opened, Student):
-        about = About(several, agreement_of(opened), aligned=opened.history.alignment is not None)
-    names = list(unique(map(_stem, files), _as_disks_see_it))
-    size = BATCH if batch_size is None else batch_size
-    ledgers = Ledgers()
+    if not files:
+        found = prepared(pictures, opened.preprocess.transform(), max_pixels)
+        found = found._replace(inputs=fitted(found.inputs, opened.model))
+        return _explained(question, about, found, scores, BATCH if batch_size is None else batch_size)
+    return _of_files(question, about, pictures, scores, batch_size, max_pixels, out, overwrite)
+
+
+def _of_files(
+    question: Question,
+    about: About,
+    pictures: Any,
+    scores: Callable[..., Explanation],
+    batch_size: int | None,
+    max_pixels: int | None,
+    out: str | Path | None,
+    overwrite: bool,
+) -> Ledgers:
+    """Explains files batch by batch, writes what is asked for, and keeps maps as far as there is room for them."""
+    assert about.preprocess is not None
+    files = files_of(pictures)
+    names = list(unique(map(stem, files), as_disks_see_it))
+    # One that cannot be read must not move the others' scores, where these differ from picture to picture.
+    by_picture = len(files) > 0 and question.target.rows(slice(0, 1)) is not question.target
+    if by_picture:
+        _check_rows(question.target, len(files))
+    size = 1 if by_picture else BATCH if batch_size is None else batch_size
+    ledgers, kept, room = Ledgers(), [], KEPT
     ledgers.agreement = about.agreement
     with contextlib.ExitStack() as stack:
         folder = None if out is None else stack.enter_context(new_folder(Path(out), overwrite, written))
         for start in range(0, len(files), size):
             part = slice(start, start + size)
-            inputs, skipped = _read(files[part], opened.preprocess, max_pixels)
+            inputs, skipped = _read(files[part], about.preprocess, max_pixels)
             ledgers.skipped += skipped
-            if inputs:
-                shown = [(file, name) for file, name in zip(files[part], names[part], strict=True) if file in inputs]
-                ledgers += _explained(question, opened.preprocess, inputs, shown, folder, scores, about)
+            if not inputs:
+                continue
+            shown = [(file, name) for file, name in zip(files[part], names[part], strict=True) if file in inputs]
+            one = _explained(
+                question.rows(part),
+                about,
+                Prepared(torch.stack([inputs[file] for file, _ in shown]), tuple(file for file, _ in shown)),
+                scores,
+                views_kept=folder is not None,
+            )
+            if folder is not None:
+                one.write(folder, [name for _, name in shown])
+            ledgers += one.ledgers
+            room -= sum(tensor.nbytes for tensor in vars(one).values() if isinstance(tensor, Tensor))
+            kept = [*kept, one] if room > 0 else []
         _check_skipped(ledgers.skipped, len(files), folder)
+    ledgers.explained = together(kept) if room > 0 and kept else None
     return ledgers
+
+
+def _check_rows(target: Target, count: int) -> None:
+    """Raises TargetError where a target that differs from picture to picture is not of `count` files."""
+    rows = getattr(target, "indices", getattr(target, "directions", None))
+    if rows is not None and len(rows) != count:
+        raise TargetError(
+            f"target: there are {len(rows)} targets that differ from picture to picture, and {count} pictures. Pass "
+            "one for each, or targets=[...] for every picture."
+        )
+
+
+def _of_module(model: nn.Module, target: Classes | None, targets: Sequence[int | str] | None) -> Question:
+    """What is asked of a bare module, whose classes are known by their numbers."""
+    if target is None and targets is None:
+        raise TargetError("target is missing. Pass a class, a Target such as TopTarget(), or SelfTarget().")
+    if target is not None and targets is not None:
+        raise TargetError("target and targets are two answers to one question. Pass one of them.")
+    _check_words(cast(Any, target if targets is None else targets))
+    asked = target_of(target) if targets is None else ClassTarget(cast(Any, list(targets)))
+
+    def of(asked: Target) -> Question:
+        def names(outputs: Tensor) -> list[list[Facts]]:
+            return named(asked, outputs, OutputKind(CLASSES, outputs.shape[1]))
+
+        return Question(model, asked, names, lambda pictures: of(asked.rows(pictures)))
+
+    return of(asked)
 
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What holds for all explanations of a call: over which views they are means; of a student, how far it stands for
-    its teacher, and whether it is aligned."""
+    """What holds for all explanations of a call: the model's name, how its pictures are prepared (None: not known),
+    over which views they are means; of a student, how far it stands for its teacher, and whether it is aligned."""
 
+    model: str
+    preprocess: Preprocess | None
     views: Views | None
     agreement: Agreement | None = None
     aligned: bool = False
@@ -242,6 +342,12 @@ class About:
     def row(self) -> dict[str, Any]:
         """For each ledger."""
         return {} if self.views is None else {"views": dataclasses.asdict(self.views)}
+
+    @property
+    def said(self) -> tuple[str, ...]:
+        """What is said of the model and of views, in words."""
+        views = () if self.views is None else (f"{self.views}",)
+        return views if self.agreement is None else (*views, self.agreement.words)
 
     def panel(self, *args: Any, **options: Any) -> Image.Image:
         """`render.panel`, with what it says of the model and of views."""
@@ -311,12 +417,18 @@ def _opened(model: Student | Teacher | str | Path, head: str, image_size: int | 
     if isinstance(model, Student | Teacher):
         opened = model
     else:
+        if not isinstance(model, str | Path):
+            raise SourceError(
+                f"model is a {type(model).__name__}. Pass a reference such as timm:NAME, a converted folder, a "
+                "Student, a Teacher or a torch module."
+            )
         reference = str(model)
         if is_student(reference):
             opened = load(model)
         elif Path(reference).is_dir() or ":" not in reference:
             raise SourceError(
                 f"{model} is no converted folder (it holds no bcosify.json) and no reference such as timm:NAME."
+                + ("" if {"/", "."} & {*reference} else f" Did you mean 'timm:{reference}'?")
             )
         else:
             opened = load_teacher(reference, head=head, image_size=image_size)
@@ -325,33 +437,6 @@ def _opened(model: Student | Teacher | str | Path, head: str, image_size: int | 
         opened = dataclasses.replace(opened, preprocess=opened.preprocess.at(image_size))
         trace_forward(opened.model, opened.preprocess.size)
     return opened
-
-
-def _files(pictures: str | Path | Sequence[str | Path]) -> list[Path]:
-    """Files as they are, and what belongs to folders; raises DataError where there is no such file or folder."""
-    files: list[Path] = []
-    for given in [pictures] if isinstance(pictures, str | Path) else pictures:
-        path = Path(given)
-        if "\0" not in str(given) and path.is_dir():
-            found = pictures_in(path)
-            if found.left_out:
-                say(f"Left out of {path}: {found.left_out}.")
-            files += [path / name for name in found.pictures]
-        elif "\0" not in str(given) and path.exists():
-            files.append(path)
-        else:
-            raise DataError(f"{str(given)!r}: there is no such file or folder.")
-    return files
-
-
-def _stem(file: Path) -> str:
-    """What results of `file` are called, without ending."""
-    return file.stem.encode("utf-8", "surrogateescape")[:LONGEST].decode("utf-8", "ignore") or "picture"
-
-
-def _as_disks_see_it(name: str) -> str:
-    """Those of Macs and Windows take `A` and `a` for one name, and some take two spellings of a letter for one."""
-    return unicodedata.normalize("NFC", name).casefold()
 
 
 def _read(
@@ -369,34 +454,43 @@ def _read(
 
 def _explained(
     question: Question,
-    preprocess: Preprocess,
-    read: dict[Path, Tensor],
-    shown: Sequence[tuple[Path, str]],
-    folder: Path | None,
-    scores: Callable[..., Explanation],
     about: About,
-) -> list[ScoreLedger]:
-    """Explains one batch, writes its files, returns its ledgers; nothing else of it is kept.
+    given: Prepared,
+    scores: Callable[..., Explanation],
+    batch_size: int | None = None,
+    views_kept: bool = False,
+) -> Explained:
+    """Explains pictures, with all that is known of them.
 
     Args:
-        read: the pictures of the batch. shown: in which order, and under which names.
-        scores: `explain_scores`, or the mean over views.
+        scores: `explain_scores`, or the mean over views. views_kept: keep the views themselves, too.
     """
-    inputs = torch.stack([read[file] for file, _ in shown])
-    explanation = scores(question.network, inputs, question.target)
+    inputs = given.inputs
+    explanation = scores(question.network, inputs, question.target, batch_size=batch_size)
     network: Any = question.network
-    others: dict[str, Tensor] = network.extra_maps(inputs) if hasattr(network, "extra_maps") else {}
-    if about.views is not None and folder is not None:
-        others = {**others, "views": torch.stack([pictures for pictures, _, _ in about.views.of(inputs)], 1)}
-    facts = question.names(explanation.outputs)
-    rows: list[ScoreLedger] = []
-    for i, (file, name) in enumerate(shown):
-        ledgers = [
-            ScoreLedger(image=str(file), **known, **explanation.row(i, k), **about.row())
-            for k, known in enumerate(facts[i])
-        ]
-        if folder is not None:
-            seen = to_pil_image(preprocess.denormalise(inputs[i]).clamp(0, 1))
-            write_picture(folder, name, seen, explanation, i, ledgers, others, about.panel)
-        rows += ledgers
-    return rows
+    more: dict[str, Tensor] = network.extra_maps(inputs) if hasattr(network, "extra_maps") else {}
+    if about.views is not None and views_kept:
+        more = {**more, "views": torch.stack([pictures for pictures, _, _ in about.views.of(inputs)], 1)}
+    context = Context(
+        model=about.model,
+        images=tuple(str(photo) if isinstance(photo, Path) else f"picture {i}" for i, photo in enumerate(given.photos)),
+        seen=tuple(_seen(one, about.preprocess) for one in inputs),
+        facts=question.names(explanation.outputs),
+        photos=given.photos,
+        preprocess=about.preprocess,
+        about=about.row(),
+        said=about.said,
+        draw=about.panel,
+        more=more,
+    )
+    return Explained.of(explanation, context)
+
+
+def _seen(one: Tensor, preprocess: Preprocess | None) -> Image.Image:
+    """A normalised picture (3, H, W) as colours; where its normalisation is not known, from least to largest value."""
+    colours = one.detach().cpu().float()
+    if preprocess is not None:
+        return to_pil_image(preprocess.denormalise(colours).clamp(0, 1))
+    low, high = colours.amin(), colours.amax()
+    colours = (colours - low) / (high - low).clamp_min(1e-12)
+    return to_pil_image(colours if len(colours) in (1, 3) else colours.mean(0, keepdim=True))

@@ -32,6 +32,8 @@ from .base import (
     register,
     register_schemes,
 )
+from .inputs import Prepared, files_of, only_files, prepared
+from .opened import Opened
 from .references import build, load_teacher, origin_of, reference_forms, reload_teacher, token_grid, with_own_head
 from .saved_text import SavedText
 from .text import Text, TextTower, embed_texts, probabilities
@@ -48,7 +50,9 @@ __all__ = [
     "Features",
     "FolderMark",
     "Library",
+    "Opened",
     "Origin",
+    "Prepared",
     "Preprocess",
     "SavedText",
     "Scheme",
@@ -59,9 +63,12 @@ __all__ = [
     "build",
     "check_plain",
     "embed_texts",
+    "files_of",
     "find_library",
     "load_teacher",
+    "only_files",
     "origin_of",
+    "prepared",
     "probabilities",
     "reference_forms",
     "register",

@@ -18,6 +18,7 @@ from ...core.errors import SourceError, first_line, near_miss
 from ...core.pictures import THIN, denormalise, normalise, without_ends
 from ...core.settings import faults
 from ...data.pictures import as_rgb
+from .opened import Opened
 from .text import Text, TextTower
 
 __all__ = [
@@ -161,8 +162,8 @@ class Preprocess:
         return denormalise(pictures, self.mean, self.std)
 
 
-@dataclasses.dataclass(frozen=True)
-class Teacher:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Teacher(Opened):
     """A pretrained model in eval mode, with what is needed to rebuild it and to feed it.
 
     Attributes:

@@ -47,6 +47,12 @@ def load_teacher(
         SourceError: unknown scheme, name, option or weights; says which are close and what to pass instead.
     """
     scheme, name = _scheme_of(reference)
+    if weights is not None and not isinstance(weights, str | Path):
+        raise SourceError(
+            f"weights is a {type(weights).__name__}, and not a file. Pass a state dict as one: "
+            "safetensors.torch.save_file(model.state_dict(), 'mine.safetensors'), then weights='mine.safetensors'. "
+            "Published weights are part of the name, as in timm:resnet50.a1_in1k."
+        )
     file = None if weights is None else Path(weights)
     if file is not None and not file.is_file():
         raise SourceError(f"--weights {file}: there is no such file.")

@@ -57,7 +57,7 @@ def test_the_map_is_the_explanation(name, b):
     student, _ = students(name, b)
     before = {key: value.clone() for key, value in student.state_dict().items()}
     _, maps = trained_maps(student, pictures(), differences([3, 7], [5, 2], 1000), lambda maps: maps.square().sum())
-    found = explain(student, pictures(), [3, 5, 7, 2]).contributions
+    found = explain(student, pictures(), targets=[3, 5, 7, 2]).contributions
     expected = torch.stack([found[0, 0] - found[0, 1], found[1, 2] - found[1, 3]])
     assert (maps - expected).abs().max() < 1e-4 * expected.abs().max()
     assert all(torch.equal(value, before[key]) for key, value in student.state_dict().items())

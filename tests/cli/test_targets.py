@@ -244,3 +244,10 @@ def test_what_cannot_be_asked_is_told_and_nothing_is_written(run, student, plain
         plain if which == "plain" else student, CAT, *(word.replace("{tmp}", str(tmp_path)) for word in words)
     )
     assert (code, rows) == (1, []) and said in err and "Traceback" not in err
+
+
+def test_a_word_is_a_text_to_a_model_that_compares_texts(student):
+    opened = load(student)
+    by_word, by_option = opened.explain(CAT, "a cat"), opened.explain(CAT, text="a cat")
+    assert list(by_word) == list(by_option) and by_word[0].label == "a cat"
+    assert opened.explain(CAT, "self")[0].target == "self"

@@ -114,7 +114,7 @@ def test_torch_encoders_convert_and_never_take_the_fused_kernel(teach):
     assert isinstance(block.self_attn, SeparateAttention) and isinstance(block.self_attn.out_proj, BcosLinear)
     assert isinstance(block.self_attn.q_proj, BiasScheduled) and isinstance(block.linear1, BcosLinear)
     set_strength(student.model, 2.0, 0.0)
-    assert explain(student.model, pictures, [0, 1]).balanced().all()
+    assert explain(student.model, pictures, targets=[0, 1]).balanced().all()
     with torch.no_grad():
         alone = student.model(pictures)
     torch.testing.assert_close(student.model(pictures).detach(), alone)
@@ -142,7 +142,7 @@ def test_the_attention_pool_of_clip_resnets(teach):
     assert becomes["pool.q_proj"] == becomes["pool.v_proj"] == "BiasScheduled"
     assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 1.5, 0.5)
-    explanation = explain(student.model, pictures, [0, 1])
+    explanation = explain(student.model, pictures, targets=[0, 1])
     assert explanation.balanced().all() and any("positional_embedding" in name for name in explanation.constants)
 
 

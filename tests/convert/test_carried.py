@@ -132,7 +132,7 @@ def test_norms_without_weights_carry_their_mean():
     rho = rho_by_hand(x, mean, var, 0, 0)
     wanted = x * scale.view(shape) - (mean * scale).view(shape) * rho
     assert torch.allclose(layer(x), wanted, rtol=1e-5, atol=1e-5)
-    assert explain(nn.Sequential(layer, nn.Flatten()), x, [0, 5]).balanced().all()
+    assert explain(nn.Sequential(layer, nn.Flatten()), x, targets=[0, 5]).balanced().all()
 
 
 def test_the_gradient_is_that_of_the_formula():
@@ -264,7 +264,7 @@ def test_the_ledger_balances_in_three_parts(students, name, carry):
 def test_without_constants_carriers_add_up_to_the_carried_part(students, name):
     student = students(name)
     set_strength(student.model, b=1.5, beta=0, carry=1, window=3)
-    explanation = explain(student.model, pictures_for(student), [0, 1])
+    explanation = explain(student.model, pictures_for(student), targets=[0, 1])
     assert explanation.constant_part.abs().max() < 0.1 * explanation.scores.abs().max()
     borders = explanation.constant_part.abs().max()
     total = sum(explanation.carried.values())
@@ -284,7 +284,7 @@ def test_a_response_that_is_small_beside_what_it_carries_is_known_exactly():
     x = seeded(2, 3, 2, 2)
     for b in (1.0, 1.5):
         set_strength(model, b=b, beta=0, carry=1)
-        explanation = explain(model, x, [0, 1])
+        explanation = explain(model, x, targets=[0, 1])
         assert explanation.residual.abs().max() < 1e-5 * explanation.scores.abs().min() and not explanation.constants
 
 
@@ -297,7 +297,7 @@ def test_nothing_of_constants_is_left_at_all(teach):
     )  # fmt: skip
     student = convert(teach(randomise(model, noise_pictures(2, (16, 16))))).model
     set_strength(student, b=1.3, beta=0, carry=1, window=3)
-    explanation = explain(student, seeded(2, 3, 16, 16), [0, 1, 2])
+    explanation = explain(student, seeded(2, 3, 16, 16), targets=[0, 1, 2])
     assert not explanation.constants
     assert torch.allclose(sum(explanation.carried.values()), explanation.carried_part, atol=1e-5)
     assert torch.allclose(explanation.direct_part + explanation.carried_part, explanation.scores, atol=1e-5)
@@ -423,7 +423,7 @@ def test_folding_keeps_what_is_carried(students, name):
     folded, batch = fold(student), pictures_for(student)
     wanted = student.model(batch)
     assert (folded(batch) - wanted).abs().max() < 1e-5 * wanted.abs().max()
-    ours, theirs = explain(folded, batch, [0, 1]), explain(student.model, batch, [0, 1])
+    ours, theirs = explain(folded, batch, targets=[0, 1]), explain(student.model, batch, targets=[0, 1])
     assert ours.direct is not None and theirs.direct is not None
     for found, expected in ((ours.contributions, theirs.contributions), (ours.direct, theirs.direct)):
         assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
@@ -441,7 +441,7 @@ def test_trained_maps_are_the_explanation(students, name, beta, carry):
         outputs = student(batch).shape[1]
     directions = F.one_hot(torch.tensor([1, 2]), outputs).float()
     loss, maps = trained_maps(student, batch, directions, lambda maps: maps.square().sum())
-    found = explain(student, batch, [1, 2])
+    found = explain(student, batch, targets=[1, 2])
     expected = torch.stack([found.contributions[0, 0], found.contributions[1, 1]])
     assert found.direct is not None and not torch.allclose(found.direct, found.contributions, rtol=1e-2)
     assert (maps - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -365,7 +365,7 @@ def test_a_tiny_student_is_its_teacher_balances_and_comes_back(tiny, tmp_path, n
     assert student.history.conversion.identity_error <= 1e-5 and student.method == "coda"
     set_strength(student.model, beta=0.3)
     pictures = torch.randn(2, 3, *teacher.preprocess.size)
-    explanation = explain(student.model, pictures, [0, 1])
+    explanation = explain(student.model, pictures, targets=[0, 1])
     assert explanation.balanced().all()
     with torch.no_grad():
         assert float((student.model(pictures) - teacher.model(pictures)).abs().max()) > 1e-3

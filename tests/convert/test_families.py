@@ -65,7 +65,7 @@ def test_a_student_is_its_teacher_explains_and_comes_back(name, tmp_path):
     assert student.history.conversion.identity_error <= 1e-4
     for strength in ((1.0, 1.0), (1.5, 0.5)):
         set_strength(student.model, *strength)
-        explanation = explain(student.model, pictures, [0, 3])
+        explanation = explain(student.model, pictures, targets=[0, 3])
         assert explanation.balanced().all() and explanation.encoded_inputs.shape[1] == 6
     with torch.no_grad():
         wanted = student.model(pictures)
@@ -127,7 +127,7 @@ def test_transformers_models(name, config):
     assert {kind for kind in student.plan.counts() if "SixChannel" in kind} == {"SixChannelBcosConv2d"}
     assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 1.5, 0.5)
-    assert explain(student.model, noise_pictures(2, (32, 32)), [0, 1]).balanced().all()
+    assert explain(student.model, noise_pictures(2, (32, 32)), targets=[0, 1]).balanced().all()
 
 
 @pytest.mark.parametrize(("tower", "kind"), [("ViT", "SeparateAttention"), ("ResNet", "SeparateAttentionPool2d")])
@@ -145,7 +145,7 @@ def test_open_clip_towers(tower, kind):
     assert {kind, "SixChannelBcosConv2d"} <= set(student.plan.counts())
     assert student.history.conversion.identity_error <= 1e-5
     set_strength(student.model, 1.5, 0.5)
-    assert explain(student.model, noise_pictures(2, (size, size)), [0, 1]).balanced().all()
+    assert explain(student.model, noise_pictures(2, (size, size)), targets=[0, 1]).balanced().all()
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_shared_and_tied_modules_are_converted_once_and_stay_tied():
     assert model.up.weight is model.down.weight
     assert [step.name for step in student.plan.swaps] == ["stem", "once", "up", "down"]
     set_strength(model, 1.7, 0.3)
-    assert explain(model, noise_pictures(2, (16, 16)), [0, 1]).balanced().all()
+    assert explain(model, noise_pictures(2, (16, 16)), targets=[0, 1]).balanced().all()
 
 
 def test_weight_standardisation_is_folded_into_plain_weights():

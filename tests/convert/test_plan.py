@@ -221,7 +221,7 @@ def test_a_picture_that_no_stem_can_encode_is_encoded_at_the_entrance(teach, way
     assert plan[""] == "SixChannelInput" and not any(str(kind).startswith("SixChannelBcos") for kind in plan.values())
     student = convert(teacher)
     assert student.history.conversion.identity_error <= 1e-6
-    explanation = explain(student.model, noise_pictures(2, (16, 16)), [0, 1])
+    explanation = explain(student.model, noise_pictures(2, (16, 16)), targets=[0, 1])
     assert explanation.encoded_inputs.shape == (2, 6, 16, 16)
     torch.testing.assert_close(explanation.encoded_inputs.unflatten(1, (2, 3)).sum(1), torch.ones(2, 3, 16, 16))
     assert "literal" not in explanation.constants

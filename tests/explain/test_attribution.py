@@ -82,7 +82,7 @@ def images() -> Tensor:
 
 
 def test_what_an_explanation_holds(net, images):
-    explanation = explain(net, images, [4, 0])
+    explanation = explain(net, images, targets=[4, 0])
     assert explanation.outputs.shape == (3, 5)
     assert explanation.scores.shape == explanation.residual.shape == (3, 2)
     assert explanation.contributions.shape == (3, 2, 6, 7)
@@ -123,7 +123,7 @@ def test_what_is_returned_is_a_copy(net, images):
     "target",
     [
         3,
-        [1, 2],
+        ClassTarget([1, 2]),
         torch.tensor([[0, 1], [2, 3], [4, 0]]),
         ClassTarget(1),
         TopTarget(2),
@@ -145,7 +145,7 @@ def test_every_target_balances_in_one_batch_or_in_several(model, target, images,
 
 
 def test_converted_model_is_explained_in_its_six_channels(converted, images):
-    explanation = explain(converted, images, [0, 1])
+    explanation = explain(converted, images, targets=[0, 1])
     assert explanation.encoded_inputs.shape == (3, 6, 6, 7)
     torch.testing.assert_close(explanation.encoded_inputs, encode(images, converted.mean, converted.std))
     assert {"padding", "norm.running_mean"} <= set(explanation.constants)
@@ -201,9 +201,9 @@ class Strange(nn.Module):
 def test_unknown_operation_is_named_with_the_amount(images):
     model = Strange(lambda x: torch.special.i0(x) + x)
     with pytest.raises(LedgerError) as error:
-        explain(model, images, [0, 1])
+        explain(model, images, targets=[0, 1])
     message = str(error.value)
-    explanation = explain(model, images, [0, 1], check=False)
+    explanation = explain(model, images, targets=[0, 1], check=False)
     picture, score = divmod(int(explanation.residual.abs().argmax()), 2)
     assert "Strange does not add up" in message and "No rule is known for: special_i0 (1 calls)" in message
     assert f"{explanation.residual[picture, score]:.6g} (unaccounted for)" in message
@@ -313,7 +313,7 @@ def test_parameters_keep_their_gradients(net, images):
     net(images).sum().backward()
     before = [parameter.grad.clone() for parameter in net.parameters()]
     images.requires_grad_()
-    explain(net, images, [0, 1])
+    explain(net, images, targets=[0, 1])
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), before, strict=True)) and images.grad is None
 
 
@@ -334,7 +334,7 @@ def test_pictures_along_another_axis_are_explained_one_by_one(images):
             return self.head(self.block(self.stem(x).flatten(2).permute(2, 0, 1)).mean(0))
 
     model = SequenceFirst().eval()
-    explanation = explain(model, images, [0, 1])
+    explanation = explain(model, images, targets=[0, 1])
     assert explanation.scores.shape == (3, 2) and explanation.balanced(1e-5).all()
     torch.testing.assert_close(explanation.outputs, model(images))
 

@@ -66,7 +66,7 @@ def test_output_is_the_same_and_ledger_balances(name, make, pictures):
 
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(1))
-    explanation = explain(model, images, [0, 3, 7], check=False)
+    explanation = explain(model, images, targets=[0, 3, 7], check=False)
 
     # In one batch: nothing had to be told apart picture by picture.
     assert len(forwards) == 1
@@ -82,9 +82,9 @@ def test_output_is_the_same_and_ledger_balances(name, make, pictures):
 
 def test_pictures_of_a_batch_are_explained_apart(make, pictures):
     model, images = make("test_convnext", 64), pictures(64, batch=3)
-    together = explain(model, images, [1, 2])
+    together = explain(model, images, targets=[1, 2])
     for index in range(3):
-        alone = explain(model, images[index : index + 1], [1, 2])
+        alone = explain(model, images[index : index + 1], targets=[1, 2])
         torch.testing.assert_close(together.contributions[index], alone.contributions[0], rtol=1e-3, atol=1e-6)
         assert together.constants.keys() == alone.constants.keys()
         for name, share in alone.constants.items():

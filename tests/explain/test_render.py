@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from bcosify.convert import Agreement
-from bcosify.explain import explain
+from bcosify.explain import Explanation, explain
 from bcosify.explain.lettering import INK, WARNING
 from bcosify.explain.render import (
     AGAINST,
@@ -191,7 +191,9 @@ def test_the_bar_is_as_long_as_its_parts_and_marks_the_score():
 
 @pytest.mark.parametrize("shape", [(224, 112), (112, 224), (112, 112), (448, 448)], ids=str)
 def test_panel_keeps_the_shape_of_the_picture(shape):
-    explanation = explain(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, *shape), [0, 1])
+    explanation = explain(
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, *shape), targets=[0, 1]
+    )
     photo = Image.new("RGB", shape[::-1], (10, 200, 30))
     drawn = np.asarray(panel(photo, explanation, "a name of sixty letters, with $dollars_1$ and ümläuts in it" * 2))
     rows, columns = (drawn[:, : 20 + 336] == (10, 200, 30)).all(-1).nonzero()
@@ -260,7 +262,7 @@ def test_panel_is_drawn_with_and_without_constants(photo, channels, size):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=channels == 3), nn.GELU(), nn.AdaptiveAvgPool2d(1))
     model.append(nn.Flatten())
     images = torch.randn(2, 3, 12, 16)
-    explanation = explain(model, images, [1, 2])
+    explanation = explain(model, images, targets=[1, 2])
     if channels == 6:
         explanation = explanation.__class__(
             **{**explanation.__dict__, "encoded_gradients": torch.cat([explanation.encoded_gradients] * 2, 2)}
@@ -277,7 +279,7 @@ def test_panel_finds_the_picture_of_a_converted_model():
     encoded = six(0.2, 0.6, 0.4)[None]
     nothing = torch.zeros(1, 1)
     explanation = explain(nn.Sequential(nn.Flatten(), nn.Linear(12, 1)), torch.randn(1, 3, 2, 2), 0)
-    explanation = explanation.__class__(
+    explanation = Explanation(
         outputs=nothing,
         scores=nothing,
         contributions=torch.ones(1, 1, 8, 8),

@@ -88,7 +88,7 @@ def expected(net: Mapped, images: Tensor, weights: Tensor) -> tuple[Tensor, Tens
 
 def test_it_is_asked_once_and_no_backward_pass_goes_through_it(net, images):
     assert isinstance(net, SelfExplaining) and not isinstance(net.features, SelfExplaining)
-    explanation = explain(net, images, [4, 0])
+    explanation = explain(net, images, targets=[4, 0])
     assert net.runs == 1
     assert explanation.contributions.shape == (3, 2, 10, 13)
     assert explanation.encoded_inputs is explanation.encoded_gradients is None
@@ -239,7 +239,7 @@ def test_a_wrapped_model_explains_as_the_model_inside(net, images, wrap):
 def test_what_a_wrapper_makes_of_the_output_is_linearised(net, images):
     """A choice among outputs with a scale: the map is the model's own, through both."""
     wrapped = Wrapped(net, after=lambda y, x: 2 * y[:, [3, 1]])
-    found, wanted = explain(wrapped, images, [0, 1]), explain(net, images, [3, 1])
+    found, wanted = explain(wrapped, images, targets=[0, 1]), explain(net, images, targets=[3, 1])
     torch.testing.assert_close(found.contributions, 2 * wanted.contributions)
     torch.testing.assert_close(found.scores, 2 * wanted.scores)
     assert found.outputs.shape == (3, 2) and found.balanced(1e-5).all()

@@ -209,9 +209,10 @@ BEST = OUTPUT.argmax(1)
         (np.uint8(2), [[2], [2], [2]]),
         (np.array(2), [[2], [2], [2]]),
         (torch.tensor(2), [[2], [2], [2]]),
-        ([2, 0], [[2, 0]] * 3),
-        ((np.int32(2), torch.tensor(0)), [[2, 0]] * 3),
-        (range(2), [[0, 1]] * 3),
+        ([2], [[2]] * 3),
+        (ClassTarget([2, 0]), [[2, 0]] * 3),
+        (ClassTarget((np.int32(2), torch.tensor(0))), [[2, 0]] * 3),
+        (ClassTarget(range(2)), [[0, 1]] * 3),
         (BEST, BEST[:, None].tolist()),
         (BEST.numpy(), BEST[:, None].tolist()),
         (BEST.numpy().astype("uint16"), BEST[:, None].tolist()),
@@ -221,7 +222,7 @@ BEST = OUTPUT.argmax(1)
     ids=lambda value: type(value).__name__,
 )
 def test_classes_of_every_common_type_mean_one_thing(given, wanted):
-    """A list is for every picture; an array and a tensor have a class, or a row, for each."""
+    """An array and a tensor have a class, or a row, for each picture."""
     expected = OUTPUT.gather(1, torch.tensor(wanted))
     assert torch.equal(target_of(given).scores(OUTPUT), expected)
     explanation = explain(torch.nn.Flatten(), OUTPUT[:, :, None, None], given)
@@ -253,12 +254,37 @@ def test_classes_of_every_common_type_mean_one_thing(given, wanted):
     ids=repr,
 )
 def test_what_is_no_class_is_refused_with_what_is_taken(given):
-    with pytest.raises(TargetError, match="Pass a class number, a list of them for every picture, an array"):
+    with pytest.raises(TargetError, match="Pass a class number, an array or a tensor with one for each picture"):
         target_of(given)
 
 
+@pytest.mark.parametrize("given", [[2, 0, 1], (np.int32(2), torch.tensor(0), 1), range(3), [2, 0]], ids=repr)
+def test_a_list_of_classes_is_refused_until_it_means_one_for_each_picture(given):
+    """It meant all of them for every picture. captum's own call, `attribute`, takes it as captum does."""
+    pictures = OUTPUT[:, :, None, None]
+    for asked in (lambda: target_of(given), lambda: explain(torch.nn.Flatten(), pictures, given)):
+        with pytest.raises(TargetError, match=r"is a list of \d.*targets=\[2|0.*every picture.*torch\.tensor"):
+            asked()
+    every = explain(torch.nn.Flatten(), pictures, targets=given)
+    assert torch.equal(every.scores, OUTPUT[:, torch.tensor([int(k) for k in given])])
+    if len(given) == len(OUTPUT):
+        each = target_of(given, by_picture=True).scores(OUTPUT)
+        assert torch.equal(each[:, 0], OUTPUT[range(3), torch.tensor([int(k) for k in given])])
+
+
+def test_a_function_of_the_output_is_a_target():
+    found = explain(torch.nn.Flatten(), OUTPUT[:, :, None, None], lambda y: y[:, 0] - 2 * y[:, 3])
+    torch.testing.assert_close(found.scores[:, 0], OUTPUT[:, 0] - 2 * OUTPUT[:, 3])
+    assert found.balanced(1e-6).all()
+    for wrong in (lambda y: y.sum(), lambda y: 3, lambda y: y[:2]):
+        with pytest.raises(TargetError, match="the function returned a.*Return a score for each picture"):
+            explain(torch.nn.Flatten(), OUTPUT[:, :, None, None], wrong)
+    with pytest.raises(TargetError, match=r"TopTarget is a class of Python\. Pass TopTarget\(\.\.\.\)"):
+        target_of(TopTarget)
+
+
 def test_an_array_of_another_length_than_the_batch_is_refused():
-    with pytest.raises(TargetError, match="2 rows of classes for 3 pictures.*for every picture are a list"):
+    with pytest.raises(TargetError, match="2 rows of classes for 3 pictures.*for every picture are ClassTarget"):
         target_of(np.array([1, 2])).scores(OUTPUT)
 
 
@@ -304,7 +330,7 @@ def test_pictures_of_another_type_or_place_are_refused_with_what_to_pass(picture
 @pytest.mark.parametrize("channels", [1, 4, 12])
 def test_a_model_may_read_other_than_three_channels(channels):
     layers = torch.nn.Conv2d(channels, 5, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(20, 2)
-    explanation = explain(torch.nn.Sequential(*layers), torch.randn(2, channels, 4, 4), [0, 1])
+    explanation = explain(torch.nn.Sequential(*layers), torch.randn(2, channels, 4, 4), targets=[0, 1])
     assert explanation.contributions.shape == (2, 2, 4, 4) and explanation.balanced(1e-5).all()
 
 

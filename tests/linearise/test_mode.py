@@ -913,7 +913,7 @@ def test_the_examples_of_one_s_own_layers_add_up(tokens):
     stem.mean, stem.std = torch.full((3, 1, 1), 0.4), torch.full((3, 1, 1), 0.3)
     model = nn.Sequential(stem, swish, nn.AdaptiveAvgPool2d((tokens, 1)), nn.Flatten(2), Turned(), mixer, Pooled())
     pictures = torch.randn(2, 3, 14, 14)
-    explanation = explain(model, pictures, [0, 3])  # raises where it does not add up
+    explanation = explain(model, pictures, targets=[0, 3])  # raises where it does not add up
     assert explanation.encoded_inputs is not None and explanation.encoded_inputs.shape == (2, 2, 14, 14)
     x = torch.randn(4)
     torch.testing.assert_close(swish(x), x * (1.5 * x).sigmoid())
