@@ -222,7 +222,8 @@ def test_panel_says_in_red_that_constants_decide_and_what_to_doubt(photo):
 @pytest.mark.parametrize("low", [True, False])
 def test_low_agreement_is_in_red(photo, low):
     explanation = explain(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.randn(1, 3, 12, 16), 0)
-    about = About(views_of(2), Agreement(0.3 if low else 0.9, low, "The student decides like its teacher on so many."))
+    agreement = Agreement(0.3 if low else 0.9, low, "The student decides like its teacher on so many.")
+    about = About("a student", None, views_of(2), agreement)
     drawn = np.asarray(about.panel(photo, explanation, "cat"))
     assert ((drawn == WARNING).all(-1).sum() > 20) == low
     assert drawn.shape == np.asarray(panel(photo, explanation, "cat", lines=["a line", "another"])).shape
