@@ -162,7 +162,9 @@ def test_the_page_in_a_browser(shown, tmp_path):
     ledger = facts.ledgers[0]
     whole = next(region for region in facts.regions if region.box == (0, 0, CELLS, CELLS))
     assert "errors" not in found and found["wide"] == "false"
-    assert found["whole"].startswith(f"This region adds {whole.share:.2f} of {ledger.score:.2f} to {ledger.label}.")
+    said = re.match(r"This region adds (\S+) of (\S+) to (.*?)\. Without it the score is (\S+):", found["whole"])
+    assert said is not None and said[3] == ledger.label
+    assert [float(said[k]) for k in (1, 2, 4)] == pytest.approx([whole.share, ledger.score, whole.erased], abs=0.006)
     assert len({found["first"], found["whole"], found["keys"]}) == 3
 
 
