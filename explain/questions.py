@@ -41,7 +41,7 @@ __all__ = ["Facts", "Question", "ask", "named"]
 LINES = 2**24  # bytes of a file of labels or templates
 
 Facts = dict[str, Any]
-Classes = Target | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
+Classes = Target | Callable[[Tensor], Tensor] | int | str | Sequence[int | str] | Tensor | np.ndarray | np.integer
 Templates = str | Path | Sequence[str] | None
 Names = Callable[[Tensor], list[list[Facts]]]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, Protocol, SupportsIndex, cast
 
 import numpy as np
 import torch
@@ -261,11 +261,11 @@ def target_of(given: Any, by_picture: bool = False) -> Target:
     if listed or hasattr(given, "__array__"):
         indices = _whole_numbers(given)
         if listed and indices.dim() == 1 and not by_picture:
-            check_list(given, "class numbers")
+            check_list(cast(Sequence[Any], given), "class numbers")
             return ClassTarget(indices)
         return ClassTarget(indices[:, None] if indices.dim() == 1 else indices)
     if callable(given):
-        return FunctionTarget(given)
+        return FunctionTarget(cast(Callable[[Tensor], Tensor], given))
     raise TargetError(f"target {given!r:.80} is a {type(given).__name__}. {TAKEN}")
 
 
