@@ -55,6 +55,8 @@ def test_the_wheel_is_small_and_whole(built):
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert wheel.name == f"bcosify-{version}-py3-none-any.whl" and wheel.stat().st_size < MOST
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text()
     names = set(zipfile.ZipFile(wheel).namelist())
     student = {f"{STUDENT}/{name}" for name in ("bcosify.json", "model.safetensors", "probe.safetensors", "README.md")}
     assert {"bcosify/py.typed", "bcosify/recipes/demo.yaml", "bcosify/evaluate/report/demo.html", *student} <= names
