@@ -1,12 +1,14 @@
 """A long alignment, as a curve: what every column is after so many views, and what ten times more would give.
 
     python benchmarks/long_run.py --student FOLDER --run OUT.run --data FOLDER [--measure] [--snapshot FOLDER]
+        [--branch VIEWS A.run B.run]
 
 `--student` is the converted model, `--run` the folder of the run beside its result (a run that still goes on will do).
 `--measure` measures all columns of `columns.py` at the newest whole checkpoint and adds a row to
 benchmarks/results/long_run.jsonl. `--snapshot` saves that student, to cool down by `bases/cnn-cooldown.yaml`: a run of
-a constant rate is better than it looks until its rate has gone down. The picture docs/long-run.png and
-the table in docs/recipes-long.md are always drawn anew: from those rows, and from the run's own metrics.jsonl.
+a constant rate is better than it looks until its rate has gone down. `--branch` shows runs that follow one another from
+a snapshot of so many views, and keeps them in benchmarks/results/long_run_branch.json. The picture docs/long-run.png
+and the table in docs/recipes-long.md are always drawn anew: from those rows, and from the run's own metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from columns import columns, refer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results" / "long_run.jsonl", ROOT / "docs" / "recipes-long.md"
-PICTURE = PAGE.with_name("long-run.png")
+BRANCH, PICTURE = RESULTS.with_name("long_run_branch.json"), PAGE.with_name("long-run.png")
 SHOWN = {
     "pictures": "views",
     "b": "B",
@@ -91,6 +93,16 @@ def evaluations(run: Path, since: int = 1) -> list[dict[str, Any]]:
     return [row["held_out"] for row in rows if "held_out" in row and row["held_out"]["pictures"] >= since]
 
 
+def branch_of(views: int, runs: Sequence[Path]) -> list[dict[str, Any]]:
+    """Held-out rows of runs that follow one another from a snapshot of `views` views, over all views."""
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        found = evaluations(run, since=0)
+        rows += [{**row, "pictures": views + row["pictures"]} for row in found if row["pictures"] or not rows]
+        views += found[-1]["pictures"]
+    return rows
+
+
 def power_law(views: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """(scale, exponent) of 1 - value = scale * views^-exponent, by least squares of the logarithms."""
     slope, offset = np.polyfit(np.log(views), np.log1p(-np.asarray(values)), 1)
@@ -105,14 +117,17 @@ def forecast(points: Sequence[dict[str, Any]], name: str) -> float | None:
     return 1 - scale * (10 * points[-1]["pictures"]) ** -exponent
 
 
-def draw(curve: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], hold: int) -> None:
-    """All curves over views, on a logarithmic axis; the fit of the hold as dashes."""
+def draw(
+    curve: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], branch: Sequence[dict[str, Any]], hold: int
+) -> None:
+    """All curves over views, on a logarithmic axis; the fit of the hold as dashes, the branch as dots."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     held = [row for row in curve if row["pictures"] > hold]
     for name in CURVES:
         (line,) = left.plot([r["pictures"] for r in curve], [r[name] for r in curve], ".-", label=SHOWN[name])
+        left.plot([r["pictures"] for r in branch], [r[name] for r in branch], "x:", color=line.get_color(), linewidth=1)
         if len(held) >= 3:
             scale, exponent = power_law([r["pictures"] for r in held], [r[name] for r in held])
             views = np.geomspace(held[0]["pictures"], 10 * held[-1]["pictures"])
@@ -126,7 +141,9 @@ def draw(curve: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], hold: 
     figure.savefig(PICTURE, dpi=110)
 
 
-def page(curve: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], hold: int) -> str:
+def page(
+    curve: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], branch: Sequence[dict[str, Any]], hold: int
+) -> str:
     """The Markdown of docs/recipes-long.md."""
     lines = [
         "# The long run of EfficientNet-Lite0",
@@ -150,6 +167,18 @@ def page(curve: Sequence[dict[str, Any]], rows: Sequence[dict[str, Any]], hold: 
         said = [f"{SHOWN[name]} {forecast(held, name):.3f}" for name in CURVES]
         lines.append(f"By a power law through the {len(held)} evaluations since, ten times the views would give:")
         lines.append(f"{', '.join(said)}.")
+    if branch:
+        lines += [
+            "",
+            f"A branch left it after {branch[0]['pictures']:,} views to cool down (crosses; the recipe's end is",
+            "`benchmarks/bases/cnn-cooldown.yaml`). Its last student comes with the package.",
+            "",
+            "| views | centred cosine | top-1 | neighbours |",
+            "| --- | --- | --- | --- |",
+        ]
+        for row in branch:
+            figures = " | ".join(f"{row[name]:.3f}" for name in CURVES)
+            lines.append(f"| {row['pictures']:,} | {figures} |")
     return "\n".join(lines) + "\n"
 
 
@@ -163,6 +192,7 @@ def main() -> None:
     parser.add_argument("--hold", type=int, default=30_000, help="views after which nothing is ramped any more.")
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--snapshot", type=Path)
+    parser.add_argument("--branch", nargs="+", metavar=("VIEWS", "RUN"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.measure:
@@ -178,8 +208,12 @@ def main() -> None:
         print(f"the student of {pictures:,} views: {args.snapshot}")
     rows = [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     curve = evaluations(args.run)
-    draw(curve, rows, args.hold)
-    PAGE.write_text(page(curve, rows, args.hold))
+    if args.branch:
+        views, *runs = args.branch
+        BRANCH.write_text(json.dumps(branch_of(int(views), [Path(run) for run in runs]), indent=1))
+    branch = json.loads(BRANCH.read_text()) if BRANCH.is_file() else []
+    draw(curve, rows, branch, args.hold)
+    PAGE.write_text(page(curve, rows, branch, args.hold))
 
 
 if __name__ == "__main__":
