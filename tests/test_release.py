@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -39,7 +38,9 @@ def python(built, tmp_path_factory) -> Path:
     pip = [sys.executable, "-m", "pip", "--python", str(found), "install", "--quiet", "--no-deps", str(wheel)]
     run(pip, home)
     place = home / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
-    (place / "zz_dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    # All of them: what a .pth file adds to a path is not looked into for further ones.
+    ours = [folder for folder in sys.path if folder.endswith("site-packages")]
+    (place / "zz_dependencies.pth").write_text("\n".join([*ours, ""]))
     return found
 
 
