@@ -41,7 +41,7 @@ TRAINED = (
     "astronaut.png brick.png camera.png coins.png grass.png gravel.png hubble_deep_field.jpg ihc.png moon.png "
     "motorcycle_left.png motorcycle_right.png retina.jpg"
 ).split()
-CROPS = 12
+CROPS = 8
 RECORD = "demo.json"
 
 
