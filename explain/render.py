@@ -138,12 +138,13 @@ def ledger_parts(
     seen = smoothed(direct, smoothing(direct.shape[-1]) if smooth is None else smooth).double()
     origin = _origin(explanation)
     row = explanation.row(picture, score)
+    how = "directly " if "carried" in row else ""
     parts = [
-        Part(f"from {origin}: for", float(seen.clamp_min(0).sum()), FOR),
-        Part(f"from {origin}: against", float(seen.clamp_max(0).sum()), AGAINST),
+        Part(f"{how}from {origin}: for", float(seen.clamp_min(0).sum()), FOR),
+        Part(f"{how}from {origin}: against", float(seen.clamp_max(0).sum()), AGAINST),
     ]
     if "carried" in row:
-        parts.append(Part("from carried biases, in the maps too", row["carried"], CARRIED))
+        parts.append(Part(f"from {origin} through carried biases", row["carried"], CARRIED))
     parts.append(Part("from constants", sum(row["constants"].values()), CONSTANT))
     if not explanation.balanced()[picture, score]:
         parts.append(Part("unaccounted for", row["residual"], INK))

@@ -169,7 +169,7 @@ def test_the_parts_of_a_ledger_are_for_against_carried_and_constants():
     assert ledger_parts(explanation, smooth=15)[0].value < 3
     carrying = dataclasses.replace(explanation, direct=contributions / 2, direct_residual=nothing)
     parts = {part.name: part.value for part in ledger_parts(carrying)}
-    assert parts["from pixels: for"] == 1.5 and parts["from carried biases, in the maps too"] == 1.0
+    assert parts["directly from pixels: for"] == 1.5 and parts["from pixels through carried biases"] == 1.0
     assert sum(parts.values()) == pytest.approx(2.5)
     wrong = dataclasses.replace(explanation, scores=nothing + 3.5, residual=nothing + 1)
     assert ledger_parts(wrong)[-1][:2] == ("unaccounted for", 1.0)
