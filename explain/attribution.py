@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
@@ -197,7 +198,7 @@ class MapsOf(nn.Module):
         return output, _spread(maps.gather(1, chosen), images.shape[-2:])[:, 0]
 
 
-def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Sequence[int] | Tensor) -> Tensor:
+def attribute(model: nn.Module, inputs: Tensor, target: Target | int | Sequence[int] | np.ndarray | Tensor) -> Tensor:
     """Contributions in the shape of `inputs` (B, 3, H, W), as captum's `attribute(inputs, target)`.
 
     `target` is a class for all pictures, or one each (a list, an array or a tensor (B,)), or a target with one score.
