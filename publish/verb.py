@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from ..core.errors import PublishError
 from ..core.files import check_free, new_folder, paths_in
 from .hub import Published, Target, upload
 from .licences import Licence
@@ -88,6 +89,11 @@ def publish(
     Raises:
         CheckpointError, LedgerError, PublishError, DataError: says what failed, what is on the hub now, what to do.
     """
+    if not isinstance(folder, str | Path):
+        raise PublishError(
+            f"publish takes the folder of a converted model, not a {type(folder).__name__}. Save it first: "
+            "bcosify.save(student, FOLDER), then bcosify.publish(FOLDER, 'ORG/NAME')."
+        )
     report, photograph = (None if path is None else Path(path) for path in (evaluation, picture))
     request = Request(Path(folder), repo, license, license_link, report, photograph, data)
     target = Target(repo, private, create_pr, revision, tag)

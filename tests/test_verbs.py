@@ -274,6 +274,11 @@ def test_what_a_caller_refuses_of_a_release_is_not_sent(student, monkeypatch):
         bcosify.publish(student, "org/name", license="other", license_link="https://example.org", staged=refuse)
 
 
+def test_publish_of_a_student_says_what_to_save_first():
+    with pytest.raises(BcosifyError, match=r"not a dict\. Save it first: bcosify.save\(student, FOLDER\)"):
+        bcosify.publish({}, "org/name")  # pyright: ignore[reportArgumentType]
+
+
 def test_demo(command, tmp_path, monkeypatch):
     """The real demo takes a minute; here it is the same with one photograph, one region and a few small pictures."""
     recipe = tmp_path / "short.yaml"

@@ -7,9 +7,6 @@ import dataclasses
 import io
 import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,6 +27,7 @@ from bcosify.evaluate.report.tables import comparison, method_tables
 from bcosify.evaluate.suite import Pictures, Settings
 from PIL import Image
 
+from browser import in_browser
 from tiny import tiny_teacher
 
 METHODS = (("teacher", "input-x-gradient"), ("teacher", "rollout"))
@@ -393,25 +391,8 @@ window.addEventListener("load", () => {
 
 def test_the_page_in_a_browser(measured, tmp_path):
     """No console error, tables sort both ways, the slider changes the maps, which are all seen with the mask's line."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("there is no Chromium here (Debian: apt install chromium)")
     page = report_page(measured[0], gallery_of(measured[1], CLASSES, 2), "title", "what")
-    (tmp_path / "report.html").write_text(page.replace("<head>", "<head>" + CHECK), "utf-8")
-    ended = subprocess.run(
-        [
-            *(chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--dump-dom"),
-            *("--enable-logging=stderr", "--v=0", "--window-size=390,800", f"--user-data-dir={tmp_path / 'profile'}"),
-            *("--virtual-time-budget=3000", Path(tmp_path / "report.html").as_uri()),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert "CONSOLE" not in ended.stderr, ended.stderr
-    body = re.search(r"<body[^>]*>", ended.stdout)
-    assert body is not None
-    found = dict(re.findall(r'data-(\w+)="([^"]*)"', body.group()))
+    found = in_browser(page, CHECK, tmp_path, 390)
     assert "errors" not in found
     up, down = ([float(value) for value in found[name].split()] for name in ("up", "down"))
     assert up == sorted(up) and down == sorted(down, reverse=True) and len(set(up)) > 1
