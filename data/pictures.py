@@ -29,7 +29,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image
 
-from ..core.errors import DataError, DataWarning
+from ..core.errors import DataError, DataWarning, first_line
 from ..core.files import check_file
 from ..core.words import printable
 
@@ -111,7 +111,8 @@ def _readable(path: str | os.PathLike[str]) -> Iterator[None]:
         check_file(Path(path), MAX_BYTES, DataError)
         yield
     except Exception as error:  # on broken bytes Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
-        raise DataError(f"{path} is no picture that can be read: {reason(error)}.") from error
+        said = first_line(error) if isinstance(error, DataError) else reason(error)
+        raise DataError(f"{path} is no picture that can be read: {said.rstrip('.')}.") from error
 
 
 def decode(data: bytes, name: str = "", max_pixels: int | None = None) -> Image.Image:
