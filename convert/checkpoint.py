@@ -34,6 +34,7 @@ import copy
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,7 +63,7 @@ from .methods import find_method
 from .output import KINDS, output_kind
 from .plan import Method, Plan, apply_plan, read_swaps, written_swaps
 from .rebuilt import check_loadable
-from .student import Student, output_of
+from .student import Student, output_of, weights_size
 
 __all__ = ["load", "read_record", "save", "skeleton", "text_of", "written"]
 
@@ -90,11 +91,14 @@ def save(student: Student, out: str | Path, overwrite: bool = False, *, paramete
             again (see `rebuilt`), or a parameter is too large for that precision.
     """
     out = Path(out)
+    if parameters is not None and parameters not in PRECISIONS:
+        known = ", ".join(map(str, PRECISIONS))
+        raise CheckpointError(f"parameters must be one of {known}; got {parameters!r}. Nothing was written.")
     check_free(out, overwrite, written)
     check_loadable(student)
     computes = next(student.model.parameters()).dtype
     if parameters is not None:
-        student = dataclasses.replace(student, model=_rounded(student.model, parameters))
+        student = _in_precision(student, parameters)
     with new_folder(out, overwrite, written) as folder:
         save_file(_stored(student.model, parameters), folder / WEIGHTS, metadata={"format": "pt"})
         picture = noise_pictures(1, student.preprocess.size)
@@ -116,6 +120,14 @@ def save(student: Student, out: str | Path, overwrite: bool = False, *, paramete
         record["digest"] = _digest(record)
         (folder / RECORD).write_text(json.dumps(record, indent=2))
     return out
+
+
+def _in_precision(student: Student, precision: torch.dtype) -> Student:
+    """`student` with rounded parameters. Rounding is no training: what tells that by the weights goes along."""
+    made, recorded = dataclasses.replace(student, model=_rounded(student.model, precision)), student.history.conversion
+    if recorded.weights is None or not math.isclose(recorded.weights, weights_size(student.model), rel_tol=1e-9):
+        return made  # trained since, as `agreement_of` will say
+    return made.with_history(conversion=dataclasses.replace(recorded, weights=weights_size(made.model)))
 
 
 def _rounded(model: nn.Module, precision: torch.dtype) -> nn.Module:

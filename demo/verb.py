@@ -27,6 +27,7 @@ from ..convert.hub import shipped_students
 from ..convert.layers import strength_spans
 from ..core.errors import DataError
 from ..core.files import check_free, new_file, read_json
+from ..core.words import one_line
 from ..data.pack import write_shards
 from ..data.pictures import read_picture
 from ..evaluate.report import data_url, render_page
@@ -74,7 +75,7 @@ def demo(
     out: str | Path = "demo-out",
     recipe: str = "demo",
     *,
-    photo: Sequence[str | Path] = (),
+    photo: str | Path | Sequence[str | Path] = (),
     overwrite: bool = False,
     say: Callable[[str], object] | None = None,
 ) -> Demonstration:
@@ -97,7 +98,8 @@ def demo(
     started, out = time.monotonic(), Path(out)
     tell = say or (lambda line: None)
     check_free(out, overwrite, _written)
-    own = [(Path(place).name, read_picture(place)) for place in photo]
+    places = [photo] if isinstance(photo, str | Path) else photo
+    own = [(one_line(Path(place).name), read_picture(place)) for place in places]
     given, resolved = photographs(), load_recipe(recipe)
     student = load(STUDENT)
     if overwrite:
@@ -141,7 +143,9 @@ def demo(
     )
     tell(f"4/4 {done.report}")
     with new_file(done.report) as scratch:
-        scratch.write_text(render_page("demo.html", **vars(done), pictures=pictures, titles=EXPLAINED, cells=CELLS))
+        scratch.write_text(
+            render_page("demo.html", **vars(done), pictures=pictures, titles=EXPLAINED, cells=CELLS), "utf-8"
+        )
     with new_file(out / RECORD) as scratch:
         scratch.write_text(json.dumps(dataclasses.asdict(done), default=str, indent=1))
     return done
@@ -153,7 +157,8 @@ def demo(
 def _written(folder: Path) -> set[str] | None:
     """The names in `folder` that a demo wrote, by its record; None where there is none of it."""
     with contextlib.suppress(DataError):
-        if (folder / RECORD).is_file() and read_json(folder / RECORD, DataError).get("student") == STUDENT:
+        found = read_json(folder / RECORD, DataError) if (folder / RECORD).is_file() else None
+        if isinstance(found, dict) and found.get("student") == STUDENT:
             return {RECORD, "shards", "aligned", "aligned.run", "report.html"}
     return None
 

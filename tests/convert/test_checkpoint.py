@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bcosify.convert import BcosConfig, Source, checkpoint, convert, load, save, set_strength
+from bcosify.convert import BcosConfig, Source, agreement_of, checkpoint, convert, load, save, set_strength
 from bcosify.convert.history import Alignment, Calibration
 from bcosify.convert.layers import BcosLinear, scheduled_layers
 from bcosify.convert.libraries import LIBRARIES, Library
@@ -72,6 +72,23 @@ def test_parameters_in_half_precision_halve_the_file_and_not_the_computation(tin
     twice = load(save(load(half), tmp_path / "again", parameters=torch.float16))
     with torch.no_grad():
         assert torch.equal(twice.model(pictures), again(pictures))
+
+
+def test_rounding_is_no_training(tiny, tmp_path):
+    student = convert(tiny("test_vit"))
+    said = agreement_of(student).words
+    assert agreement_of(load(save(student, tmp_path / "half", parameters=torch.float16))).words == said
+    with torch.no_grad():
+        student.model.norm.weight.mul_(1.5)
+    trained = agreement_of(load(save(student, tmp_path / "trained", parameters=torch.float16))).words
+    assert trained == agreement_of(student).words != said
+
+
+@pytest.mark.parametrize("kind", [torch.int8, "float16"])
+def test_parameters_are_kept_in_a_precision_or_not_at_all(tiny, tmp_path, kind):
+    with pytest.raises(CheckpointError, match="parameters must be one of torch.float32"):
+        save(convert(tiny("test_vit")), tmp_path / "out", parameters=kind)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_parameter_that_is_too_large_for_half_precision_is_named(tiny, tmp_path):

@@ -95,7 +95,7 @@ def test_the_class_maps_decide_as_the_teacher(shown):
 def test_a_photo_that_is_no_picture_is_refused_before_anything_is_written(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=f"{name} is no picture that can be read"):
-        bcosify.demo(tmp_path / "out", photo=[tmp_path / name])
+        bcosify.demo(tmp_path / "out", photo=str(tmp_path / name))
     assert not (tmp_path / "out").exists()
 
 
