@@ -18,17 +18,16 @@ import torch
 from bcosify.convert import load, load_teacher
 from bcosify.convert.output import output_kind
 from bcosify.data.pictures import read_picture
-from bcosify.explain import ClassTarget, explain_scores, overlay, smoothed
-from bcosify.explain.lettering import beside, paragraph, stacked
+from bcosify.demo.photographs import SQUARES
+from bcosify.explain import ClassTarget, explain_scores, overlay, smoothed, smoothing
+from bcosify.explain.lettering import GOOD, INK, WARNING, beside, padded, paragraph, stacked
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
 
 NAMES = (
     "astronaut.png camera.png chelsea.png coffee.png coins.png horse.png motorcycle_left.png retina.jpg rocket.jpg "
     "moon.png"
 ).split()
 SIDE, GAP, SIZE, ACROSS = 150, 8, 12, 4
-GOOD, BAD, INK = (26, 127, 55), (179, 38, 30), (28, 28, 30)
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 PAGE = """# Gallery
@@ -75,9 +74,9 @@ def main() -> None:
     explanation = explain_scores(student.model, images, ClassTarget(ours.argmax(1, keepdim=True)), batch_size=4)
     cells, rows = [], []
     for i, image in enumerate(images):
-        seen = to_pil_image(student.preprocess.denormalise(image).clamp(0, 1))
+        seen = student.preprocess.seen(image)
         contributions = explanation.contributions[i, 0]
-        tile = overlay(seen, smoothed(contributions, contributions.shape[-1] // 16 | 1), smooth=1)
+        tile = overlay(seen, smoothed(contributions, smoothing(contributions.shape[-1], SQUARES)), smooth=1)
         decided, found = int(theirs[i].argmax()), int(ours[i].argmax())
         words = [
             paragraph(f"teacher: {names.name(decided)}, {float(theirs[i, decided]):.0%}", 2 * SIDE, SIZE, INK),
@@ -85,26 +84,20 @@ def main() -> None:
                 f"student: {names.name(found)}, {float(ours[i, found]):.0%}",
                 2 * SIDE,
                 SIZE,
-                GOOD if found == decided else BAD,
+                GOOD if found == decided else WARNING,
             ),
         ]
         pair = beside([one.resize((SIDE, SIDE), Image.Resampling.LANCZOS) for one in (seen, tile)])
         cells.append(stacked([pair, *words], 2))
     for start in range(0, len(cells), ACROSS):
         height = max(cell.height for cell in cells[start : start + ACROSS])
-        rows.append(beside([_padded(cell, height) for cell in cells[start : start + ACROSS]], GAP))
+        rows.append(beside([padded(cell, height) for cell in cells[start : start + ACROSS]], GAP))
     sheet = stacked(rows, GAP)
     sheet.save(DOCS / "gallery.jpg", quality=85)
     same = int((ours.argmax(1) == theirs.argmax(1)).sum())
     text = PAGE.format(student=args.student, same=same, count=len(images))
     (DOCS / "gallery.md").write_text(text)
     print(f"{same} of {len(images)}; wrote {DOCS / 'gallery.md'}")
-
-
-def _padded(picture: Image.Image, height: int) -> Image.Image:
-    whole = Image.new("RGB", (picture.width, height), "white")
-    whole.paste(picture, (0, 0))
-    return whole
 
 
 if __name__ == "__main__":

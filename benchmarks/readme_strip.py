@@ -9,23 +9,21 @@ the functions of `bcosify demo`; none of the photographs was trained on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 
-from bcosify.convert import FaCnnConfig, convert, fold, load, load_teacher
-from bcosify.demo.photographs import Decision, Shown, show
+from bcosify.convert import load
+from bcosify.demo.photographs import Decision, Models, Shown, show
 from bcosify.demo.verb import EXPLAINED, STUDENT, photographs
-from bcosify.explain.lettering import FAINT, INK, beside, paragraph, stacked
+from bcosify.explain.lettering import FAINT, GOOD, INK, WARNING, beside, padded, paragraph, stacked
 from bcosify.explain.render import AGAINST, CONSTANT, FOR, Part, ledger_bar
 from PIL import Image
 
 SIDE, GAP, SIZE = 250, 14, 14
-GOOD, BAD = (26, 127, 55), (179, 38, 30)
 
 
 def row(facts: Shown, tiles: dict[str, Image.Image]) -> Image.Image:
     """One photograph."""
-    ledger, colour = facts.ledgers[0], GOOD if facts.agrees else BAD
+    ledger, colour = facts.ledgers[0], GOOD if facts.agrees else WARNING
     parts = [
         Part("pixels for", ledger.pixels_for, FOR),
         Part("pixels against", ledger.pixels_against, AGAINST),
@@ -39,18 +37,11 @@ def row(facts: Shown, tiles: dict[str, Image.Image]) -> Image.Image:
     ]
     pictures = [tiles[name].resize((SIDE, SIDE), Image.Resampling.LANCZOS) for name in ("seen", "grad_cam", "decision")]
     text = stacked(words)
-    return beside([*pictures, _padded(text, SIDE)], GAP)
+    return beside([*pictures, padded(text, SIDE)], GAP)
 
 
 def _said(decision: Decision) -> str:
     return f"{decision.label}, {decision.probability:.0%}"
-
-
-def _padded(picture: Image.Image, height: int) -> Image.Image:
-    """`picture` at the top of white of that height."""
-    whole = Image.new("RGB", (picture.width, max(height, picture.height)), "white")
-    whole.paste(picture, (0, 0))
-    return whole
 
 
 def main() -> None:
@@ -59,9 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "strip.jpg")
     args = parser.parse_args()
     student = load(args.student)
-    teacher, source = load_teacher(student.source.reference), load_teacher(student.source.reference)
-    maps, quick = convert(source, FaCnnConfig()), dataclasses.replace(student, model=fold(student))
-    given = photographs()
+    models, given = Models.of(student), photographs()
     titles = [
         "photograph",
         "teacher: Grad-CAM",
@@ -69,7 +58,7 @@ def main() -> None:
         "what they decide, and the score as a sum",
     ]
     head = beside([paragraph(title, SIDE, SIZE, FAINT) for title in titles], GAP)
-    sheet = stacked([head, *(row(*show(name, given[name], teacher, maps, quick)) for name in EXPLAINED)], GAP)
+    sheet = stacked([head, *(row(*show(name, given[name], models)) for name in EXPLAINED)], GAP)
     framed = Image.new("RGB", (sheet.width + 2 * GAP, sheet.height + 2 * GAP), "white")
     framed.paste(sheet, (GAP, GAP))
     framed.save(args.out, quality=88)

@@ -5,6 +5,7 @@ Every rectangle of a grid of cells is erased in turn, so that its share by the m
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -12,22 +13,38 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
-from ..convert import Preprocess, Student, Teacher
+from ..convert import FaCnnConfig, Student, Teacher, convert, fold, load_teacher
 from ..convert.output import OutputKind, output_kind
 from ..evaluate.baselines import find_method, maps_of
 from ..evaluate.decisions import ClassDecisions
 from ..evaluate.fills import FILLS
 from ..evaluate.subject import Subject
-from ..explain import ClassTarget, Explanation, explain_scores, overlay, smoothed
+from ..explain import ClassTarget, Explanation, explain_scores, overlay, smoothed, smoothing
 
-__all__ = ["CELLS", "Shown", "show"]
+__all__ = ["CELLS", "SQUARES", "Models", "Shown", "show"]
 
 SIDE = 320  # pixels of a shown picture
 SQUARES = 16  # a side of what maps are averaged over, before they are shown: one smoothing for all
-ABSENT = "banana"  # a class of which no photograph shows anything
+ABSENT = ("banana", "castle", "violin, fiddle")  # the first of these that neither model sees anything of is absent
 CELLS = 4  # regions are rectangles of cells of a grid of so many a side
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """Those that are asked: the teacher, the same with class maps (which decides alike), and the student, folded."""
+
+    teacher: Teacher
+    class_maps: Student
+    student: Student
+
+    @classmethod
+    def of(cls, student: Student) -> Models:
+        """The student, and its teacher by its source; raises SourceError where that cannot be had."""
+        teacher = load_teacher(student.source.reference)
+        other = dataclasses.replace(teacher, model=copy.deepcopy(teacher.model))  # conversion takes the model it gets
+        quick = dataclasses.replace(student, model=fold(student))
+        return cls(teacher, convert(other, FaCnnConfig()), quick)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +104,13 @@ class Shown:
     regions: tuple[Region, ...]
 
 
-def show(
-    name: str, photograph: Image.Image, teacher: Teacher, class_maps: Student, student: Student
-) -> tuple[Shown, dict[str, Image.Image]]:
+def show(name: str, photograph: Image.Image, models: Models) -> tuple[Shown, dict[str, Image.Image]]:
     """What the models say of a photograph, and pictures of it: as it was `seen`, and one for each map.
 
     The maps are `grad_cam` of the teacher, its `class_maps`, and the student's of its `decision`, of the `second`
     class, and of one that is `absent`. All models see the photograph as the student prepares it, so at its size.
     """
+    teacher, class_maps, student = models.teacher, models.class_maps, models.student
     output = output_kind(student)
     image = student.preprocess.transform()(photograph)[None]
     original, ours = (
@@ -102,12 +118,13 @@ def show(
     )
     with torch.no_grad():
         decided = teacher.model(image)
-        best, second = student.model(image)[0].topk(2).indices.tolist()
-    absent = next(number for number, name in enumerate(output.names or ()) if name == ABSENT)
+        found = student.model(image)
+    best, second = found[0].topk(2).indices.tolist()
+    absent = _absent(torch.cat([decided, found]), output)
     cam = maps_of(find_method("grad-cam"), original, image, ClassDecisions(decided.argmax(1)))[0]
     free = explain_scores(class_maps.model, image, ClassTarget(decided.argmax(1, keepdim=True)))
     explanation = explain_scores(student.model, image, ClassTarget(torch.tensor([[best, second, absent]])))
-    seen = _seen(student.preprocess, image[0])
+    seen = student.preprocess.seen(image[0]).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     tiles = {
         "seen": seen,
         "grad_cam": _tile(seen, cam),
@@ -123,7 +140,7 @@ def show(
         student=_decision(explanation.outputs[0], output),
         agrees=int(decided.argmax()) == best,
         ledgers=(_ledger(explanation, 0, output.name(best)), _ledger(explanation, 1, output.name(second))),
-        absent=_ledger(explanation, 2, ABSENT),
+        absent=_ledger(explanation, 2, output.name(absent)),
         regions=_regions(ours, image, explanation, best, output),
     )
     return facts, tiles
@@ -131,6 +148,13 @@ def show(
 
 def _subject(name: str, model: nn.Module, student: Student) -> Subject:
     return Subject(name, model, None, student.preprocess.mean, student.preprocess.std, classifier=True)
+
+
+def _absent(outputs: Tensor, names: OutputKind) -> int:
+    """The first class of `ABSENT` that is in no model's first five; outputs: (models, D)."""
+    seen = {names.name(number) for number in outputs.topk(5).indices.flatten().tolist()}
+    wanted = next((name for name in ABSENT if name not in seen), ABSENT[0])
+    return (names.names or ()).index(wanted)
 
 
 def _decision(output: Tensor, names: OutputKind) -> Decision:
@@ -184,10 +208,4 @@ def _tile(seen: Image.Image, contributions: Tensor) -> Image.Image:
 
 def _averaged(contributions: Tensor) -> Tensor:
     """A map (H, W) as all maps are shown: averaged over small squares, with the sum that it had."""
-    return smoothed(contributions, contributions.shape[-1] // SQUARES | 1)
-
-
-def _seen(preprocess: Preprocess, normalised: Tensor) -> Image.Image:
-    """The picture as the model saw it."""
-    picture = to_pil_image(preprocess.denormalise(normalised).clamp(0, 1))
-    return picture.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return smoothed(contributions, smoothing(contributions.shape[-1], SQUARES))

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ..align import align, load_recipe
-from ..convert import FaCnnConfig, convert, fold, load, load_teacher
+from ..convert import load
 from ..convert.agreement import agreement_of
 from ..convert.hub import shipped_students
 from ..convert.layers import strength_spans
@@ -31,7 +31,7 @@ from ..core.words import one_line
 from ..data.pack import write_shards
 from ..data.pictures import read_picture
 from ..evaluate.report import data_url, render_page
-from .photographs import CELLS, Shown, show
+from .photographs import CELLS, Models, Shown, show
 
 __all__ = ["EXPLAINED", "STUDENT", "Demonstration", "demo", "photographs"]
 
@@ -107,15 +107,12 @@ def demo(
     with new_file(out / RECORD) as scratch:  # from here on, the folder is this command's
         scratch.write_text(json.dumps({"student": STUDENT}))
     tell(f"1/4 {STUDENT} and its teacher, {student.source.reference}; class maps of the teacher, without training")
-    teacher = load_teacher(student.source.reference)
-    class_maps = convert(load_teacher(student.source.reference), FaCnnConfig())
-    error = class_maps.history.conversion.identity_error or 0.0
+    models = Models.of(student)
     tell(f"    {agreement_of(student).words}")
     tell(f"2/4 explaining {len(own) + len(EXPLAINED)} photographs that were never trained on, erasing parts of them")
-    quick = dataclasses.replace(student, model=fold(student))
     shown, pictures = [], []
     for name, picture in [*own, *((name, given[name]) for name in EXPLAINED)]:
-        facts, tiles = show(name, picture, teacher, class_maps, quick)
+        facts, tiles = show(name, picture, models)
         shown.append(facts)
         pictures.append({key: data_url(tile, "JPEG") for key, tile in tiles.items()})
     tell(f"3/4 aligning the student further on {CROPS * len(TRAINED)} crops: {resolved.pressure}")
@@ -135,7 +132,7 @@ def demo(
         b=strength_spans(student.model)["b"][1],
         size="{1} x {0} pixels".format(*student.preprocess.size),
         shown=tuple(shown),
-        identity_error=error,
+        identity_error=models.class_maps.history.conversion.identity_error or 0.0,
         fidelity=aligned.curve,
         training_pictures=aligned.pictures,
         seconds=round(time.monotonic() - started),

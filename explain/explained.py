@@ -114,6 +114,12 @@ class Explained(Explanation):
         """How many pictures."""
         return len(self.scores)
 
+    @property
+    def nbytes(self) -> int:
+        """How much memory its maps take, those of `context.more` too."""
+        held = (*vars(self).values(), *self.context.more.values())
+        return sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
+
     @cached_property
     def ledgers(self) -> tuple[ScoreLedger, ...]:
         """A `ScoreLedger` for each picture and score, in order."""

@@ -16,12 +16,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..core.words import one_line
 
-__all__ = ["FAINT", "INK", "LINE", "WARNING", "beside", "label", "paragraph", "stacked"]
+__all__ = ["FAINT", "GOOD", "INK", "LINE", "WARNING", "beside", "label", "padded", "paragraph", "stacked"]
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-INK, FAINT, WARNING = (28, 28, 30), (110, 110, 115), (190, 20, 35)
+INK, FAINT, WARNING, GOOD = (28, 28, 30), (110, 110, 115), (190, 20, 35), (26, 127, 55)
 LINE = (205, 205, 210)
 # Pillow's own first, then what Linux, macOS and Windows have.
 FONTS = ("", "DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
@@ -67,6 +67,11 @@ def beside(parts: Sequence[Image.Image], gap: int = 0) -> Image.Image:
         row.paste(part, (left, height - part.height))
         left += part.width + gap
     return row
+
+
+def padded(picture: Image.Image, height: int) -> Image.Image:
+    """`picture` at the top of white of at least that height."""
+    return stacked([picture, Image.new("RGB", (1, max(0, height - picture.height)), "white")])
 
 
 def _set(text: str, size: float) -> tuple[str, Font]:

@@ -40,9 +40,9 @@ FRAME = (255, 220, 0)
 SQUARES = 30  # maps are averaged over squares of their width by this
 
 
-def smoothing(width: int) -> int:
+def smoothing(width: int, squares: int = SQUARES) -> int:
     """The side of the squares that a map of that width is averaged over, in pixels: odd, 7 of 224."""
-    return max(1, width // SQUARES) | 1
+    return max(1, width // squares) | 1
 
 
 def smoothed(contributions: Tensor, side: int) -> Tensor:

@@ -293,7 +293,7 @@ def _of_files(
             if folder is not None:
                 one.write(folder, [name for _, name in shown])
             ledgers += one.ledgers
-            room -= sum(tensor.nbytes for tensor in vars(one).values() if isinstance(tensor, Tensor))
+            room -= one.nbytes
             kept = [*kept, one] if room > 0 else []
         _check_skipped(ledgers.skipped, len(files), folder)
     ledgers.explained = together(kept) if room > 0 and kept else None
@@ -488,9 +488,9 @@ def _explained(
 
 def _seen(one: Tensor, preprocess: Preprocess | None) -> Image.Image:
     """A normalised picture (3, H, W) as colours; where its normalisation is not known, from least to largest value."""
-    colours = one.detach().cpu().float()
     if preprocess is not None:
-        return to_pil_image(preprocess.denormalise(colours).clamp(0, 1))
+        return preprocess.seen(one)
+    colours = one.detach().cpu().float()
     low, high = colours.amin(), colours.amax()
     colours = (colours - low) / (high - low).clamp_min(1e-12)
     return to_pil_image(colours if len(colours) in (1, 3) else colours.mean(0, keepdim=True))

@@ -14,7 +14,6 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard, get_token
-from torchvision.transforms.functional import to_pil_image
 
 from ..align.recipe import known_values
 from ..convert import Student, load, save
@@ -241,9 +240,9 @@ def _explained(student: Student, picture: Path | None, out: Path) -> Shown | Non
     facts = question.names(explanation.outputs)[0][0]
     name = facts["label"]
     caption = name if output_kind(student).count else "the feature along itself"
-    seen = to_pil_image(preprocess.denormalise(opened).clamp(0, 1))
     aligned = student.history.alignment is not None
-    panel(seen, explanation, caption, standing=standing_in_words(facts), own_colours=aligned).save(out)
+    said, seen = standing_in_words(facts), preprocess.seen(opened)
+    panel(seen, explanation, caption, standing=said, own_colours=aligned).save(out)
     return Shown(caption, explanation.row(0, 0))
 
 

@@ -296,5 +296,6 @@ def test_demo(command, tmp_path, monkeypatch):
     assert {k: v for k, v in plain(done).items() if k not in differ} == {
         k: v for k, v in printed.items() if k not in differ
     }
+    assert json.loads((tmp_path / "ours" / "demo.json").read_text()) == plain(done)
     assert [one.name for one in done.shown] == ["coffee.png"] and "coffee.png" in done.report.read_text()
     assert [line[:3] for line in told if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]

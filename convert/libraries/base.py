@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
 
 from ...core.errors import SourceError, first_line, near_miss
 from ...core.pictures import THIN, denormalise, normalise, without_ends
@@ -160,6 +161,10 @@ class Preprocess:
     def denormalise(self, pictures: Tensor) -> Tensor:
         """Normalised pictures (..., 3, H, W) as colours in [0, 1], but for rounding."""
         return denormalise(pictures, self.mean, self.std)
+
+    def seen(self, picture: Tensor) -> Image.Image:
+        """One normalised picture (3, H, W) as the model sees it: cropped and resized, in its own colours."""
+        return to_pil_image(self.denormalise(picture.detach().cpu().float()).clamp(0, 1))
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -11,10 +10,11 @@ import pytest
 import skimage.data
 import torch
 from bcosify.align import load_recipe
-from bcosify.convert import FaCnnConfig, convert, load, load_teacher
+from bcosify.convert import load
 from bcosify.convert.layers import strength_spans
+from bcosify.convert.output import output_kind
 from bcosify.core.errors import CheckpointError, DataError
-from bcosify.demo.photographs import CELLS, show
+from bcosify.demo.photographs import ABSENT, CELLS, Models, _absent, show
 from bcosify.demo.verb import STUDENT, Demonstration
 from bcosify.evaluate.report import data_url, render_page
 from PIL import Image
@@ -36,9 +36,7 @@ def student():
 @pytest.fixture(scope="module")
 def shown(student):
     """Facts and pictures of a cup of coffee, seen at a small size."""
-    teacher = load_teacher(student.source.reference)
-    maps = convert(load_teacher(student.source.reference), FaCnnConfig())
-    return show("coffee.png", Image.fromarray(skimage.data.coffee()), teacher, maps, student)
+    return show("coffee.png", Image.fromarray(skimage.data.coffee()), Models.of(student))
 
 
 def test_ledgers_add_up(shown):
@@ -150,5 +148,9 @@ def test_the_page_in_a_browser(shown, tmp_path):
     assert len({found["first"], found["whole"], found["keys"]}) == 3
 
 
-def test_what_was_found_is_beside_the_page(shown):
-    assert json.loads(json.dumps(dataclasses.asdict(shown[0])))["name"] == "coffee.png"
+def test_a_class_that_either_model_sees_is_not_called_absent(shown, student):
+    assert shown[0].absent.label == ABSENT[0]
+    names = output_kind(student)
+    outputs = torch.zeros(2, names.count)
+    outputs[0, names.names.index(ABSENT[0])] = outputs[1, names.names.index(ABSENT[1])] = 9
+    assert names.name(_absent(outputs, names)) == ABSENT[2]
