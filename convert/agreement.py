@@ -9,7 +9,7 @@ from typing import Any
 from .layers import at_start
 from .student import Student, weights_size
 
-__all__ = ["Agreement", "agreement_of", "measured_agreement"]
+__all__ = ["Agreement", "agreement_of", "measured_agreement", "trained_since"]
 
 SAME_WEIGHTS = 1e-9  # of their size: how far sums in another order may differ
 ENOUGH = 0.5  # of the pictures; below, a student's maps explain decisions that are mostly not its teacher's
@@ -38,7 +38,7 @@ def agreement_of(student: Student) -> Agreement:
     history = student.history
     if history.alignment is None:
         if history.unchanged and at_start(student.model):
-            if _trained_since(student):
+            if trained_since(student):
                 words = (
                     "The student was trained since its conversion, where it was its teacher: it is a model of its own."
                 )
@@ -52,7 +52,7 @@ def agreement_of(student: Student) -> Agreement:
     return measured_agreement(history.alignment.final or {}, history.alignment.pictures)
 
 
-def _trained_since(student: Student) -> bool:
+def trained_since(student: Student) -> bool:
     """Whether the weights are others than the conversion made, where it was recorded which these were."""
     recorded = student.history.conversion.weights
     if recorded is None or any(tensor.is_meta for tensor in student.model.parameters()):

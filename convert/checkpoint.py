@@ -34,7 +34,6 @@ import copy
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +51,7 @@ from ..core.settings import faults, parse
 from ..core.tensors import mismatches, relative_error, untied_state
 from ..core.versions import versions, versions_text
 from . import schema_1
+from .agreement import trained_since
 from .history import History
 from .hub import CONFIG, OPEN_CLIP, PROBE, RECORD, TEXT, WEIGHTS, is_text_file, student_folder
 from .layers import scheduled_layers, watching
@@ -125,8 +125,8 @@ def save(student: Student, out: str | Path, overwrite: bool = False, *, paramete
 def _in_precision(student: Student, precision: torch.dtype) -> Student:
     """`student` with rounded parameters. Rounding is no training: what tells that by the weights goes along."""
     made, recorded = dataclasses.replace(student, model=_rounded(student.model, precision)), student.history.conversion
-    if recorded.weights is None or not math.isclose(recorded.weights, weights_size(student.model), rel_tol=1e-9):
-        return made  # trained since, as `agreement_of` will say
+    if recorded.weights is None or trained_since(student):
+        return made
     return made.with_history(conversion=dataclasses.replace(recorded, weights=weights_size(made.model)))
 
 

@@ -202,7 +202,8 @@ def _fingerprint(output: Tensor) -> tuple[float, ...]:
 def weights_size(model: nn.Module) -> float:
     """The sum of the sizes of all weights and buffers, in float64: any training changes it."""
     tensors = [tensor for tensor in model.state_dict().values() if tensor.is_floating_point()]
-    return float(sum(tensor.abs().sum(dtype=torch.float64).item() for tensor in tensors))
+    # On the CPU: not every device has float64.
+    return float(sum(tensor.cpu().abs().sum(dtype=torch.float64).item() for tensor in tensors))
 
 
 @torch.no_grad()
